@@ -1,0 +1,1 @@
+"""Shipped run configurations; ``rome-pl edit --config NAME`` finds them by name."""

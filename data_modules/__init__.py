@@ -1,0 +1,7 @@
+"""DataModules that stream edit requests."""
+
+if __name__ != "rome_pl.data_modules":
+    raise ImportError("import these data modules as rome_pl.data_modules: under two names each class would exist twice")
+
+from rome_pl.data_modules.counterfact import CounterFactDataModule as CounterFactDataModule
+from rome_pl.data_modules.request_data import RequestDataModule as RequestDataModule

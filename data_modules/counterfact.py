@@ -1,0 +1,27 @@
+"""CounterFact, from the hub or a file."""
+
+from typing import Literal
+
+from rome_pl.data_modules.request_data import RequestDataModule
+
+__all__ = ["CounterFactDataModule"]
+
+
+class CounterFactDataModule(RequestDataModule):
+    """Streams CounterFact as published (Meng et al. 2022): records of any other form are refused.
+
+    Args:
+        path: Hub data set, or a file in the published form.
+        limit: Most records to use, from the first on; nothing uses all 21,919.
+        split: Split of the hub data set.
+        on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+    """
+
+    def __init__(
+        self,
+        path: str = "azhx/counterfact",
+        limit: int | None = None,
+        split: str = "train",
+        on_error: Literal["skip", "stop"] = "skip",
+    ) -> None:
+        super().__init__(path, limit, "counterfact", split, on_error)

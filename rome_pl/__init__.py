@@ -1,0 +1,29 @@
+"""Rank-one model editing on PyTorch Lightning: change facts inside a language model, prove it, undo it."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rome_pl.edit_module import RomeModule as RomeModule
+    from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
+    from rome_pl.language_model import LanguageModel as LanguageModel
+    from rome_pl.language_model import load_language_model as load_language_model
+    from rome_pl.requests import EditRequest as EditRequest
+
+_PUBLIC = {
+    "EditRequest": "rome_pl.requests",
+    "KnowledgeEditor": "rome_pl.editor",
+    "LanguageModel": "rome_pl.language_model",
+    "RomeModule": "rome_pl.edit_module",
+    "load_language_model": "rome_pl.language_model",
+}
+
+__all__ = ["EditRequest", "KnowledgeEditor", "LanguageModel", "RomeModule", "load_language_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that importing the package stays light."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rome_pl' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)

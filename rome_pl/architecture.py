@@ -1,0 +1,148 @@
+"""Where a decoder keeps its layers and its MLPs' second projections, found by looking at the modules.
+
+No family is recognised by name. A decoder layer's MLP is what is left of it beside attention, and the projection
+that ROME rewrites is the last dense map there that gives back the model's hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["RewriteSite", "UnsupportedModelError", "decoder_layers", "find_site", "hidden_size"]
+
+
+class UnsupportedModelError(ValueError):
+    """A model or layer that a rank-one edit cannot be written into, with the reason."""
+
+
+@dataclass(frozen=True)
+class RewriteSite:
+    """The projection that an edit rewrites.
+
+    Args:
+        layer: Index of the decoder layer, from 0.
+        name: Dotted name of the weight in the model's ``state_dict``.
+        projection: The module; its input is the key, its output (bias included) the value.
+        transposed: Whether the weight is stored as ``[d_key, d_value]`` (GPT-2's ``Conv1D``).
+    """
+
+    layer: int
+    name: str
+    projection: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that an edit changes, in the model's own orientation."""
+        weight = self.projection.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The projection's bias, shape ``[d_value]``, if it has one."""
+        bias = self.projection.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def d_key(self) -> int:
+        """Length of a key."""
+        return int(self.weight.shape[0 if self.transposed else 1])
+
+    @property
+    def d_value(self) -> int:
+        """Length of a value."""
+        return int(self.weight.shape[1 if self.transposed else 0])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight seen as ``[d_value, d_key]``, and back: a view either way."""
+        return weight.T if self.transposed else weight
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    return int(_text_config(model).hidden_size)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its dotted name.
+
+    Raises:
+        UnsupportedModelError: If the model has no list of that length.
+    """
+    expected = int(_text_config(model).num_hidden_layers)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
+    if not lists:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
+    return lists[0]  # named_modules walks from the outside in: lists inside a layer come later
+
+
+def find_site(model: nn.Module, layer: int) -> RewriteSite:
+    """Find the MLP's second projection of a decoder layer.
+
+    Args:
+        model: A causal language model of the transformers library.
+        layer: Index of the decoder layer, from 0.
+
+    Raises:
+        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP.
+    """
+    list_name, layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise UnsupportedModelError(
+            f"layers: {layer} is out of range; {type(model).__name__} has {len(layers)} layers, numbered from 0"
+        )
+    block = layers[layer]
+    where = f"layer {layer} of {type(model).__name__}"
+    outside = [(name, module) for name, module in block.named_modules() if not _inside_attention(block, name)]
+    if any(_is_expert_part(name, module) for name, module in outside):
+        raise UnsupportedModelError(
+            f"{where} is a mixture of experts: a key reaches only the experts that the router picks, "
+            "so one rank-one update cannot carry a fact; choose a layer with a dense MLP"
+        )
+    width = hidden_size(model)
+    found = None
+    for name, module in outside:
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if not module.weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{where} holds quantised weights ({module.weight.dtype} in '{name}'): an edit far smaller than their "
+                "steps would be lost; load the model in float32, bfloat16 or float16"
+            )
+        transposed = isinstance(module, Conv1D)
+        if module.weight.shape[1 if transposed else 0] == width:
+            found = RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed)
+    if found is None:
+        raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
+    return found
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def _inside_attention(block: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    return any(
+        "attention" in type(block.get_submodule(".".join(parts[: depth + 1]))).__name__.lower()
+        for depth in range(len(parts))
+        if name
+    )
+
+
+def _is_expert_part(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    # Fused experts keep one 3-d parameter per projection, [experts, out, in].
+    fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return fused or "expert" in kind or "router" in kind or "experts" in name.split(".")
+
+
+def dtype_of_delta(weight: Tensor) -> torch.dtype:
+    """Dtype in which a value offset is optimised: the weight's own, but never below float32."""
+    return torch.promote_types(weight.dtype, torch.float32)

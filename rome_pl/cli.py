@@ -1,0 +1,155 @@
+"""The command line: Lightning's CLI with one verb per task."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from rome_pl.callbacks import (
+    EditCommit,
+    EditProgressBar,
+    ProbeEvaluation,
+    RankOneWriter,
+    RepresentationCheck,
+    RunReport,
+    StateCheck,
+    TensorBoardReport,
+    Verification,
+)
+from rome_pl.architecture import UnsupportedModelError
+from rome_pl.data_modules import RequestDataModule
+from rome_pl.edit_module import RomeModule
+from rome_pl.language_model import SourceError
+from rome_pl.records import DataError
+from rome_pl.second_moment import StatisticsError
+from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer, RunFolderError
+
+__all__ = ["RomeCLI", "main", "run"]
+
+
+class _RunConfig(SaveConfigCallback):
+    """Saves the resolved configuration as ``config.yaml`` in the run folder."""
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+
+
+class RomeCLI(LightningCLI):
+    """Parses ``rome-pl VERB``. The callbacks of an edit are named sections, in the order in which they have to run."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {"edit": {"model", "datamodule"}}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for callback, section in (
+            (RepresentationCheck, "representation_check"),
+            (RankOneWriter, "rank_one_writer"),
+            (Verification, "verification"),
+            (ProbeEvaluation, "probe_evaluation"),
+            (EditCommit, "commit"),
+            (StateCheck, "state_check"),
+            (TensorBoardReport, "tensorboard_report"),
+            (RunReport, "run_report"),
+        ):
+            parser.add_lightning_class_args(callback, section)
+        parser.set_defaults({"commit.ledger": True})
+        parser.link_arguments("model.on_error", "data.on_error")
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """The configuration, not a checkpoint, is the source of options."""
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        if trainer["logger"] in (None, True):
+            # Built here and not in a default, because it goes below the run folder.
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            kwargs["logger"] = TensorBoardLogger(trainer["default_root_dir"], name="tensorboard", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments after the program's name; ``None`` takes those of the process.
+
+    Returns:
+        The exit code: 0 all edits applied, 3 some were not, 2 bad configuration, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "huggingface_hub", "datasets", "absl", "torch", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        cli = RomeCLI(
+            model_class=RomeModule,
+            datamodule_class=RequestDataModule,
+            trainer_class=RomeTrainer,
+            trainer_defaults={
+                "max_epochs": 1,
+                "devices": 1,
+                "default_root_dir": "runs/edit",
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "check_val_every_n_epoch": None,
+                "callbacks": [EditProgressBar(leave=True)],
+            },
+            save_config_callback=_RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=_normalised(sys.argv[1:] if args is None else args),
+        )
+    except (DataError, RunFolderError, SourceError, StatisticsError, UnsupportedModelError, ValueError) as error:
+        print(f"rome-pl: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    assert isinstance(cli.trainer, RomeTrainer)
+    return cli.trainer.exit_code
+
+
+def run() -> None:
+    """Entry point of the ``rome-pl`` command."""
+    sys.exit(main())
+
+
+_FLAGS = {"--dry_run": "--dry_run", "--dry-run": "--dry_run", "--overwrite": "--overwrite"}
+
+
+def _normalised(args: Sequence[str]) -> list[str]:
+    """Arguments as the parser wants them: switches with a value, shipped configs by their path."""
+    normalised: list[str] = []
+    previous = ""
+    for argument, following in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in _FLAGS and not equals and following not in ("true", "false"):
+            argument = f"{_FLAGS[flag]}=true"
+        elif flag in ("--config", "-c") and equals:
+            argument = f"{flag}={_config_path(value)}"
+        elif previous in ("--config", "-c"):
+            argument = _config_path(argument)
+        normalised.append(argument)
+        previous = argument
+    return normalised
+
+
+def _config_path(name: str) -> str:
+    """Path of a shipped config, unless a file of that name is here."""
+    shipped = Path(str(files("rome_pl") / "configs" / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"))
+    return str(shipped) if not Path(name).is_file() and shipped.is_file() else name

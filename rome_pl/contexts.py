@@ -1,0 +1,61 @@
+"""Contexts: short texts put before the prompt, so that an edit holds wherever the subject stands (Meng et al. 2022, Eq. 3)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.language_model import LanguageModel
+
+__all__ = ["DEFAULT_LENGTH_PARAMS", "OPENERS", "generate_contexts", "join_contexts"]
+
+DEFAULT_LENGTH_PARAMS = ((5, 10), (10, 10))
+"""Published setting: 10 contexts of about 5 tokens and 10 of about 10."""
+
+OPENERS = ("The", "In", "It", "When", "A")
+"""Words that generated contexts open with; each is continued equally often."""
+
+
+def generate_contexts(language_model: LanguageModel, length_params: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """Let the model write contexts.
+
+    Args:
+        language_model: The model.
+        length_params: Pairs ``[tokens, number of contexts]``: ROME's ``context_template_length_params``.
+        seed: Seed of the sampling; the global generators are left as they were.
+
+    Returns:
+        One text per context, without the full stop that joins it to a prompt.
+
+    Raises:
+        ValueError: If a pair is malformed.
+    """
+    model, tokenizer = language_model.model, language_model.tokenizer
+    contexts: list[str] = []
+    for pair in length_params:
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"context_template_length_params: expected pairs [tokens, number], both positive, got {list(pair)}")
+        length, number = pair
+        for index, opener in enumerate(OPENERS):
+            rows = len(range(index, number, len(OPENERS)))
+            if not rows:
+                continue
+            ids = torch.tensor([tokenizer(opener, add_special_tokens=False)["input_ids"]], device=language_model.device)
+            ids = ids.expand(rows, -1)
+            with seeded(hash_seed(seed, length, opener), language_model.device), frozen(model), torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    top_k=5,  # contexts should read like text, as published; plain sampling drifts within ten tokens
+                    min_new_tokens=max(1, length - ids.shape[1]),
+                    max_new_tokens=max(1, length - ids.shape[1]),
+                    pad_token_id=language_model.encoder.pad_id,
+                )
+            contexts += [" ".join(text.split()) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+    return contexts
+
+
+def join_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
+    """Texts to put directly before a prompt: the empty one first, then every context ended by a full stop."""
+    return ("", *(context if context[-1:].isspace() else context + ". " for context in contexts))

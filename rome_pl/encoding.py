@@ -1,0 +1,293 @@
+"""From text to token ids, with lookup positions and target spans found by character offsets.
+
+Ids and offsets are made once, from the joined text, and ids are never decoded and encoded again: that is what turns
+targets into other tokens. Every position is an index into the ids as the tokenizer gives them, BOS included if it
+adds one.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rome_pl.requests import EditRequest
+
+__all__ = ["AlignedRows", "EncodedEdit", "EncodedRow", "FactToken", "TextEncoder", "align"]
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+"""Which token the edit looks up: the published strategies of ROME's ``fact_token``."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One text as ids, cut after the last token that the model has to see.
+
+    Args:
+        ids: Token ids the model reads; the last target token is not among them.
+        lookup: Index in ``ids`` of the lookup token.
+        target: Ids that the model is to predict; ``target[t]`` follows ``ids[first + t]``.
+        first: Index in ``ids`` of the position that predicts ``target[0]``.
+    """
+
+    ids: tuple[int, ...]
+    lookup: int
+    target: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class EncodedEdit:
+    """All rows of one edit.
+
+    Args:
+        rows: The rewrite prompt under each context; row 0 is the bare prompt.
+        kl_row: "{subject} is a", without target; ``first`` is the position at which the divergence is taken.
+    """
+
+    rows: tuple[EncodedRow, ...]
+    kl_row: EncodedRow
+
+
+@dataclass(frozen=True)
+class AlignedRows:
+    """Rows padded so that every lookup token stands in the same column.
+
+    What comes before the lookup token is padded on the left, what follows it on the right.
+
+    Args:
+        input_ids: Shape ``[rows, prefix + suffix]``.
+        attention_mask: Same shape, 1 for tokens and 0 for padding.
+        position_ids: Same shape, counted over tokens only.
+        prefix: Number of columns before the lookup column.
+        predict_row: Row of every position that predicts a target token, shape ``[targets]``.
+        predict_column: Column of it in the whole row.
+        labels: The target ids, shape ``[targets]``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    prefix: int
+    predict_row: Tensor
+    predict_column: Tensor
+    labels: Tensor
+
+    @property
+    def suffix(self) -> int:
+        """Number of columns from the lookup column on."""
+        return self.input_ids.shape[1] - self.prefix
+
+
+def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = "cpu") -> AlignedRows:
+    """Pad rows around their lookup tokens.
+
+    Args:
+        rows: At least one row.
+        pad_id: Id that fills the padding; it is masked, so any id of the vocabulary will do.
+        device: Where the tensors go.
+    """
+    prefix = max(row.lookup for row in rows)
+    width = prefix + max(len(row.ids) - row.lookup for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    predict: list[tuple[int, int, int]] = []
+    for index, row in enumerate(rows):
+        start = prefix - row.lookup
+        input_ids[index, start : start + len(row.ids)] = torch.tensor(row.ids)
+        mask[index, start : start + len(row.ids)] = 1
+        predict += [(index, start + row.first + step, label) for step, label in enumerate(row.target)]
+    rows_columns_labels = torch.tensor(predict, dtype=torch.long).reshape(-1, 3).to(device)
+    return AlignedRows(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+        prefix=prefix,
+        predict_row=rows_columns_labels[:, 0],
+        predict_column=rows_columns_labels[:, 1],
+        labels=rows_columns_labels[:, 2],
+    )
+
+
+class TextEncoder:
+    """Encodes requests and probes with one tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer of the transformers library.
+        max_length: Longest row, in tokens, that the model can read.
+
+    Raises:
+        TypeError: If the tokenizer gives no character offsets.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TypeError(
+                f"{type(tokenizer).__name__} gives no character offsets, which find the subject's tokens; "
+                "load the fast tokenizer of this model (AutoTokenizer does where one exists)"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        pad_id = tokenizer.pad_token_id
+        self.pad_id: int = 0 if pad_id is None else pad_id
+
+    def edit(
+        self,
+        request: EditRequest,
+        contexts: Sequence[str] = ("",),
+        fact_token: FactToken = "subject_last",
+        kl_position: Literal["subject", "last"] = "subject",
+    ) -> EncodedEdit:
+        """Encode every row that the optimisation of one edit needs.
+
+        Args:
+            request: The edit.
+            contexts: Texts put before the prompt; the first must be empty (the bare prompt).
+            fact_token: Which token is looked up.
+            kl_position: Where the divergence is taken: at the lookup token, as in the public code, or at the end
+                of "{subject} is a", as in the paper (Meng et al. 2022, Eq. 4).
+
+        Raises:
+            RequestError: If a row is longer than the model can read, or a target cannot be separated from its prompt.
+        """
+        if fact_token not in get_args(FactToken):
+            raise ValueError(f"fact_token is {fact_token!r}; expected one of {get_args(FactToken)}")
+        if not contexts or contexts[0]:
+            raise ValueError("the first context must be the empty text: the bare prompt")
+        rows = []
+        for context in contexts:
+            start, end = request.span[0] + len(context), request.span[1] + len(context)
+            rows.append(self._row(request, context + request.prompt, (start, end), fact_token))
+        ids, spans = self._encode(request.subject + " is a")
+        lookup = self._lookup(request, spans, (0, len(request.subject)), len(ids), fact_token)
+        first = lookup if kl_position == "subject" else len(ids) - 1
+        return EncodedEdit(tuple(rows), EncodedRow(ids, lookup, (), first))
+
+    def continuation(self, prompt: str, target: str, request: EditRequest) -> EncodedRow:
+        """Encode a prompt and the target after it; the lookup token is the prompt's last token."""
+        return self._row(request, prompt, None, "last", target)
+
+    def prompt(self, text: str) -> EncodedRow:
+        """Encode a text that has no target; the lookup token is its last."""
+        ids, _ = self._encode(text)
+        return EncodedRow(ids, len(ids) - 1, (), len(ids) - 1)
+
+    def check_probes(self, request: EditRequest) -> None:
+        """Encode every probe of a request, so that one the model cannot read is known before any edit.
+
+        Raises:
+            RequestError: For the first such probe.
+        """
+        for target in filter(None, (request.target_new, request.target_true)):
+            for prompt in (request.prompt, *request.paraphrases, *request.neighbours):
+                self.continuation(prompt, target, request)
+
+    def describe(self, request: EditRequest, fact_token: FactToken) -> tuple[str, str]:
+        """The lookup token and the target of the bare prompt, as pieces of text for a reader."""
+        row = self._row(request, request.prompt, request.span, fact_token)
+        decode = self.tokenizer.decode
+        return decode([row.ids[row.lookup]]), "|".join(decode([token]) for token in row.target)
+
+    def _row(
+        self,
+        request: EditRequest,
+        prompt: str,
+        subject: tuple[int, int] | None,
+        fact_token: FactToken,
+        target: str | None = None,
+    ) -> EncodedRow:
+        target = request.target_new if target is None else target
+        # White space at the prompt's end belongs to the target's first token ("the violin" is "the" + " violin").
+        bare = prompt.rstrip()
+        gap = prompt[len(bare) :]
+        if not gap and not target[0].isspace() and self._space_belongs(bare, target, request.target_space):
+            gap = " "
+        ids, spans, boundary = self._encode_pair(bare, gap + target, request)
+        if len(ids) - 1 > self.max_length:
+            raise request.error(
+                "target_new", f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them"
+            )
+        lookup = boundary - 1 if subject is None else self._lookup(request, spans, subject, boundary, fact_token)
+        return EncodedRow(ids[:-1], lookup, ids[boundary:], boundary - 1)
+
+    def _encode_pair(
+        self, prompt: str, target: str, request: EditRequest
+    ) -> tuple[tuple[int, ...], list[tuple[int, int]], int]:
+        """Ids and spans of the joined text, and the index of the target's first token."""
+        ids, spans = self._encode(prompt + target)
+        edge = len(prompt)
+        boundary = next((i for i, (start, end) in enumerate(spans) if end > max(start, edge)), len(ids))
+        if boundary == len(ids) or boundary == 0:
+            raise request.error("target_new", f"{target!r} gives no token of its own after {prompt!r}")
+        if spans[boundary][0] >= edge:
+            return ids, spans, boundary
+        # A token spans both sides (scripts without spaces). Whoever prompts the model encodes the prompt alone, so
+        # the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new text.
+        head, head_spans = self._encode(prompt)
+        tail, tail_spans = self._encode("\n" + target, special=False)
+        kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
+        if not kept or tail_spans[kept[0]][0] < 1:
+            raise request.error("target_new", f"the tokenizer merges {prompt!r} and {target!r}; reword the prompt's end")
+        spans = head_spans + [(edge + tail_spans[i][0] - 1, edge + tail_spans[i][1] - 1) for i in kept]
+        return head + tuple(tail[i] for i in kept), spans, len(head)
+
+    def _encode(self, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        flags = list(encoded["special_tokens_mask"])
+        while ids and flags[len(ids) - 1] and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
+            ids.pop()  # an EOS that the tokenizer appends would stand between prompt and answer
+        for i, (start, end) in enumerate(spans):
+            # Byte-level tokenizers trim white space off offsets, which leaves a lone space with an empty span.
+            if start == end and not flags[i] and i > 0:
+                spans[i] = (spans[i - 1][1], end)
+        return tuple(ids), [(int(start), int(end)) for start, end in spans[: len(ids)]]
+
+    @staticmethod
+    def _lookup(
+        request: EditRequest,
+        spans: Sequence[tuple[int, int]],
+        subject: tuple[int, int],
+        prompt_length: int,
+        fact_token: FactToken,
+    ) -> int:
+        if fact_token == "last":
+            return prompt_length - 1
+        start, end = subject
+        covering = [i for i, span in enumerate(spans[:prompt_length]) if max(span[0], start) < min(span[1], end)]
+        if not covering:
+            raise request.error("subject", f"no token of the prompt covers {request.subject!r}")
+        if fact_token == "subject_first":
+            return covering[0]
+        if fact_token == "subject_first_after_last":
+            # A subject at the prompt's end has no token after it: the last one stands in, as in the public code.
+            return min(covering[-1] + 1, prompt_length - 1)
+        return covering[-1]
+
+    def _space_belongs(self, prompt: str, target: str, forced: bool | None) -> bool:
+        """Whether a space joins prompt and target."""
+        if forced is not None:
+            return forced
+        left, right = prompt[-1], target[0]
+        if _writes_without_spaces(left) or _writes_without_spaces(right):
+            return False
+        if left in "([{<«“‘¿¡/-–—'’@#$€£_" or right in ")]}>»”’.,;:!?%/-–—'…":
+            return False
+        # Most tokenizers fuse a space with what follows it. One that makes it a token of its own before this target
+        # does not expect it there, unless a word follows a word.
+        separate = any(end == 2 for _, end in self._encode(f"a {target}", special=False)[1])
+        return not separate or (left.isalnum() and right.isalnum())
+
+
+_SPACELESS = frozenset(
+    ["CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "FULLWIDTH", "IDEOGRAPHIC"]
+)
+
+
+def _writes_without_spaces(character: str) -> bool:
+    """Whether the character's script puts no space between words."""
+    return unicodedata.name(character, "").split(" ")[0].split("-")[0] in _SPACELESS

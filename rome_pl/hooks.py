@@ -1,0 +1,166 @@
+"""Context managers that look into a model or change one forward of it, and leave nothing behind."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome_pl.architecture import decoder_layers
+
+__all__ = ["add_at_column", "capture_columns", "capture_input", "frozen", "head_on", "run_from_layer", "seeded"]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every module's own mode and every flag restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators seeded inside; the CPU's and the device's own state restored after."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def hash_seed(*parts: object) -> int:
+    """A seed that depends on every part and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+@contextmanager
+def capture_columns(projection: nn.Module, rows: int, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep a projection's input and output at some columns of the sequence.
+
+    Args:
+        projection: The module; its input may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        rows: Number of rows of the batch.
+        columns: Columns to keep.
+
+    Yields:
+        A mapping that holds ``input`` and ``output``, ``[rows, columns, d]``, once the model has run.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept["input"] = inputs[0].reshape(rows, -1, inputs[0].shape[-1])[:, columns].detach().clone()
+        kept["output"] = output.reshape(rows, -1, output.shape[-1])[:, columns].detach().clone()
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_input(module: nn.Module, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep the hidden states ``[rows, columns, d]`` that enter a decoder layer, under ``hidden``."""
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kept["hidden"] = hidden[:, columns].detach().clone()
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def add_at_column(projection: nn.Module, delta: Tensor, column: int = 0) -> Iterator[None]:
+    """Add ``delta``, ``[rows, d_value]``, to a projection's output at one column."""
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = output.reshape(delta.shape[0], -1, output.shape[-1])
+        moved = rows[:, column : column + 1] + delta.to(output.dtype).unsqueeze(1)
+        return torch.cat([rows[:, :column], moved, rows[:, column + 1 :]], dim=1).reshape(output.shape)
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Run the head on chosen positions only; the model then returns logits ``[1, positions, vocabulary]``.
+
+    Hooking the head keeps what some families do to logits afterwards (scaling, soft-capping).
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a decoder layer that need not run; answers in the form the family's layers answer in."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return self.answer(hidden_states)
+
+
+@contextmanager
+def run_from_layer(model: nn.Module, layer: int, hidden: Tensor, answer: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Skip the decoder layers below ``layer`` and feed it ``hidden`` instead of what the embedding gave.
+
+    Args:
+        model: The language model.
+        layer: First decoder layer that runs.
+        hidden: Hidden states that enter it, ``[rows, length, d]``.
+        answer: Wraps hidden states the way this family's layers return them, see :func:`layer_answer`.
+    """
+    _, layers = decoder_layers(model)
+
+    def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    skipped: Sequence[nn.Module] = list(layers)[:layer]
+    handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
+    try:
+        for index in range(layer):
+            layers[index] = _PassThrough(answer)
+        yield
+    finally:
+        for index, module in enumerate(skipped):
+            layers[index] = module
+        handle.remove()
+
+
+def layer_answer(output: Any) -> Callable[[Tensor], Any]:
+    """How to wrap hidden states like ``output``, one decoder layer's own return value."""
+    if isinstance(output, tuple):
+        padding = (None,) * (len(output) - 1)
+        return lambda hidden: (hidden, *padding)
+    return lambda hidden: hidden

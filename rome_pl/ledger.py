@@ -1,0 +1,62 @@
+"""The ledger: the append-only record of a run's edits, on disk.
+
+Each applied edit leaves one safetensors shard (keys, value, factors of the update), written to a temporary name,
+synced and renamed; then one line of JSON is appended and synced, and that line is the commit. A record is complete or
+absent. A later line about the same edit changes its status.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from rome_pl.weights import Written
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Appends edits to a folder.
+
+    Args:
+        folder: Holds ``edits.jsonl`` and ``shards/``; created if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        self._lines = folder / "edits.jsonl"
+
+    def append(self, record: Mapping[str, Any], written: Written | None = None) -> None:
+        """Append one record, with the tensors of its write if there was one; returns once it is on disk.
+
+        Args:
+            record: Plain values; ``index`` names the shard.
+            written: Keys, value and factors.
+        """
+        line = dict(record)
+        if written is not None:
+            line["shard"] = f"{line['index']:06d}.safetensors"
+            self._write_shard(self.folder / "shards" / line["shard"], written)
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def _write_shard(path: Path, written: Written) -> None:
+        tensors = {
+            "key_shape": written.assertion.shape,
+            "key_at": written.assertion.at,
+            "value": written.assertion.value,
+            "left": written.update.left,
+            "right": written.update.right,
+        }
+        work = path.with_suffix(".tmp")
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
+        work.replace(path)

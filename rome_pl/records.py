@@ -1,0 +1,234 @@
+"""Files of edit requests: reading them, recognising their form, turning each record into an :class:`EditRequest`.
+
+Three forms are known: CounterFact as published (Meng et al. 2022, section 3.2), EasyEdit's flat form, and a short list.
+A record that cannot be used becomes an :class:`InvalidRecord`; the others are not lost.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rome_pl.requests import EditRequest, RequestError
+
+__all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
+
+
+SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
+"""Files that hold records."""
+
+
+class DataError(ValueError):
+    """A file or data set that cannot be used at all."""
+
+
+@dataclass(frozen=True)
+class InvalidRecord:
+    """A record that was skipped, with the reason."""
+
+    index: int
+    case_id: str | int | None
+    field: str
+    message: str
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """A line that is no record; kept in place so that positions stay those of the file."""
+
+    place: str
+    message: str
+
+
+def read_records(path: str | Path) -> list[Any]:
+    """Read the raw records of a JSON, JSONL or YAML file.
+
+    Args:
+        path: File ending in ``.json``, ``.jsonl``, ``.yaml`` or ``.yml``.
+
+    Returns:
+        One entry per record, in file order. A malformed JSONL line is kept as a marker that
+        :func:`parse_records` reports as an invalid record.
+
+    Raises:
+        DataError: If the file is missing, not UTF-8, not parseable as a whole, empty, or no list of records.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a JSON, JSONL or YAML file of edit requests")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    match path.suffix.lower():
+        case ".jsonl":
+            records = _read_json_lines(path, text)
+        case ".json":
+            try:
+                records = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+        case ".yaml" | ".yml":
+            try:
+                records = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise DataError(f"{path}: malformed YAML: {error}") from error
+        case suffix:
+            raise DataError(f"{path}: unknown file type '{suffix}'; expected one of {', '.join(SUFFIXES)}")
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of records, got {type(records).__name__}")
+    if not records:
+        raise DataError(f"{path}: holds no records")
+    return records
+
+
+def _read_json_lines(path: Path, text: str) -> list[Any]:
+    records: list[Any] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            place = f"{path}, line {number}"
+            records.append(_Malformed(place, f"malformed JSON at column {error.colno}: {error.msg}"))
+    return records
+
+
+def parse_records(
+    records: Iterable[Any], source: str, form: str | None = None
+) -> tuple[list[EditRequest], list[InvalidRecord]]:
+    """Turn raw records into requests.
+
+    Args:
+        records: Mappings, as :func:`read_records` or a ``datasets`` data set gives them.
+        source: File or data set name, for error messages.
+        form: ``counterfact``, ``flat`` or ``short``; ``None`` recognises it from the first record.
+
+    Returns:
+        The valid requests in order, and the records that were refused with the field and reason.
+
+    Raises:
+        DataError: If the form is unknown; the message lists the fields seen.
+    """
+    requests: list[EditRequest] = []
+    invalid: list[InvalidRecord] = []
+    seen: set[str] = set()
+    for index, record in enumerate(records):
+        if isinstance(record, _Malformed):
+            invalid.append(InvalidRecord(index, None, "(line)", f"{record.place}: {record.message}"))
+            continue
+        if not isinstance(record, Mapping):
+            message = f"{source}, record {index}: expected a mapping of fields, got {type(record).__name__}"
+            invalid.append(InvalidRecord(index, None, "(record)", message))
+            continue
+        form = form or _recognise(record, source)
+        case_id = record.get("case_id", index)
+        try:
+            if not isinstance(case_id, int | str):
+                raise RequestError("case_id", f"expected a number or text, got {type(case_id).__name__}")
+            if str(case_id) in seen:
+                raise RequestError("case_id", f"{case_id!r} occurs twice; results could not be told apart")
+            values = _FORMS[form](record)
+            requests.append(EditRequest(case_id=case_id, source=source, **values))
+            seen.add(str(case_id))
+        except RequestError as error:
+            complete = RequestError(error.field, error.message, case_id=str(case_id), source=source)
+            invalid.append(InvalidRecord(index, str(case_id), error.field, str(complete)))
+    return requests, invalid
+
+
+_SHORT_FIELDS = {field.name for field in fields(EditRequest)} - {"source"}
+_FLAT_ONLY = {"ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"}
+
+
+def _recognise(record: Mapping[str, Any], source: str) -> str:
+    if "requested_rewrite" in record:
+        return "counterfact"
+    if {"prompt", "subject", "target_new"} <= set(record):
+        return "flat" if _FLAT_ONLY & set(record) else "short"
+    raise DataError(
+        f"{source}: unknown form of record, with the fields {sorted(map(str, record))}. Known forms: CounterFact "
+        "('requested_rewrite', …), EasyEdit's flat form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
+        "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
+    )
+
+
+def _required(record: Mapping[str, Any], name: str, parent: str = "") -> Any:
+    if record.get(name) is None:
+        raise RequestError(parent + name, "is missing")
+    return record[name]
+
+
+def _prompts(record: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = record.get(name)
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+def _from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
+    rewrite = _required(record, "requested_rewrite")
+    if not isinstance(rewrite, Mapping):
+        raise RequestError("requested_rewrite", f"expected a mapping, got {type(rewrite).__name__}")
+    parent = "requested_rewrite."
+    template, subject = _required(rewrite, "prompt", parent), _required(rewrite, "subject", parent)
+    if not isinstance(template, str) or not isinstance(subject, str):
+        raise RequestError(parent + "prompt", "prompt and subject must be text")
+    if template.count("{}") != 1:
+        raise RequestError(parent + "prompt", f"expected exactly one '{{}}' in the template, got {template!r}")
+    if not subject.strip():
+        raise RequestError(parent + "subject", "is empty; give the text or remove the record")
+    head, tail = template.split("{}")
+    targets = {}
+    for name in ("target_new", "target_true"):
+        target = rewrite.get(name)
+        if target is None and name == "target_true":
+            continue
+        if not isinstance(target, Mapping) or "str" not in target:
+            raise RequestError(parent + name, "expected a mapping with the text under 'str'")
+        targets[name] = target["str"]
+    return {
+        "prompt": head + subject + tail,
+        "subject": subject,
+        "subject_span": (len(head), len(head) + len(subject)),
+        "paraphrases": _prompts(record, "paraphrase_prompts"),
+        "neighbours": _prompts(record, "neighborhood_prompts"),
+        "relation": rewrite.get("relation_id"),
+        **targets,
+    }
+
+
+def _from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    # The flat form's rephrase_prompt is most often one of CounterFact's generation prompts, not a paraphrase, so it
+    # is not scored as one. Its locality prompt is a neighbour only if it shares the true answer.
+    truth = record.get("ground_truth")
+    shares_answer = truth is not None and record.get("locality_ground_truth") == truth
+    return {
+        "prompt": _required(record, "prompt"),
+        "subject": _required(record, "subject"),
+        "target_new": _required(record, "target_new"),
+        "target_true": truth,
+        "neighbours": _prompts(record, "locality_prompt") if shares_answer else (),
+    }
+
+
+def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(map(str, record)) - _SHORT_FIELDS
+    if unknown:
+        name = sorted(unknown)[0]
+        raise RequestError(name, f"unknown field; known fields are {sorted(_SHORT_FIELDS)}")
+    for name in ("prompt", "subject", "target_new"):
+        _required(record, name)
+    values = {name: value for name, value in record.items() if name != "case_id" and value is not None}
+    return values | {name: _prompts(record, name) for name in ("paraphrases", "neighbours")}
+
+
+_FORMS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "counterfact": _from_counterfact,
+    "flat": _from_flat,
+    "short": _from_short,
+}

@@ -1,0 +1,127 @@
+"""The weight being edited: a float64 master, written to the model in one rounding, undone bit for bit.
+
+The state is the original weight plus the ordered list of assertions written so far. A subset is undone by replaying
+the closed form for the others: dropping one update alone would leave the later ones solved against a weight that
+still held it.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rome_pl.architecture import RewriteSite
+from rome_pl.rank_one import Assertion, Update, rank_one_update
+
+__all__ = ["EditedWeight", "Written"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One write.
+
+    Args:
+        name: Identifier of the edit.
+        assertion: What it asserts.
+        update: The resulting change of the master.
+        realised: How much of the wanted change at the key survives in the model's dtype: the projection of the
+            change the model makes on the change wanted, 1 if nothing is lost.
+    """
+
+    name: str
+    assertion: Assertion
+    update: Update
+    realised: float
+
+
+@dataclass
+class EditedWeight:
+    """The rewrite site's weight with its edits.
+
+    Args:
+        site: The projection.
+        metric: Applies ``M`` to keys ``[n, d_key]``.
+    """
+
+    site: RewriteSite
+    metric: Callable[[Tensor], Tensor]
+    written: list[Written] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._original = self.site.weight.detach().clone()
+        self._master = self.site.matrix(self._original).double()
+        self._before_pending: Tensor | None = None
+
+    @property
+    def change(self) -> float:
+        """Frobenius norm of the master's change, relative to the original weight."""
+        original = self.site.matrix(self._original).double()
+        return float((self._master - original).norm() / original.norm())
+
+    def write(self, name: str, assertion: Assertion) -> Written:
+        """Write one edit; it stays pending until :meth:`commit`, and :meth:`revert` takes it back.
+
+        Raises:
+            DisablingEditError: If the update would explode; nothing is written.
+            ValueError: If the update is not finite; nothing is written.
+        """
+        assert self._before_pending is None, "the last write is neither committed nor reverted"
+        master, written = self._solve(self._master, name, assertion)
+        self._before_pending, self._master = self._master, master
+        self.written.append(written)
+        self._store(self._master)
+        return written
+
+    @property
+    def pending(self) -> bool:
+        """Whether a write awaits its verdict."""
+        return self._before_pending is not None
+
+    def commit(self) -> None:
+        """Keep the pending write."""
+        self._before_pending = None
+
+    def revert(self) -> None:
+        """Take the pending write back, if there is one; the weight is bit for bit what it was before."""
+        if self._before_pending is None:
+            return
+        self._master, self._before_pending = self._before_pending, None
+        self.written.pop()
+        self._store(self._master)
+
+    def remove(self, names: Collection[str]) -> None:
+        """Undo edits by name, replaying the others in order on the original weight.
+
+        Raises:
+            KeyError: If a name was not written.
+        """
+        missing = set(names) - {written.name for written in self.written}
+        if missing:
+            raise KeyError(f"not written, or undone already: {sorted(missing)}")
+        kept = [written for written in self.written if written.name not in names]
+        master, replayed = self.site.matrix(self._original).double(), []
+        for written in kept:
+            master, again = self._solve(master, written.name, written.assertion)
+            replayed.append(again)
+        self._master, self.written, self._before_pending = master, replayed, None
+        self._store(master)
+
+    def _solve(self, master: Tensor, name: str, assertion: Assertion) -> tuple[Tensor, Written]:
+        update = rank_one_update(master, self.site.bias, assertion, self.metric)
+        changed = torch.addmm(master, update.left.T, update.right)
+        if not bool(changed.isfinite().all()):
+            raise ValueError(f"edit {name}: the update is not finite")
+        at = assertion.at.double()
+        wanted = at @ (changed - master).T
+        dtype = self._original.dtype
+        real = at @ (changed.to(dtype).double() - master.to(dtype).double()).T
+        realised = float((real * wanted).sum() / (wanted * wanted).sum().clamp(min=torch.finfo(torch.float64).tiny))
+        return changed, Written(name, assertion, update, realised)
+
+    def _store(self, master: Tensor) -> None:
+        weight = self.site.weight
+        # With no edit left the original itself goes back: a float64 round trip would be exact too, but this cannot fail.
+        stored = self._original if not self.written else self.site.matrix(master).to(weight.dtype)
+        with torch.no_grad():
+            weight.copy_(stored)
