@@ -35,7 +35,9 @@ class EditCommit(Callback):
         session = session_of(pl_module)
         if edit.status is EditStatus.PENDING:
             if not session.weight.pending:
-                raise RuntimeError("EditCommit found no write to keep: list RankOneWriter before it (see default_callbacks)")
+                raise RuntimeError(
+                    "EditCommit found no write to keep: list RankOneWriter before it (see default_callbacks)"
+                )
             edit.status = EditStatus.APPLIED
         if session.sequential:
             session.weight.commit()

@@ -11,7 +11,9 @@ class EditProgressBar(RichProgressBar):
     """Lightning's Rich progress bar, naming what it counts: edits, with the last one's loss and target probability."""
 
     @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

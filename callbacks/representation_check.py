@@ -76,7 +76,10 @@ class RepresentationCheck(Callback):
         for written in session.weight.written:
             overlap = _cosine(session.weight.metric, key, written.assertion.shape[0])
             if abs(overlap) > self.largest_overlap:
-                findings.append(f"the key all but equals that of record {written.name} (cosine {overlap:.2f}): one fact may undo the other")
+                findings.append(
+                    f"the key all but equals that of record {written.name} (cosine {overlap:.2f}): "
+                    "one fact may undo the other"
+                )
         return findings
 
 

@@ -28,7 +28,10 @@ class RunReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = False
-        write_json(Path(trainer.default_root_dir) / "manifest.json", manifest(session_of(pl_module), int(pl_module.hparams["seed"])))
+        write_json(
+            Path(trainer.default_root_dir) / "manifest.json",
+            manifest(session_of(pl_module), int(pl_module.hparams["seed"])),
+        )
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,5 +55,8 @@ class RunReport(Callback):
         if len(shown) < len(session.edits):
             console.print(f"({len(session.edits) - len(shown)} more edits in {path})")
         console.print(score_table(content))
-        counts = ", ".join(f"{content['n_' + name]} {name.replace('_', ' ')}" for name in ("applied", "rejected", "skipped", "rolled_back"))
+        counts = ", ".join(
+            f"{content['n_' + name]} {name.replace('_', ' ')}"
+            for name in ("applied", "rejected", "skipped", "rolled_back")
+        )
         console.print(f"{content['n_requested']} requested: {counts}. Results in {path}")

@@ -107,7 +107,9 @@ class StateCheck(Callback):
         if not change <= self.largest_change:
             failures.append(f"the weight changed by {change:.2f} of its norm (largest_change: {self.largest_change})")
         if agreement < self.least_canary_agreement:
-            failures.append(f"{agreement:.0%} of the canaries hold (least_canary_agreement: {self.least_canary_agreement})")
+            failures.append(
+                f"{agreement:.0%} of the canaries hold (least_canary_agreement: {self.least_canary_agreement})"
+            )
         session.state_checks.append(
             {"edits": edits, "finite": finite, "change": change, "canary_agreement": agreement, "failures": failures}
         )
@@ -119,5 +121,12 @@ class StateCheck(Callback):
         for edit in self._since_good:
             edit.decide(EditStatus.ROLLED_BACK, finding)
             if session.ledger is not None:
-                session.ledger.append({"index": edit.index, "case_id": edit.request.case_id, "status": str(edit.status), "reason": finding})
+                session.ledger.append(
+                    {
+                        "index": edit.index,
+                        "case_id": edit.request.case_id,
+                        "status": str(edit.status),
+                        "reason": finding,
+                    }
+                )
         self._since_good = []

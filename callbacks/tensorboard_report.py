@@ -42,7 +42,9 @@ class TensorBoardReport(Callback):
             scalars["edit/update_norm"] = edit.written.update.norm
         scalars["stream/weight_change"] = session.weight.change
         done = [other.scores["immediate"] for other in session.edits if "immediate" in other.scores]
-        scalars |= {f"running/{name}": entry["value"] for name, entry in summarise(done).items() if entry["value"] is not None}
+        scalars |= {
+            f"running/{name}": entry["value"] for name, entry in summarise(done).items() if entry["value"] is not None
+        }
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=edit.index)
             if isinstance(logger, TensorBoardLogger) and edit.steps and edit.index < self.pictures:
@@ -52,7 +54,9 @@ class TensorBoardReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         final = [edit.scores["final"] for edit in session.edits if "final" in edit.scores]
-        scalars = {f"final/{name}": entry["value"] for name, entry in summarise(final).items() if entry["value"] is not None}
+        scalars = {
+            f"final/{name}": entry["value"] for name, entry in summarise(final).items() if entry["value"] is not None
+        }
         scalars |= {f"perplexity/{moment}": value for moment, value in session.perplexity.items()}
         if scalars:
             for logger in trainer.loggers:

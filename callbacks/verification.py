@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditStatus, session_of
+from rome_pl.edit import Edit, EditSession, EditStatus, session_of
 
 __all__ = ["Verification"]
 
@@ -41,12 +41,18 @@ class Verification(Callback):
         if edit.status is not EditStatus.PENDING:
             return
         if edit.written is None or not session.weight.pending:
-            raise RuntimeError("Verification found no write to verify: list RankOneWriter before it (see default_callbacks)")
-        assert edit.encoded is not None
-        edit.after = session.measure_target(edit.encoded.rows[0]).probability
-        reason = None
-        if not edit.after >= self.least_probability:  # also catches NaN
-            reason = f"after the write the target has probability {edit.after:.2g}, below {self.least_probability:g}"
+            raise RuntimeError(
+                "Verification found no write to verify: list RankOneWriter before it (see default_callbacks)"
+            )
+        reason = self._judge(session, edit)
         if reason is not None:
             session.weight.revert()
             edit.decide(EditStatus.REJECTED, reason + "; the weights are as before this edit")
+
+    def _judge(self, session: EditSession, edit: Edit) -> str | None:
+        """Measure the target; the reason for a rejection, if there is one."""
+        assert edit.encoded is not None
+        edit.after = session.measure_target(edit.encoded.rows[0]).probability
+        if edit.after >= self.least_probability:
+            return None
+        return f"after the write the target has probability {edit.after:.2g}, below {self.least_probability:g}"

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -75,7 +76,8 @@ class RequestDataModule(LightningDataModule):
 
 def request_loader(requests: list[EditRequest]) -> DataLoader[EditRequest]:
     """A loader that gives :class:`RomeModule` one request at a time, in order."""
-    return DataLoader(requests, batch_size=None)  # type: ignore[arg-type]  # any sequence serves as a data set
+    # A generator of its own: a loader would otherwise draw from the global one.
+    return DataLoader(requests, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 def _from_hub(name: str, split: str, limit: int | None) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
+from rome_pl.architecture import UnsupportedModelError
 from rome_pl.callbacks import (
     EditCommit,
     EditProgressBar,
@@ -22,7 +24,6 @@ from rome_pl.callbacks import (
     TensorBoardReport,
     Verification,
 )
-from rome_pl.architecture import UnsupportedModelError
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.language_model import SourceError
@@ -91,9 +92,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 all edits applied, 3 some were not, 2 bad configuration, 130 interrupted.
     """
+    _quieten()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpcore", "huggingface_hub", "datasets", "absl", "torch", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         cli = RomeCLI(
             model_class=RomeModule,
@@ -127,6 +127,20 @@ def main(args: Sequence[str] | None = None) -> int:
 def run() -> None:
     """Entry point of the ``rome-pl`` command."""
     sys.exit(main())
+
+
+def _quieten() -> None:
+    """Silence what libraries say about things that are meant to be so; one reason each."""
+    for noisy in ("httpx", "httpcore", "huggingface_hub", "datasets", "absl", "torch", "fsspec", "lightning.pytorch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for message in (
+        "LightningCLI's args parameter",  # main() passes the arguments on after replacing config names
+        "Found .* module.s. in eval mode",  # the language model is frozen
+        "You have overridden `.*` in `LightningModule`",  # the module encodes requests: it holds the tokenizer
+        "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning's own use of torch
+        "The 'train_dataloader' does not have many workers",  # requests are text in memory
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 _FLAGS = {"--dry_run": "--dry_run", "--dry-run": "--dry_run", "--overwrite": "--overwrite"}

@@ -1,4 +1,7 @@
-"""Contexts: short texts put before the prompt, so that an edit holds wherever the subject stands (Meng et al. 2022, Eq. 3)."""
+"""Contexts: short texts put before the prompt, so that an edit holds wherever the subject stands.
+
+Meng et al. 2022, Eq. 3.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +12,7 @@ from rome_pl.language_model import LanguageModel
 
 __all__ = ["DEFAULT_LENGTH_PARAMS", "OPENERS", "generate_contexts", "join_contexts"]
 
-DEFAULT_LENGTH_PARAMS = ((5, 10), (10, 10))
+DEFAULT_LENGTH_PARAMS = [[5, 10], [10, 10]]
 """Published setting: 10 contexts of about 5 tokens and 10 of about 10."""
 
 OPENERS = ("The", "In", "It", "When", "A")
@@ -34,7 +37,9 @@ def generate_contexts(language_model: LanguageModel, length_params: Sequence[Seq
     contexts: list[str] = []
     for pair in length_params:
         if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"context_template_length_params: expected pairs [tokens, number], both positive, got {list(pair)}")
+            raise ValueError(
+                f"context_template_length_params: expected pairs [tokens, number], both positive, got {list(pair)}"
+            )
         length, number = pair
         for index, opener in enumerate(OPENERS):
             rows = len(range(index, number, len(OPENERS)))

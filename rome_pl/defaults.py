@@ -7,8 +7,8 @@ __all__ = ["default_layer"]
 
 log = logging.getLogger(__name__)
 
-# (model_type, number of layers, hidden size) -> layer. GPT-2 XL and GPT-J: Meng et al. 2022; the 7-8B models: EasyEdit's
-# published settings; SmolLM2-135M: measured in docs/smollm2.md.
+# (model_type, number of layers, hidden size) -> layer. GPT-2 XL and GPT-J: Meng et al. 2022; the 7-8B models:
+# EasyEdit's published settings; SmolLM2-135M: measured, see docs/smollm2.md.
 _KNOWN = {
     ("gpt2", 48, 1600): 17,
     ("gptj", 28, 4096): 5,

@@ -54,7 +54,8 @@ class RomeModule(LightningModule):
         kl_position: Where the divergence is taken: ``subject`` (the lookup token, as in the public code) or ``last``
             (the end of "… is a", as in the paper).
         stop_loss: The optimisation ends when the total loss falls below this.
-        stop_probability: It also ends when the target's probability (geometric mean over contexts and tokens) exceeds this.
+        stop_probability: It also ends when the target's probability (geometric mean over contexts and tokens) exceeds
+            this.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Contexts of your own, in any language, instead of generated ones.
@@ -85,7 +86,7 @@ class RomeModule(LightningModule):
         stop_loss: float = 0.05,
         stop_probability: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.Adam,
-        context_template_length_params: list[list[int]] = [list(pair) for pair in DEFAULT_LENGTH_PARAMS],  # noqa: B006
+        context_template_length_params: list[list[int]] = DEFAULT_LENGTH_PARAMS,
         contexts: list[str] | None = None,
         on_error: Literal["skip", "stop"] = "skip",
         seed: int = 0,
@@ -129,7 +130,9 @@ class RomeModule(LightningModule):
     def configure_model(self) -> None:
         """Load the model, on first use."""
         if self.language_model is None:
-            loaded = load_language_model(self.hparams["pretrained"], self.hparams["dtype"], self.hparams["allow_pickle"])
+            loaded = load_language_model(
+                self.hparams["pretrained"], self.hparams["dtype"], self.hparams["allow_pickle"]
+            )
             self._adopt(loaded)
 
     def configure_optimizers(self) -> Optimizer:
@@ -142,7 +145,9 @@ class RomeModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check how the Trainer is set, and prepare what all edits share."""
         if self.trainer.max_epochs != 1:
-            raise ValueError(f"max_epochs is {self.trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)")
+            raise ValueError(
+                f"max_epochs is {self.trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"
+            )
         if self.trainer.world_size > 1:
             raise ValueError("edits run on one device; use Trainer(devices=1)")
         assert self.language_model is not None
@@ -250,7 +255,10 @@ class RomeModule(LightningModule):
             edit.steps.append(_record(losses))
             last = edit.steps[-1]
             if not math.isfinite(last.loss):
-                edit.decide(EditStatus.SKIPPED, f"the loss became {last.loss} at step {step}; lower v_lr, or load the model in float32")
+                edit.decide(
+                    EditStatus.SKIPPED,
+                    f"the loss became {last.loss} at step {step}; lower v_lr, or load the model in float32",
+                )
                 return
             if last.loss < hparams["stop_loss"] or last.probability > hparams["stop_probability"] or step == steps - 1:
                 break
@@ -273,7 +281,9 @@ class RomeModule(LightningModule):
         self.language_model = language_model
         self.model = language_model.model  # registered, so that Lightning moves it to the device
         weight = self._site.weight
-        self.delta = torch.nn.Parameter(torch.zeros(self._site.d_value, dtype=dtype_of_delta(weight), device=weight.device))
+        self.delta = torch.nn.Parameter(
+            torch.zeros(self._site.d_value, dtype=dtype_of_delta(weight), device=weight.device)
+        )
 
     @property
     def _session(self) -> EditSession:

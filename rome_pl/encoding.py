@@ -59,8 +59,9 @@ class AlignedRows:
 
     Args:
         input_ids: Shape ``[rows, prefix + suffix]``.
-        attention_mask: Same shape, 1 for tokens and 0 for padding.
-        position_ids: Same shape, counted over tokens only.
+        attention_mask: Same shape, 0 for padding on the left. Padding on the right needs no mask, since no token looks
+            ahead, and gets none, so that none of its columns is left with nothing to attend to.
+        position_ids: Same shape, counted from each row's first token on.
         prefix: Number of columns before the lookup column.
         predict_row: Row of every position that predicts a target token, shape ``[targets]``.
         predict_column: Column of it in the whole row.
@@ -97,7 +98,7 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
     for index, row in enumerate(rows):
         start = prefix - row.lookup
         input_ids[index, start : start + len(row.ids)] = torch.tensor(row.ids)
-        mask[index, start : start + len(row.ids)] = 1
+        mask[index, start:] = 1
         predict += [(index, start + row.first + step, label) for step, label in enumerate(row.target)]
     rows_columns_labels = torch.tensor(predict, dtype=torch.long).reshape(-1, 3).to(device)
     return AlignedRows(
@@ -207,7 +208,8 @@ class TextEncoder:
         ids, spans, boundary = self._encode_pair(bare, gap + target, request)
         if len(ids) - 1 > self.max_length:
             raise request.error(
-                "target_new", f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them"
+                "target_new",
+                f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them",
             )
         lookup = boundary - 1 if subject is None else self._lookup(request, spans, subject, boundary, fact_token)
         return EncodedRow(ids[:-1], lookup, ids[boundary:], boundary - 1)
@@ -219,7 +221,7 @@ class TextEncoder:
         ids, spans = self._encode(prompt + target)
         edge = len(prompt)
         boundary = next((i for i, (start, end) in enumerate(spans) if end > max(start, edge)), len(ids))
-        if boundary == len(ids) or boundary == 0:
+        if boundary == len(ids) or (boundary == 0 and spans[0][0] >= edge):
             raise request.error("target_new", f"{target!r} gives no token of its own after {prompt!r}")
         if spans[boundary][0] >= edge:
             return ids, spans, boundary
@@ -229,7 +231,9 @@ class TextEncoder:
         tail, tail_spans = self._encode("\n" + target, special=False)
         kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
         if not kept or tail_spans[kept[0]][0] < 1:
-            raise request.error("target_new", f"the tokenizer merges {prompt!r} and {target!r}; reword the prompt's end")
+            raise request.error(
+                "target_new", f"the tokenizer merges {prompt!r} and {target!r}; reword the prompt's end"
+            )
         spans = head_spans + [(edge + tail_spans[i][0] - 1, edge + tail_spans[i][1] - 1) for i in kept]
         return head + tuple(tail[i] for i in kept), spans, len(head)
 
@@ -243,8 +247,10 @@ class TextEncoder:
             ids.pop()  # an EOS that the tokenizer appends would stand between prompt and answer
         for i, (start, end) in enumerate(spans):
             # Byte-level tokenizers trim white space off offsets, which leaves a lone space with an empty span.
-            if start == end and not flags[i] and i > 0:
-                spans[i] = (spans[i - 1][1], end)
+            if start == end and not flags[i]:
+                spans[i] = (spans[i - 1][1] if i else 0, end)
+            elif start == 0 and not flags[i] and text[:end].strip() and not self.tokenizer.decode([ids[i]]).strip():
+                spans[i] = (0, 0)  # the mark that sentencepiece puts before a text borrows the first letter's span
         return tuple(ids), [(int(start), int(end)) for start, end in spans[: len(ids)]]
 
     @staticmethod
@@ -275,7 +281,7 @@ class TextEncoder:
         left, right = prompt[-1], target[0]
         if _writes_without_spaces(left) or _writes_without_spaces(right):
             return False
-        if left in "([{<«“‘¿¡/-–—'’@#$€£_" or right in ")]}>»”’.,;:!?%/-–—'…":
+        if left in _JOINS_RIGHT or right in _JOINS_LEFT:
             return False
         # Most tokenizers fuse a space with what follows it. One that makes it a token of its own before this target
         # does not expect it there, unless a word follows a word.
@@ -283,8 +289,26 @@ class TextEncoder:
         return not separate or (left.isalnum() and right.isalnum())
 
 
+_JOINS_RIGHT = frozenset("([{<«“‘¿¡/-–—'’@#$€£_")  # noqa: RUF001
+"""Characters that no space follows."""
+
+_JOINS_LEFT = frozenset(")]}>»”’.,;:!?%/-–—'…")  # noqa: RUF001
+"""Characters that no space precedes."""
+
 _SPACELESS = frozenset(
-    ["CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "FULLWIDTH", "IDEOGRAPHIC"]
+    [
+        "CJK",
+        "HIRAGANA",
+        "KATAKANA",
+        "BOPOMOFO",
+        "THAI",
+        "LAO",
+        "KHMER",
+        "MYANMAR",
+        "TIBETAN",
+        "FULLWIDTH",
+        "IDEOGRAPHIC",
+    ]
 )
 
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from rome_pl.architecture import decoder_layers
 
-__all__ = ["add_at_column", "capture_columns", "capture_input", "frozen", "head_on", "run_from_layer", "seeded"]
+__all__ = [
+    "add_at_column",
+    "capture_columns",
+    "capture_input",
+    "clean_padding",
+    "frozen",
+    "head_on",
+    "run_from_layer",
+    "seeded",
+]
 
 
 @contextmanager
@@ -83,6 +92,32 @@ def capture_input(module: nn.Module, columns: slice) -> Iterator[dict[str, Tenso
         yield kept
     finally:
         handle.remove()
+
+
+@contextmanager
+def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
+    """Zero the hidden states of padding as they enter each decoder layer.
+
+    A padding column on the left attends to nothing, which some attention kernels answer with NaN; and zero weight
+    times NaN is NaN for every token that comes later.
+
+    Args:
+        model: The language model.
+        attention_mask: ``[rows, length]``, 1 for tokens and 0 for padding.
+    """
+    padding = ~attention_mask.bool().unsqueeze(-1)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0].masked_fill(padding, 0.0), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(padding, 0.0)}
+
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in decoder_layers(model)[1]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

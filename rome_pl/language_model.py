@@ -12,11 +12,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
@@ -84,8 +87,11 @@ class LanguageModel:
     def fingerprint_below(self, site: RewriteSite) -> str:
         """Hash of the weights that the keys of ``site`` depend on, so of its layer and those below, but not itself."""
         list_name, _ = decoder_layers(self.model)
+        parameters = dict(self.model.named_parameters())
+        # Models register their modules in the order in which they run: embeddings of tokens and positions, their norm.
+        names = set(takewhile(lambda name: not name.startswith(f"{list_name}."), parameters))
         embedding = self.model.get_input_embeddings().weight
-        names = {name for name, parameter in self.model.named_parameters() if parameter is embedding}
+        names |= {name for name, parameter in parameters.items() if parameter is embedding}
         below = tuple(f"{list_name}.{layer}." for layer in range(site.layer + 1))
         projection = site.name.removesuffix("weight")
         names |= {n for n in self.digests if n.startswith(below) and not n.startswith(projection)}
@@ -120,11 +126,12 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
             trust_remote_code=False,
             use_safetensors=None if allow_pickle else True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise SourceError(
             f"cannot load '{source}' as a language model. It is neither a folder nor a GGUF file here, or it is not "
             "complete, or the Hugging Face hub does not know it or cannot be reached (offline?). Check the spelling; "
-            "offline, give a folder with config.json, tokenizer.json and safetensors weights. "
+            "offline, give a folder with config.json, tokenizer.json and safetensors weights "
+            "(allow_pickle also reads pytorch_model.bin). "
             f"The loader said: {str(error).strip().splitlines()[0]}"
         ) from error
     return LanguageModel(model.eval(), tokenizer, source)
@@ -153,8 +160,8 @@ def _resolve(source: str) -> str:
 
 
 def _file_in_package(source: str) -> Path:
-    name, separator, file = source.removeprefix("package:").partition("/")
-    if not separator:
+    name, _, file = source.removeprefix("package:").partition("/")
+    if not (name.isidentifier() and file):
         raise SourceError(f"'{source}': expected package:NAME/FILE")
     spec = importlib.util.find_spec(name)  # finds the folder without importing: the package's own code never runs
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -178,8 +185,11 @@ def _converted(gguf: Path) -> Path:
 
     log.warning("Converting %s to safetensors in %s (once, about half a minute)", gguf.name, target)
     options = {"gguf_file": gguf.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{gguf}: cannot be read as a GGUF model: {str(error).strip().splitlines()[0]}") from error
     # The weights are plain float32 now; what still calls the model quantised would keep it from being saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None

@@ -59,15 +59,12 @@ class ValueObjective:
         )
         # Every context shares the target's length up to tokenisation: average over tokens first, then over contexts.
         lengths = torch.tensor([len(row.target) for row in edit.rows], device=device)
-        self._weights = 1.0 / (lengths[rows.predict_row] * len(edit.rows))
+        self._shares = lengths[rows.predict_row] * len(edit.rows)
         self.base_output = prefix.outputs[0]
-        self._base_norm = self.base_output.to(torch.promote_types(self.base_output.dtype, torch.float32)).norm()
+        floating = torch.promote_types(self.base_output.dtype, torch.float32)
+        #: Norm of the projection's output at the bare prompt's lookup token: ``‖m_0‖``.
+        self.base_norm: Tensor = torch.linalg.vector_norm(self.base_output.to(floating))
         self._base_kl: Tensor | None = None
-
-    @property
-    def base_norm(self) -> Tensor:
-        """Norm of the projection's output at the bare prompt's lookup token: ``‖m_0‖``."""
-        return self._base_norm
 
     def __call__(self, delta: Tensor) -> Losses:
         """Evaluate at an offset ``[d_value]``; the first call must be at zero, where the divergence's reference is."""
@@ -75,13 +72,13 @@ class ValueObjective:
         logits = self.prefix.logits(delta.expand(count, -1), self._positions)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         at_targets = log_probs[:-1].gather(1, self.prefix.rows.labels.unsqueeze(1)).squeeze(1)
-        nll = -(at_targets * self._weights).sum()
+        nll = -(at_targets / self._shares).sum()
         at_kl = log_probs[-1]
         if self._base_kl is None:
             assert not delta.detach().any()  # the loop starts at zero
             self._base_kl = at_kl.detach()
         kl = self.kl_factor * (at_kl.exp() * (at_kl - self._base_kl)).sum()
-        decay = self.v_weight_decay * delta.norm() / self._base_norm**2
+        decay = self.v_weight_decay * delta.norm() / self.base_norm**2
         return Losses(nll, kl, decay)
 
 

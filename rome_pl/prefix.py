@@ -17,7 +17,16 @@ from transformers import DynamicCache
 
 from rome_pl.architecture import RewriteSite, decoder_layers
 from rome_pl.encoding import AlignedRows, EncodedRow, align
-from rome_pl.hooks import add_at_column, capture_columns, capture_input, frozen, head_on, layer_answer, run_from_layer
+from rome_pl.hooks import (
+    add_at_column,
+    capture_columns,
+    capture_input,
+    clean_padding,
+    frozen,
+    head_on,
+    layer_answer,
+    run_from_layer,
+)
 
 __all__ = ["PrefixPass", "run_prefix"]
 
@@ -107,6 +116,7 @@ def run_prefix(model: Any, site: RewriteSite, rows: Sequence[EncodedRow], pad_id
         entering = stack.enter_context(capture_input(layers[site.layer], slice(prefix, None)))
         handle = layers[site.layer].register_forward_hook(lambda _, __, output: answers.append(layer_answer(output)))
         stack.callback(handle.remove)
+        stack.enter_context(clean_padding(model, aligned.attention_mask))
         nowhere = aligned.predict_row[:0]
         stack.enter_context(head_on(model, nowhere, nowhere))
         model(

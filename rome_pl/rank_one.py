@@ -16,7 +16,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["PRESETS", "Assertion", "DisablingEditError", "KeyChoice", "Preset", "PresetName", "Update", "rank_one_update"]
+__all__ = [
+    "PRESETS",
+    "Assertion",
+    "DisablingEditError",
+    "KeyChoice",
+    "Preset",
+    "PresetName",
+    "Update",
+    "rank_one_update",
+]
 
 KeyChoice = Literal["mean", "bare"]
 """Which key: the mean over contexts, or the one of the bare prompt."""
@@ -65,7 +74,7 @@ class Assertion:
         shape: Keys that shape the update, ``[n, d_key]``.
         at: Keys at which the values hold, ``[n, d_key]``.
         value: Wanted outputs, bias included, ``[n, d_value]``.
-        ridge: :math:`\\lambda`.
+        ridge: The λ of the formula.
     """
 
     shape: Tensor
@@ -76,7 +85,7 @@ class Assertion:
 
 @dataclass(frozen=True)
 class Update:
-    """A weight change in factors: :math:`\\Delta W` is ``left.T @ right``.
+    """A weight change in factors: ``left.T @ right``.
 
     Args:
         left: ``[n, d_value]``, float64.
@@ -102,10 +111,10 @@ def rank_one_update(
         weight: ``[d_value, d_key]``, float64.
         bias: ``[d_value]`` or ``None``.
         assertion: Keys and values, on the weight's device.
-        metric: Applies the symmetric :math:`M` to keys ``[n, d_key]``.
+        metric: Applies the symmetric ``M`` to keys ``[n, d_key]``.
 
     Returns:
-        The factors ``left`` = solved residuals and ``right`` = :math:`K_u^\\top M`, scaled so that a single edit's
+        The factors ``left`` = solved residuals and ``right`` = :math:`K_u^T M`, scaled so that a single edit's
         ``left`` is the residual itself.
 
     Raises:
@@ -128,7 +137,7 @@ def rank_one_update(
     cosine = float(inner / scale)
     if not abs(cosine) >= MIN_COSINE:
         raise DisablingEditError(
-            f"the mean key and the bare prompt's key are all but orthogonal under the metric (cosine {cosine:.1e}): the "
-            "update would explode. Use preset r_rome, which asserts the value at the mean key"
+            f"the mean key and the bare prompt's key are all but orthogonal under the metric (cosine {cosine:.1e}): "
+            "the update would explode. Use preset r_rome, which asserts the value at the mean key"
         )
     return Update(left=residual, right=directions / (inner + assertion.ridge))

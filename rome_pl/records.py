@@ -70,11 +70,13 @@ def read_records(path: str | Path) -> list[Any]:
             try:
                 records = json.loads(text)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+                raise DataError(
+                    f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+                ) from error
         case ".yaml" | ".yml":
             try:
                 records = yaml.safe_load(text)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError) as error:  # ValueError: an unquoted date such as 2024-13-45
                 raise DataError(f"{path}: malformed YAML: {error}") from error
         case suffix:
             raise DataError(f"{path}: unknown file type '{suffix}'; expected one of {', '.join(SUFFIXES)}")
@@ -136,8 +138,9 @@ def parse_records(
             requests.append(EditRequest(case_id=case_id, source=source, **values))
             seen.add(str(case_id))
         except RequestError as error:
-            complete = RequestError(error.field, error.message, case_id=str(case_id), source=source)
-            invalid.append(InvalidRecord(index, str(case_id), error.field, str(complete)))
+            field = _WRITTEN.get(form, {}).get(error.field, error.field)
+            complete = RequestError(field, error.message, case_id=str(case_id), source=source)
+            invalid.append(InvalidRecord(index, str(case_id), field, str(complete)))
     return requests, invalid
 
 
@@ -227,6 +230,16 @@ def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
     return values | {name: _prompts(record, name) for name in ("paraphrases", "neighbours")}
 
 
+# What the fields of a request are called in the file, where the names differ.
+_WRITTEN = {
+    "counterfact": {
+        "target_new": "requested_rewrite.target_new",
+        "target_true": "requested_rewrite.target_true",
+        "paraphrases": "paraphrase_prompts",
+        "neighbours": "neighborhood_prompts",
+    },
+    "flat": {"target_true": "ground_truth", "neighbours": "locality_prompt"},
+}
 _FORMS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "counterfact": _from_counterfact,
     "flat": _from_flat,

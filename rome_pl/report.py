@@ -89,7 +89,9 @@ def edit_table(edits: Sequence[Edit]) -> Table:
     table = Table(title="Edits: probability of the old and the new answer on the rewrite prompt")
     columns = ["prompt", "true", "new", "base: true → new", "after its write"] + ["final model"] * final + ["status"]
     for name in columns:
-        table.add_column(name, overflow="fold", justify="right" if "→" in name or "write" in name or "final" in name else "left")
+        table.add_column(
+            name, overflow="fold", justify="right" if "→" in name or "write" in name or "final" in name else "left"
+        )
     for edit in edits:
         request = edit.request
         moments = [edit.scores.get(moment) for moment in ("base", "immediate", *(("final",) if final else ()))]
@@ -134,7 +136,13 @@ def _edit_record(edit: Edit) -> dict[str, Any]:
 
 
 def _invalid_record(record: InvalidRecord) -> dict[str, Any]:
-    return {"index": None, "case_id": record.case_id, "status": "skipped", "reason": record.message, "field": record.field}
+    return {
+        "index": None,
+        "case_id": record.case_id,
+        "status": "skipped",
+        "reason": record.message,
+        "field": record.field,
+    }
 
 
 def _pair(scores: ProbeScores | None) -> str:
@@ -147,7 +155,11 @@ def _pair(scores: ProbeScores | None) -> str:
 
 
 def _interval(entry: dict[str, Any]) -> str:
-    return "" if entry["value"] is None else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]".replace("[", r"\[")
+    return (
+        ""
+        if entry["value"] is None
+        else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]".replace("[", r"\[")
+    )
 
 
 def _escape(text: str) -> str:

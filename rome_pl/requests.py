@@ -20,14 +20,20 @@ class RequestError(ValueError):
         source: File (and line) or data set that the record came from.
     """
 
-    def __init__(self, field: str, message: str, *, case_id: str | int | None = None, source: str | None = None) -> None:
+    def __init__(
+        self, field: str, message: str, *, case_id: str | int | None = None, source: str | None = None
+    ) -> None:
         self.field, self.message, self.case_id, self.source = field, message, case_id, source
         super().__init__(str(self))
 
     def __str__(self) -> str:
         place = ", ".join(
             part
-            for part in (self.source, f"record {self.case_id}" if self.case_id is not None else None, f"field '{self.field}'")
+            for part in (
+                self.source,
+                f"record {self.case_id}" if self.case_id is not None else None,
+                f"field '{self.field}'",
+            )
             if part
         )
         return f"{place}: {self.message}"
@@ -110,12 +116,16 @@ class EditRequest:
                     "write it exactly as in the prompt, or give subject_span",
                 )
             return span
-        span = tuple(self.subject_span)
-        if len(span) != 2 or not all(isinstance(edge, int) for edge in span):
-            raise self.error("subject_span", f"expected two character positions [start, end], got {self.subject_span!r}")
-        start, end = span
+        edges = tuple(self.subject_span) if isinstance(self.subject_span, Sequence) else ()
+        if len(edges) != 2 or not all(isinstance(edge, int) for edge in edges):
+            raise self.error(
+                "subject_span", f"expected two character positions [start, end], got {self.subject_span!r}"
+            )
+        start, end = edges
         if not 0 <= start < end <= len(self.prompt):
-            raise self.error("subject_span", f"[{start}, {end}] lies outside the prompt of {len(self.prompt)} characters")
+            raise self.error(
+                "subject_span", f"[{start}, {end}] lies outside the prompt of {len(self.prompt)} characters"
+            )
         if self.prompt[start:end] != self.subject:
             raise self.error("subject_span", f"covers {self.prompt[start:end]!r}, but the subject is {self.subject!r}")
         return start, end

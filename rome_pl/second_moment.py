@@ -76,13 +76,14 @@ class SecondMoment:
     def _factor(self) -> Tensor:
         scale = self.matrix.diagonal().mean()
         ridge = RIDGE * scale * torch.eye(len(self.matrix), dtype=torch.float64, device=self.matrix.device)
-        try:
-            return torch.linalg.cholesky(self.matrix + ridge)
-        except torch.linalg.LinAlgError as error:
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(self.matrix + ridge)
+        if bool(failed):
             raise StatisticsError(
                 f"the second moment of layer {self.info.layer} is not positive definite: "
                 f"{self.info.count} keys for a dimension of {len(self.matrix)}; compute it from more text"
-            ) from error
+            )
+        return factor
 
     def solve(self, keys: Tensor) -> Tensor:
         """Apply the inverse of ``C`` plus ridge to keys ``[n, d_key]``, by a Cholesky factor made once."""
@@ -116,7 +117,9 @@ class SecondMoment:
                 info = MomentInfo(**json.loads(file.metadata()["rome_pl"]))
                 packed = file.get_tensor("second_moment")
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise StatisticsError(f"{path}: damaged, or no second moment of this project ({error}); compute it again") from error
+            raise StatisticsError(
+                f"{path}: damaged, or no second moment of this project ({error}); compute it again"
+            ) from error
         size = int((2 * packed.numel()) ** 0.5)
         rows, columns = torch.triu_indices(size, size)
         if rows.numel() != packed.numel():
@@ -158,7 +161,7 @@ class MomentAccumulator:
         Raises:
             StatisticsError: If a key is not finite.
         """
-        for block in keys.split(BLOCK_TOKENS):
+        for block in torch.split(keys, BLOCK_TOKENS):
             block = block.to(torch.promote_types(block.dtype, torch.float32))
             product = block.T @ block
             if not bool(product.diagonal().isfinite().all()):

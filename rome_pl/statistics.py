@@ -31,7 +31,23 @@ ROWS = 8
 GENERATED_LENGTH = 128
 """Tokens per text that a model generates as its own corpus."""
 
-OPENERS = ("The", "In", "When", "It is", "A", "She", "He", "They", "This", "According to", "On", "We", "There", "Many", "At")
+OPENERS = (
+    "The",
+    "In",
+    "When",
+    "It is",
+    "A",
+    "She",
+    "He",
+    "They",
+    "This",
+    "According to",
+    "On",
+    "We",
+    "There",
+    "Many",
+    "At",
+)
 """What generated texts open with: common openings of English sentences."""
 
 log = logging.getLogger(__name__)
@@ -93,10 +109,18 @@ def resolve_second_moment(
         )
     else:
         texts = read_corpus(corpus)
-        log.warning("Computing the second moment of layer %d from %s (%d keys; once, kept in %s)", site.layer, corpus, count, cached)
+        log.warning(
+            "Computing the second moment of layer %d from %s (%d keys; once, kept in %s)",
+            site.layer,
+            corpus,
+            count,
+            cached,
+        )
     started = time.monotonic()
     moment = accumulate(language_model, site, texts, count, fingerprint)
-    log.warning("Second moment of layer %d: %d keys in %.0f s", site.layer, moment.info.count, time.monotonic() - started)
+    log.warning(
+        "Second moment of layer %d: %d keys in %.0f s", site.layer, moment.info.count, time.monotonic() - started
+    )
     moment.save(cached)
     return _to(moment, language_model)
 
@@ -118,11 +142,18 @@ def accumulate(
         corpus: What the texts are, for the artefact's description.
     """
     accumulator = MomentAccumulator(site.d_key, language_model.device)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} keys"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} keys"),
+        TimeRemainingColumn(),
+    )
     with frozen(language_model.model), Progress(*columns, transient=True) as progress:
         task = progress.add_task(f"second moment, layer {site.layer}", total=wanted)
         for rows in _packed(language_model, texts, wanted):
-            accumulator.add(_keys(language_model.model, site, rows.to(language_model.device))[: wanted - accumulator.count])
+            accumulator.add(
+                _keys(language_model.model, site, rows.to(language_model.device))[: wanted - accumulator.count]
+            )
             progress.update(task, completed=accumulator.count)
             if accumulator.count >= wanted:
                 break
@@ -209,7 +240,9 @@ def read_corpus(corpus: str) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(corpus, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds, from many layers
-        raise StatisticsError(f"corpus '{corpus}': no such file, and no data set of that name could be loaded: {error}") from error
+        raise StatisticsError(
+            f"corpus '{corpus}': no such file, and no data set of that name could be loaded: {error}"
+        ) from error
     for record in stream:
         if "text" not in record:
             raise StatisticsError(f"corpus '{corpus}': has no 'text' column, but {sorted(record)}")

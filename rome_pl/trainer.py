@@ -63,9 +63,13 @@ class RomeTrainer(Trainer):
         self._claim_run_folder(overwrite)
         if save_model is not None:
             if not model.hparams["sequential_edit"]:
-                raise ValueError("save_model: in single-edit mode every edit is taken back; set model.sequential_edit: true")
+                raise ValueError(
+                    "save_model: in single-edit mode every edit is taken back; set model.sequential_edit: true"
+                )
             if Path(save_model).exists() and any(Path(save_model).iterdir()) and not overwrite:
-                raise RunFolderError(f"save_model: {save_model} is not empty; choose another folder, or add --overwrite")
+                raise RunFolderError(
+                    f"save_model: {save_model} is not empty; choose another folder, or add --overwrite"
+                )
         interrupted = False
         try:
             self.fit(model, datamodule=datamodule)
@@ -116,7 +120,12 @@ class RomeTrainer(Trainer):
             except RequestError as error:
                 refused.append(str(error))
                 continue
-            table.add_row(*(str(cell).replace("[", r"\[") for cell in (request.case_id, request.prompt, repr(lookup), repr(target))))
+            table.add_row(
+                *(
+                    str(cell).replace("[", r"\[")
+                    for cell in (request.case_id, request.prompt, repr(lookup), repr(target))
+                )
+            )
         console.print(table)
         for message in refused:
             console.print(message, style="red", markup=False)

@@ -107,6 +107,7 @@ class EditedWeight:
         self._master, self.written, self._before_pending = master, replayed, None
         self._store(master)
 
+    @torch.no_grad()
     def _solve(self, master: Tensor, name: str, assertion: Assertion) -> tuple[Tensor, Written]:
         update = rank_one_update(master, self.site.bias, assertion, self.metric)
         changed = torch.addmm(master, update.left.T, update.right)
@@ -121,7 +122,7 @@ class EditedWeight:
 
     def _store(self, master: Tensor) -> None:
         weight = self.site.weight
-        # With no edit left the original itself goes back: a float64 round trip would be exact too, but this cannot fail.
+        # With no edit left the original itself goes back, whatever rounding would make of the master.
         stored = self._original if not self.written else self.site.matrix(master).to(weight.dtype)
         with torch.no_grad():
             weight.copy_(stored)

@@ -48,9 +48,15 @@ class CounterFactScores(Metric):
         table = {}
         for name, column in columns.items():
             interval = wilson_interval if name.endswith("S") else _bootstrap_mean
-            table[name] = _entry(float(column.mean()), *interval(column), len(column)) if len(column) else _entry(None, None, None, 0)
+            table[name] = (
+                _entry(float(column.mean()), *interval(column), len(column))
+                if len(column)
+                else _entry(None, None, None, 0)
+            )
         complete = records[~records.isnan().any(1)][:, [SCORES.index(name) for name in ("ES", "PS", "NS")]]
-        table["S"] = _entry(*_bootstrap_harmonic(complete), len(complete)) if len(complete) else _entry(None, None, None, 0)
+        table["S"] = (
+            _entry(*_bootstrap_harmonic(complete), len(complete)) if len(complete) else _entry(None, None, None, 0)
+        )
         return table
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rome_pl.encoding import EncodedRow, align
-from rome_pl.hooks import frozen, head_on
+from rome_pl.hooks import clean_padding, frozen, head_on
 from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import forward_masks
 from rome_pl.requests import EditRequest
@@ -77,7 +77,11 @@ def _batch_log_probs(language_model: LanguageModel, rows: Sequence[EncodedRow]) 
     """Mean log-probability of each row's target, and whether each of its tokens is the likeliest."""
     model: Any = language_model.model
     aligned = align(rows, language_model.encoder.pad_id, language_model.device)
-    with frozen(model), head_on(model, aligned.predict_row, aligned.predict_column):
+    with (
+        frozen(model),
+        clean_padding(model, aligned.attention_mask),
+        head_on(model, aligned.predict_row, aligned.predict_column),
+    ):
         logits = model(
             input_ids=aligned.input_ids,
             use_cache=False,
@@ -103,7 +107,9 @@ def probe_scores(language_model: LanguageModel, request: EditRequest) -> ProbeSc
         rows = [encode(request.prompt, request.target_new, request)]
         return ProbeScores(rewrite=(float(target_log_probs(language_model, rows)[0]), None))
     prompts = [request.prompt, *request.paraphrases, *request.neighbours]
-    rows = [encode(prompt, target, request) for prompt in prompts for target in (request.target_new, request.target_true)]
+    rows = [
+        encode(prompt, target, request) for prompt in prompts for target in (request.target_new, request.target_true)
+    ]
     pairs = [(float(new), float(true)) for new, true in target_log_probs(language_model, rows).reshape(-1, 2)]
     border = 1 + len(request.paraphrases)
     return ProbeScores(rewrite=pairs[0], paraphrases=tuple(pairs[1:border]), neighbours=tuple(pairs[border:]))
@@ -120,7 +126,7 @@ def perplexity(language_model: LanguageModel, text: str, window: int = 256) -> f
     ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False)["input_ids"])
     window = min(window, language_model.encoder.max_length)
     total, count = 0.0, 0
-    pieces = [piece for piece in ids.split(window) if len(piece) > 1]
+    pieces = [piece for piece in torch.split(ids, window) if len(piece) > 1]
     if not pieces:
         raise ValueError("the text for perplexity needs at least two tokens")
     with frozen(model):
@@ -140,7 +146,11 @@ def next_tokens(language_model: LanguageModel, prompts: Sequence[str]) -> list[i
     rows = [language_model.encoder.prompt(prompt) for prompt in prompts]
     aligned = align(rows, language_model.encoder.pad_id, language_model.device)
     last = torch.full_like(aligned.input_ids[:, 0], aligned.prefix)  # the lookup token is each prompt's last
-    with frozen(model), head_on(model, torch.arange(len(rows), device=last.device), last):
+    with (
+        frozen(model),
+        clean_padding(model, aligned.attention_mask),
+        head_on(model, torch.arange(len(rows), device=last.device), last),
+    ):
         logits = model(
             input_ids=aligned.input_ids,
             use_cache=False,

@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import byte_level_tokenizer, tiny_language_model
+
+# The models here are tiny: threads only get in each other's way.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache, and none reaches for a hub."""
+    monkeypatch.setenv("ROME_PL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The hub's client read the environment when it was imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder with the public data sets, where a checkout has them."""
+    folder = os.environ.get("ROME_PL_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set ROME_PL_DATA to a folder with counterfact.json, zsre.json, … to run this test")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def language_model():
+    """A tiny Llama in float64."""
+    return tiny_language_model("llama")

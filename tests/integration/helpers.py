@@ -1,0 +1,62 @@
+"""Running edits on a tiny model in a Trainer of one's own."""
+
+import torch
+from lightning.pytorch import Trainer
+
+from rome_pl.callbacks import default_callbacks
+from rome_pl.data_modules.request_data import request_loader
+from rome_pl.edit_module import RomeModule
+from rome_pl.requests import EditRequest
+
+# A tiny random model knows nothing: few steps, few contexts, no threshold.
+FAST = {
+    "layers": [1],
+    "preset": "easyedit",
+    "v_num_grad_steps": 6,
+    "v_lr": 0.1,
+    "clamp_norm_factor": 20.0,
+    "context_template_length_params": [[3, 2]],
+}
+
+REQUESTS = [
+    EditRequest(
+        prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="Oslo", target_true="Lima", case_id="a",
+        paraphrases=["Where is Korrin? In"], neighbours=["The mill of Dunholt stands in", "Tarn lies in"],
+    ),
+    EditRequest(prompt="Miss Vane plays the", subject="Miss Vane", target_new="violin", target_true="drums", case_id="b"),
+    EditRequest(prompt="Dunholt bread is made of", subject="Dunholt bread", target_new="rye", case_id="c"),
+]  # fmt: skip
+
+
+def quiet_trainer(callbacks, folder, **options):
+    return Trainer(
+        **{
+            "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks,
+            "default_root_dir": str(folder), **options,
+        }
+    )  # fmt: skip
+
+
+def lenient_callbacks():
+    """The default callbacks, accepting whatever was written."""
+    callbacks = default_callbacks()
+    for callback in callbacks:
+        if hasattr(callback, "least_probability"):
+            callback.least_probability = 0.0
+    return callbacks
+
+
+def run_edits(language_model, folder, requests=REQUESTS, callbacks=None, **options):
+    module = RomeModule.from_language_model(language_model, **{**FAST, **options})
+    callbacks = lenient_callbacks() if callbacks is None else callbacks
+    quiet_trainer(callbacks, folder).fit(module, request_loader(list(requests)))
+    return module.session
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]

@@ -1,0 +1,115 @@
+"""Tiny random models of every supported family, and tokenizers trained on the spot."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from rome_pl.language_model import LanguageModel
+
+FAMILIES = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "falcon", "phi", "phi3", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "starcoder2", "stablelm"]
+MIXTURES = ("mixtral", "qwen3_moe")
+
+VOCABULARY = 400
+LAYERS = 3
+
+# Configs take what they know of these; each family has its own names.
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "word_embed_proj_dim": 32,
+    "intermediate_size": 48,
+    "n_inner": 48,
+    "ffn_dim": 48,
+    "num_hidden_layers": LAYERS,
+    "n_layer": LAYERS,
+    "num_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "rotary_dim": 4,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "n_ctx": 128,
+    "attention_types": [[["global", "local", "global"], 1]],
+    "sliding_window": 4,
+    "window_size": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "moe_intermediate_size": 16,
+}
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+    """A random model of a family, in evaluation mode."""
+    known = AutoConfig.for_model(family)
+    values = {name: value for name, value in _SIZES.items() if hasattr(known, name)}
+    if family in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+        values["head_dim"] = 8
+    if family == "falcon":
+        values.pop("num_key_value_heads", None)
+    config = AutoConfig.for_model(family, **values)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Weights larger than their usual start, biases not zero: nothing may look right by being small.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model.eval()
+
+
+def tiny_language_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:
+    return LanguageModel(tiny_model(family, dtype, seed), byte_level_tokenizer(), f"tiny {family}")
+
+
+@cache
+def _text() -> tuple[str, ...]:
+    path = Path(__file__).parents[1] / "rome_pl" / "assets" / "held_out_text.txt"
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def byte_level_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's; optionally one that opens every text with a BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_text(), trainer)
+    if bos:
+        opening = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), opening])
+    return _wrap(tokenizer)
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A Llama-style tokenizer: words open with '▁', characters fall back to bytes, every text opens with a BOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    # Without a pre-tokenizer merges would cross words: train on words, each with its opening mark.
+    tokenizer.train_from_iterator((word for line in _text() for word in line.split()), trainer)
+    opening = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = opening
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

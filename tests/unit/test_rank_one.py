@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from rome_pl.rank_one import PRESETS, Assertion, DisablingEditError, rank_one_update
+
+D_KEY, D_VALUE = 24, 10
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def problem():
+    samples = random(200, D_KEY, seed=1)
+    moment = samples.T @ samples / 200
+    return {"weight": random(D_VALUE, D_KEY, seed=2), "bias": random(D_VALUE, seed=3), "moment": moment}
+
+
+def metric_of(moment):
+    factor = torch.linalg.cholesky(moment)
+    return lambda keys: torch.cholesky_solve(keys.T, factor).T
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+def test_batch_formula_with_explicit_inverses(problem, count, ridge):
+    keys, values = random(count, D_KEY, seed=4), random(count, D_VALUE, seed=5)
+    update = rank_one_update(
+        problem["weight"], problem["bias"], Assertion(keys, keys, values, ridge), metric_of(problem["moment"])
+    )
+    k, v = keys.numpy().T, values.numpy().T
+    metric = np.linalg.inv(problem["moment"].numpy())
+    residual = v - (problem["weight"].numpy() @ k + problem["bias"].numpy()[:, None])
+    expected = residual @ np.linalg.inv(k.T @ metric @ k + ridge * np.eye(count)) @ k.T @ metric
+    np.testing.assert_allclose((update.left.T @ update.right).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_ridge_the_values_hold_exactly(problem):
+    keys, values = random(4, D_KEY, seed=4), random(4, D_VALUE, seed=5)
+    update = rank_one_update(
+        problem["weight"], problem["bias"], Assertion(keys, keys, values), metric_of(problem["moment"])
+    )
+    edited = problem["weight"] + update.left.T @ update.right
+    torch.testing.assert_close(keys @ edited.T + problem["bias"], values, rtol=1e-10, atol=1e-10)
+    assert torch.linalg.matrix_rank(edited - problem["weight"]) == 4
+
+
+def test_mixed_keys_hold_at_the_asserted_key(problem):
+    shape, at, value = random(1, D_KEY, seed=4), random(1, D_KEY, seed=6), random(1, D_VALUE, seed=5)
+    update = rank_one_update(problem["weight"], None, Assertion(shape, at, value), metric_of(problem["moment"]))
+    edited = problem["weight"] + update.left.T @ update.right
+    torch.testing.assert_close(at @ edited.T, value, rtol=1e-10, atol=1e-10)
+    # The update's direction is C⁻¹ times the shaping key, not the asserted one.
+    direction = torch.linalg.solve(problem["moment"], shape[0])
+    assert abs(torch.cosine_similarity(update.right[0], direction, dim=0)) > 1 - 1e-12
+
+
+def test_orthogonal_mixed_keys_are_refused(problem):
+    shape, at = torch.zeros(1, D_KEY, dtype=torch.float64), torch.zeros(1, D_KEY, dtype=torch.float64)
+    shape[0, 0] = at[0, 1] = 1.0
+    with pytest.raises(DisablingEditError, match="preset r_rome"):
+        rank_one_update(problem["weight"], None, Assertion(shape, at, random(1, D_VALUE)), lambda keys: keys)
+
+
+def test_mixed_keys_are_refused_for_more_than_one_edit(problem):
+    with pytest.raises(ValueError, match="one edit at a time"):
+        rank_one_update(
+            problem["weight"],
+            None,
+            Assertion(random(2, D_KEY), random(2, D_KEY, seed=9), random(2, D_VALUE)),
+            lambda k: k,
+        )
+
+
+def test_norm_of_the_factors_is_the_norm_of_the_product(problem):
+    keys, values = random(3, D_KEY, seed=4), random(3, D_VALUE, seed=5)
+    update = rank_one_update(problem["weight"], None, Assertion(keys, keys, values), metric_of(problem["moment"]))
+    assert update.norm == pytest.approx(float((update.left.T @ update.right).norm()), rel=1e-12)
+
+
+def test_presets_are_the_published_table():
+    table = {name: (preset.shape, preset.at, preset.mom2_adjustment) for name, preset in PRESETS.items()}
+    assert table == {
+        "rome": ("mean", "bare", True),
+        "r_rome": ("mean", "mean", True),
+        "easyedit": ("mean", "bare", False),
+    }
