@@ -49,8 +49,8 @@ class RankOneWriter(Callback):
             session.weight.revert()
             edit.decide(
                 EditStatus.REJECTED,
-                f"only {edit.written.realised:.0%} of the change survives rounding to {session.weight.site.weight.dtype}; "
-                "load the model in float32",
+                f"only {edit.written.realised:.0%} of the change survives rounding to "
+                f"{session.weight.site.weight.dtype}; load the model in float32",
             )
 
     @override

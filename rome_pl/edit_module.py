@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -118,6 +119,7 @@ class RomeModule(LightningModule):
         self.optimizer_class = optimizer
         self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
+        self._prepared: EditSession | None = None
         self._refused: dict[str, RequestError] = {}
 
     @classmethod
@@ -150,6 +152,17 @@ class RomeModule(LightningModule):
             )
         if self.trainer.world_size > 1:
             raise ValueError("edits run on one device; use Trainer(devices=1)")
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        session = self._prepared
+        session.weight.resume()
+        # What was prepared, and the weight with its edits, serve every fit of this module; the rest is this one's.
+        self.session = replace(
+            session, requests=(), edits=[], base_scores={}, perplexity={}, state_checks=[], ledger=None
+        )
+
+    def _prepare(self) -> EditSession:
+        """Statistics, contexts and the weight's master: what all edits share."""
         assert self.language_model is not None
         hparams, language_model, site = self.hparams, self.language_model, self._site
         adjust = hparams["mom2_adjustment"]
@@ -168,7 +181,7 @@ class RomeModule(LightningModule):
         if contexts is None:
             contexts = generate_contexts(language_model, hparams["context_template_length_params"], hparams["seed"])
         metric: Callable[[Tensor], Tensor] = moment.solve if moment is not None else _identity
-        self.session = EditSession(
+        return EditSession(
             language_model=language_model,
             weight=EditedWeight(site, metric),
             preset=preset,

@@ -140,13 +140,13 @@ class KnowledgeEditor:
             case_id=fields.pop("case_id", self._edited), **fields,
         )  # fmt: skip
         self._edited += 1
-        before = self._measure(request)
+        before, device = self._measure(request), self._language_model.device
         callbacks = [RepresentationCheck(), RankOneWriter(), *([Verification()] if verify else []), EditCommit()]
         with _quiet():
             trainer = Trainer(
                 max_epochs=1,
-                accelerator="cuda" if self._language_model.device.type == "cuda" else "cpu",
-                devices=1,
+                accelerator=device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
                 callbacks=callbacks,
                 logger=False,
                 enable_checkpointing=False,
@@ -154,6 +154,7 @@ class KnowledgeEditor:
                 enable_model_summary=False,
             )
             trainer.fit(self._module, request_loader([request]))
+        self.model.to(device)  # the Trainer leaves the model on the CPU
         edit = session_of(self._module).edits[-1]
         if edit.status is not EditStatus.APPLIED:
             raise EditRejectedError(f"{edit.status}: {edit.reason}")
@@ -168,6 +169,7 @@ class KnowledgeEditor:
             KeyError: If an edit was undone before, or is not this editor's.
         """
         weight = session_of(self._module).weight
+        weight.resume()
         names = [result.edit.name for result in results] if results else [written.name for written in weight.written]
         weight.remove(names)
 

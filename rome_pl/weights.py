@@ -53,6 +53,20 @@ class EditedWeight:
         self._master = self.site.matrix(self._original).double()
         self._before_pending: Tensor | None = None
 
+    def resume(self) -> None:
+        """Take up the weight where it was left, on whatever device it is now.
+
+        Raises:
+            RuntimeError: If somebody else changed the weight since.
+        """
+        device = self.site.weight.device
+        self._original, self._master = self._original.to(device), self._master.to(device)
+        if not torch.equal(self.site.weight, self._stored()):
+            raise RuntimeError(
+                f"{self.site.name} was changed from outside since its last edit: the edits made so far could not be "
+                "undone any more. Start a new module (or KnowledgeEditor) from the model as it is"
+            )
+
     @property
     def change(self) -> float:
         """Frobenius norm of the master's change, relative to the original weight."""
@@ -64,13 +78,15 @@ class EditedWeight:
 
         Raises:
             DisablingEditError: If the update would explode; nothing is written.
-            ValueError: If the update is not finite; nothing is written.
+            ValueError: If the update is not finite, or an edit of that name is in; nothing is written.
         """
         assert self._before_pending is None, "the last write is neither committed nor reverted"
+        if name in {written.name for written in self.written}:
+            raise ValueError(f"edit {name} is in the weight already; undo it first, or give another case_id")
         master, written = self._solve(self._master, name, assertion)
         self._before_pending, self._master = self._master, master
         self.written.append(written)
-        self._store(self._master)
+        self._store()
         return written
 
     @property
@@ -88,7 +104,7 @@ class EditedWeight:
             return
         self._master, self._before_pending = self._before_pending, None
         self.written.pop()
-        self._store(self._master)
+        self._store()
 
     def remove(self, names: Collection[str]) -> None:
         """Undo edits by name, replaying the others in order on the original weight.
@@ -105,7 +121,7 @@ class EditedWeight:
             master, again = self._solve(master, written.name, written.assertion)
             replayed.append(again)
         self._master, self.written, self._before_pending = master, replayed, None
-        self._store(master)
+        self._store()
 
     @torch.no_grad()
     def _solve(self, master: Tensor, name: str, assertion: Assertion) -> tuple[Tensor, Written]:
@@ -120,9 +136,11 @@ class EditedWeight:
         realised = float((real * wanted).sum() / (wanted * wanted).sum().clamp(min=torch.finfo(torch.float64).tiny))
         return changed, Written(name, assertion, update, realised)
 
-    def _store(self, master: Tensor) -> None:
-        weight = self.site.weight
-        # With no edit left the original itself goes back, whatever rounding would make of the master.
-        stored = self._original if not self.written else self.site.matrix(master).to(weight.dtype)
+    def _stored(self) -> Tensor:
+        """The master in the model's dtype and orientation."""
+        # With no edit left it is the original itself, whatever rounding would make of the master.
+        return self._original if not self.written else self.site.matrix(self._master).to(self._original.dtype)
+
+    def _store(self) -> None:
         with torch.no_grad():
-            weight.copy_(stored)
+            self.site.weight.copy_(self._stored())

@@ -152,6 +152,23 @@ def test_model_without_a_list_of_layers_is_refused():
         decoder_layers(model)
 
 
+def test_list_inside_a_layer_is_not_taken_for_the_layers(monkeypatch):
+    # As many norms of heads in each layer as the model has layers.
+    monkeypatch.setitem(tiny._SIZES, "num_hidden_layers", 4)
+    monkeypatch.setitem(tiny._SIZES, "qk_layernorm", True)
+    model = tiny_model("stablelm")
+    assert sum(isinstance(m, nn.ModuleList) and len(m) == 4 for m in model.modules()) > 1
+    assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_fused_experts_of_any_name_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.banks = nn.Module()
+    model.model.layers[1].mlp.banks.weight = nn.Parameter(torch.zeros(4, 32, 48))
+    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
+        find_site(model, 1)
+
+
 def test_conv1d_is_the_transposed_one():
     site = find_site(tiny_model("gpt2"), 0)
     assert isinstance(site.projection, Conv1D)

@@ -19,7 +19,7 @@ from rome_pl.language_model import (
     load_language_model,
     load_tokenizer,
 )
-from tests.tiny import FAMILIES, LAYERS, tiny_model
+from tests.tiny import FAMILIES, LAYERS, tiny_language_model, tiny_model
 
 
 def save(model, tokenizer, folder):
@@ -221,6 +221,11 @@ def test_fingerprint_is_the_same_in_float32_and_bfloat16(tmp_path, tokenizer):
     assert below[0] == below[1]
 
 
+def test_fingerprint_is_the_same_where_bfloat16_rounds(folder):
+    single, half = load_language_model(str(folder), "float32"), load_language_model(str(folder), "bfloat16")
+    assert single.fingerprint == half.fingerprint
+
+
 @contextmanager
 def changed(parameter):
     before = parameter.detach().clone()
@@ -343,3 +348,19 @@ def test_converted_gguf_knows_capitals(converted, country, capital):
     with torch.no_grad():
         best = language_model.model(ids).logits[0, -1].argmax()
     assert language_model.tokenizer.decode([int(best)]) == f" {capital}"
+
+
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+    """The library would fill the gap with random numbers."""
+    language_model = tiny_language_model("llama", torch.float32)
+    language_model.tokenizer.save_pretrained(tmp_path)
+    state = language_model.model.state_dict()
+    state.pop("model.layers.1.mlp.down_proj.weight")
+    language_model.model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(SourceError, match=r"lacks 1 weights, such as model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_language_model(str(tmp_path))
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(SourceError, match="dtype: expected one of auto"):
+        load_language_model("anything", dtype="int8")

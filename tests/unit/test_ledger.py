@@ -1,0 +1,42 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rome_pl.ledger import Ledger
+from rome_pl.rank_one import Assertion, Update
+from rome_pl.weights import Written
+
+
+@pytest.fixture
+def written():
+    key, value = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 3), 2.0, dtype=torch.float64)
+    return Written("a", Assertion(key, key, value), Update(value, key), 1.0)
+
+
+def test_a_record_and_its_tensors_come_back(tmp_path, written):
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.append({"index": 0, "case_id": "a", "status": "applied"}, written)
+    ledger.append({"index": 1, "case_id": "ü", "status": "rejected"})
+    lines = [json.loads(line) for line in (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [
+        {"index": 0, "case_id": "a", "status": "applied", "shard": "000000.safetensors"},
+        {"index": 1, "case_id": "ü", "status": "rejected"},
+    ]
+    tensors = load_file(tmp_path / "ledger" / "shards" / "000000.safetensors")
+    assert set(tensors) == {"key_shape", "key_at", "value", "left", "right"}
+    assert torch.equal(tensors["value"], written.assertion.value)
+
+
+def test_a_record_whose_tensors_fail_is_absent(tmp_path, written, monkeypatch):
+    ledger = Ledger(tmp_path / "ledger")
+
+    def disk_full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("rome_pl.ledger.save_file", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        ledger.append({"index": 0, "status": "applied"}, written)
+    assert not (tmp_path / "ledger" / "edits.jsonl").exists()
+    assert list((tmp_path / "ledger" / "shards").glob("*.safetensors")) == []
