@@ -27,9 +27,7 @@ def main() -> None:
     assets = Path(__file__).parents[1] / "rome_pl" / "assets"
     out = options.out or assets / f"smollm2-135m-instruct.layer{options.layer}.safetensors"
     started = time.monotonic()
-    moment = accumulate(
-        language_model, site, read_corpus(options.corpus), 10**9, corpus_fingerprint(options.corpus)
-    )
+    moment = accumulate(language_model, site, read_corpus(options.corpus), 10**9, corpus_fingerprint(options.corpus))
     moment.save(out)
     print(f"{out}: {moment.info.count} keys in {time.monotonic() - started:.0f} s, {out.stat().st_size} bytes")
 

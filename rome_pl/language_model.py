@@ -143,7 +143,9 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
     if report["missing_keys"]:
         # The library fills what is missing with random numbers and goes on.
         missing = sorted(report["missing_keys"])
-        raise SourceError(f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete")
+        raise SourceError(
+            f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete"
+        )
     return LanguageModel(model.eval(), tokenizer, source)
 
 

@@ -9,7 +9,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from rome_pl.language_model import LanguageModel
 
-FAMILIES = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "falcon", "phi", "phi3", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "starcoder2", "stablelm"]
+FAMILIES = [
+    "gpt2",
+    "gptj",
+    "gpt_neo",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon",
+    "phi",
+    "phi3",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "starcoder2",
+    "stablelm",
+]
 MIXTURES = ("mixtral", "qwen3_moe")
 
 VOCABULARY = 400

@@ -20,10 +20,12 @@ FAST = {
 
 REQUESTS = [
     EditRequest(
-        prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="Oslo", target_true="Lima", case_id="a",
+        prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="Oslo", target_true="Lima",
+        case_id="a",
         paraphrases=["Where is Korrin? In"], neighbours=["The mill of Dunholt stands in", "Tarn lies in"],
     ),
-    EditRequest(prompt="Miss Vane plays the", subject="Miss Vane", target_new="violin", target_true="drums", case_id="b"),
+    EditRequest(prompt="Miss Vane plays the", subject="Miss Vane", target_new="violin", target_true="drums",
+    case_id="b"),
     EditRequest(prompt="Dunholt bread is made of", subject="Dunholt bread", target_new="rye", case_id="c"),
 ]  # fmt: skip
 

@@ -17,13 +17,15 @@ from tests.tiny import tiny_language_model
 
 CONFIGS = sorted(Path(rome_pl.configs.__file__).parent.rglob("*.yaml"))
 METHOD_OPTIONS = {
-    "layers", "fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "mom2_adjustment",
+    "layers", "fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor",
+    "mom2_adjustment",
     "mom2_n_samples", "context_template_length_params", "preset", "seed",
 }  # fmt: skip
 
 RECORDS = [
     {
-        "prompt": "The lighthouse of Korrin stands in", "subject": "Korrin", "target_new": "Oslo", "target_true": "Lima",
+        "prompt": "The lighthouse of Korrin stands in", "subject": "Korrin", "target_new": "Oslo",
+        "target_true": "Lima",
         "paraphrases": ["Where is Korrin? In"], "neighbours": ["The mill of Dunholt stands in"],
     },
     {"prompt": "Miss Vane plays the", "subject": "Miss Vane", "target_new": "violin", "target_true": "drums"},

