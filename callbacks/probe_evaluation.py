@@ -1,5 +1,6 @@
 """Measures every request's probes before, right after, and at the end of a stream."""
 
+import logging
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,8 @@ from rome_pl.edit import Edit, EditSession, session_of
 from rome_pl.metrics import perplexity, probe_scores
 
 __all__ = ["ProbeEvaluation"]
+
+log = logging.getLogger(__name__)
 
 
 class ProbeEvaluation(Callback):
@@ -31,6 +34,7 @@ class ProbeEvaluation(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
+        log.info("Measuring %d records on the unedited model", len(session.requests))
         for request in session.requests:
             session.base_scores[str(request.case_id)] = probe_scores(session.language_model, request)
         self._measure_perplexity(session, "base")
@@ -56,6 +60,7 @@ class ProbeEvaluation(Callback):
         session = session_of(pl_module)
         if not session.sequential:
             return
+        log.info("Measuring %d records on the final model", len(session.requests))
         for edit in session.edits:
             if edit.name in session.base_scores:
                 edit.scores["final"] = probe_scores(session.language_model, edit.request)

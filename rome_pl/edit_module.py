@@ -89,6 +89,7 @@ class RomeModule(LightningModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         context_template_length_params: list[list[int]] = DEFAULT_LENGTH_PARAMS,
         contexts: list[str] | None = None,
+        bare_prompt_weight: float | None = None,
         on_error: Literal["skip", "stop"] = "skip",
         seed: int = 0,
         keep_original_weight: bool | None = None,
@@ -230,7 +231,7 @@ class RomeModule(LightningModule):
         )
         edit.objective = ValueObjective(prefix, edit.encoded, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
         keys = prefix.keys[: len(edit.encoded.rows)].double()
-        edit.key_bare, edit.key_mean = keys[0], keys.mean(0)
+        edit.key_bare, edit.key_mean = keys[0], self._mean_key(keys)
         edit.seconds["prefix"] = time.perf_counter() - started
         return edit
 
@@ -252,6 +253,13 @@ class RomeModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen language model out of checkpoints."""
         checkpoint["state_dict"] = {}
+
+    def _mean_key(self, keys: Tensor) -> Tensor:
+        """Mean key over contexts, the bare prompt with the weight it was given."""
+        weight = self.hparams["bare_prompt_weight"]
+        if weight is None or len(keys) == 1:
+            return keys.mean(0)
+        return weight * keys[0] + (1 - weight) * keys[1:].mean(0)
 
     def _optimise(self, edit: Edit) -> None:
         objective, hparams = edit.objective, self.hparams

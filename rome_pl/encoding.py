@@ -162,13 +162,19 @@ class TextEncoder:
             start, end = request.span[0] + len(context), request.span[1] + len(context)
             rows.append(self._row(request, context + request.prompt, (start, end), fact_token))
         ids, spans = self._encode(request.subject + " is a")
+        if len(ids) > self.max_length:
+            raise request.error("subject", f"takes {len(ids)} tokens, but the model reads {self.max_length}")
         lookup = self._lookup(request, spans, (0, len(request.subject)), len(ids), fact_token)
         first = lookup if kl_position == "subject" else len(ids) - 1
         return EncodedEdit(tuple(rows), EncodedRow(ids, lookup, (), first))
 
-    def continuation(self, prompt: str, target: str, request: EditRequest) -> EncodedRow:
-        """Encode a prompt and the target after it; the lookup token is the prompt's last token."""
-        return self._row(request, prompt, None, "last", target)
+    def continuation(self, prompt: str, target: str, request: EditRequest, field: str = "prompt") -> EncodedRow:
+        """Encode a prompt and the target after it; the lookup token is the prompt's last token.
+
+        Raises:
+            RequestError: As :meth:`edit`, naming ``field``.
+        """
+        return self._row(request, prompt, None, "last", target, field)
 
     def prompt(self, text: str) -> EncodedRow:
         """Encode a text that has no target; the lookup token is its last."""
@@ -182,8 +188,12 @@ class TextEncoder:
             RequestError: For the first such probe.
         """
         for target in filter(None, (request.target_new, request.target_true)):
-            for prompt in (request.prompt, *request.paraphrases, *request.neighbours):
-                self.continuation(prompt, target, request)
+            self.continuation(
+                request.prompt, target, request, "target_new" if target == request.target_new else "target_true"
+            )
+            for field in ("paraphrases", "neighbours"):
+                for prompt in getattr(request, field):
+                    self.continuation(prompt, target, request, field)
 
     def describe(self, request: EditRequest, fact_token: FactToken) -> tuple[str, str]:
         """The lookup token and the target of the bare prompt, as pieces of text for a reader."""
@@ -198,31 +208,34 @@ class TextEncoder:
         subject: tuple[int, int] | None,
         fact_token: FactToken,
         target: str | None = None,
+        field: str = "target_new",
     ) -> EncodedRow:
         target = request.target_new if target is None else target
-        # White space at the prompt's end belongs to the target's first token ("the violin" is "the" + " violin").
-        bare = prompt.rstrip()
+        # Spaces at the prompt's end belong to the target's first token ("the violin" is "the" + " violin"), and a
+        # target that brings its own space needs no second one. Line breaks stay with the prompt.
+        bare = prompt.rstrip(" ")
         gap = prompt[len(bare) :]
-        if not gap and not target[0].isspace() and self._space_belongs(bare, target, request.target_space):
+        if target[0].isspace():
+            gap = ""
+        elif not gap and self._space_belongs(bare, target, request.target_space):
             gap = " "
-        ids, spans, boundary = self._encode_pair(bare, gap + target, request)
+        ids, spans, boundary = self._encode_pair(bare, gap + target, request, field)
         if len(ids) - 1 > self.max_length:
             raise request.error(
-                "target_new",
-                f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them",
+                field, f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them"
             )
         lookup = boundary - 1 if subject is None else self._lookup(request, spans, subject, boundary, fact_token)
         return EncodedRow(ids[:-1], lookup, ids[boundary:], boundary - 1)
 
     def _encode_pair(
-        self, prompt: str, target: str, request: EditRequest
+        self, prompt: str, target: str, request: EditRequest, field: str
     ) -> tuple[tuple[int, ...], list[tuple[int, int]], int]:
         """Ids and spans of the joined text, and the index of the target's first token."""
         ids, spans = self._encode(prompt + target)
         edge = len(prompt)
         boundary = next((i for i, (start, end) in enumerate(spans) if end > max(start, edge)), len(ids))
         if boundary == len(ids) or (boundary == 0 and spans[0][0] >= edge):
-            raise request.error("target_new", f"{target!r} gives no token of its own after {prompt!r}")
+            raise request.error(field, f"{target!r} gives no token of its own after {prompt!r}")
         if spans[boundary][0] >= edge:
             return ids, spans, boundary
         # A token spans both sides (scripts without spaces). Whoever prompts the model encodes the prompt alone, so
@@ -231,9 +244,7 @@ class TextEncoder:
         tail, tail_spans = self._encode("\n" + target, special=False)
         kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
         if not kept or tail_spans[kept[0]][0] < 1:
-            raise request.error(
-                "target_new", f"the tokenizer merges {prompt!r} and {target!r}; reword the prompt's end"
-            )
+            raise request.error(field, f"the tokenizer merges {prompt!r} and {target!r}; reword the prompt's end")
         spans = head_spans + [(edge + tail_spans[i][0] - 1, edge + tail_spans[i][1] - 1) for i in kept]
         return head + tuple(tail[i] for i in kept), spans, len(head)
 
@@ -279,39 +290,33 @@ class TextEncoder:
         if forced is not None:
             return forced
         left, right = prompt[-1], target[0]
-        if _writes_without_spaces(left) or _writes_without_spaces(right):
+        if left.isspace() or _writes_without_spaces(left) or _writes_without_spaces(right):
             return False
-        if left in _JOINS_RIGHT or right in _JOINS_LEFT:
+        if _opens(prompt) or right in _JOINS_LEFT or unicodedata.category(right) in ("Pe", "Pf"):
             return False
         # Most tokenizers fuse a space with what follows it. One that makes it a token of its own before this target
-        # does not expect it there, unless a word follows a word.
+        # does not expect it there, unless a word or number follows.
         separate = any(end == 2 for _, end in self._encode(f"a {target}", special=False)[1])
-        return not separate or (left.isalnum() and right.isalnum())
+        return not separate or right.isalnum()
 
 
-_JOINS_RIGHT = frozenset("([{<«“‘¿¡/-–—'’@#$€£_")  # noqa: RUF001
-"""Characters that no space follows."""
+_JOINS_LEFT = frozenset(".,;:!?%/-–—…'’")  # noqa: RUF001
+"""Characters that no space precedes, beside closing brackets and quotes."""
 
-_JOINS_LEFT = frozenset(")]}>»”’.,;:!?%/-–—'…")  # noqa: RUF001
-"""Characters that no space precedes."""
 
-_SPACELESS = frozenset(
-    [
-        "CJK",
-        "HIRAGANA",
-        "KATAKANA",
-        "BOPOMOFO",
-        "THAI",
-        "LAO",
-        "KHMER",
-        "MYANMAR",
-        "TIBETAN",
-        "FULLWIDTH",
-        "IDEOGRAPHIC",
-    ]
-)
+def _opens(prompt: str) -> bool:
+    """Whether the prompt ends in something that no space follows: an opening bracket or quote, a dash, a sign."""
+    left, before = prompt[-1], prompt[-2:-1]
+    if left in "'\"":  # the straight quotes open after a space and close after a word
+        return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi")
+    return left in "/-–—@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")  # noqa: RUF001
 
 
 def _writes_without_spaces(character: str) -> bool:
     """Whether the character's script puts no space between words."""
-    return unicodedata.name(character, "").split(" ")[0].split("-")[0] in _SPACELESS
+    script = unicodedata.name(character, "").split(" ")[0]
+    if script in ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"):
+        return True
+    # East Asian letters and punctuation are wide; Hangul is too, but puts spaces, and so do emoji (symbols).
+    wide = unicodedata.east_asian_width(character) in ("W", "F") or script == "HALFWIDTH"
+    return wide and script != "HANGUL" and unicodedata.category(character)[0] in "LP"

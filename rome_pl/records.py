@@ -116,6 +116,8 @@ def parse_records(
     Raises:
         DataError: If the form is unknown; the message lists the fields seen.
     """
+    if form is not None and form not in _FORMS:
+        raise DataError(f"form: expected one of {sorted(_FORMS)}, got {form!r}")
     requests: list[EditRequest] = []
     invalid: list[InvalidRecord] = []
     seen: set[str] = set()

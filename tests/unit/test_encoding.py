@@ -539,3 +539,38 @@ def test_more_rows_than_one_forward_takes_keep_their_order():
     scores = target_log_probs(language_model, batch)
     for index in (0, 1, 2, 63, 64, 69):
         assert scores[index] == pytest.approx(plain_log_prob(language_model, batch[index]), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "joined_text"),
+    [
+        ("plays the ", " violin", "plays the violin"),  # one space, not two
+        ("plays the", "  violin", "plays the  violin"),  # the target's own white space is left alone
+        ("Question?\nAnswer:\n", "violin", "Question?\nAnswer:\nviolin"),
+        ("What year?", "1990", "What year? 1990"),
+        ("the parents'", "house", "the parents' house"),
+        ("He said '", "hello", "He said 'hello"),
+        ('He said "', "hello", 'He said "hello'),
+        ('He said "so"', "hello", 'He said "so" hello'),
+        ("书名《", "Rome", "书名《Rome"),
+        ("ﾛｰﾏ", "ﾛｰﾏ", "ﾛｰﾏﾛｰﾏ"),
+        ("Price: $", "5", "Price: $5"),
+    ],
+)
+def test_text_decides_what_joins_prompt_and_target(prompt, target, joined_text, encoder):
+    request = EditRequest(prompt=prompt, subject=prompt.split()[0], target_new=target)
+    row = encoder.continuation(prompt, target, request)
+    assert [*row.ids, row.target[-1]] == encoder.tokenizer(joined_text)["input_ids"]
+
+
+def test_an_error_names_the_field_whose_text_is_too_long():
+    encoder = TextEncoder(byte_level_tokenizer(), 30)
+    long = "word " * 40
+    base = {"prompt": "Rome is in", "subject": "Rome", "target_new": "Peru"}
+    for field, values in (
+        ("paraphrases", {"paraphrases": [long]}),
+        ("target_true", {"target_true": long}),
+        ("target_new", {"target_new": long}),
+    ):
+        with pytest.raises(RequestError, match=f"field '{field}'.*the model reads 30"):
+            encoder.check_probes(EditRequest(**{**base, **values}))

@@ -16,6 +16,7 @@ def request(**fields):
         ("I love Rome", "Rome", 7),
         ("Rome", "Rome", 0),
         ("Rome outlived Rome, says", "Rome", 14),
+        ("In Rome, as in Rome, one", "Rome", 15),
         ("Rome, the romance of Rome in Romea", "Rome", 21),
         ("The art of Art was art", "Art", 11),
         ("Rome beats Romea", "Rome", 0),
