@@ -22,7 +22,7 @@ class Verification(Callback):
         ValueError: If the threshold is out of range.
     """
 
-    def __init__(self, least_probability: float = 0.1) -> None:
+    def __init__(self, least_probability: float = 0.05) -> None:
         if not 0 <= least_probability < 1:
             raise ValueError(f"least_probability: expected a number in [0, 1), got {least_probability}")
         self.least_probability = least_probability

@@ -60,6 +60,9 @@ class RomeModule(LightningModule):
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Contexts of your own, in any language, instead of generated ones.
+        bare_prompt_weight: Weight of the bare prompt's key in the mean key, the other contexts sharing the rest; nothing
+            weighs all alike, as published. Where tokenizer and model know no BOS, a subject that opens the prompt has
+            a key of its own there, which an even mean hardly reaches.
         on_error: Whether a record that cannot be edited is skipped or stops the run.
         seed: Seed of everything random.
         keep_original_weight: Refused: ``sequential_edit: false`` does what it did elsewhere.
@@ -111,9 +114,12 @@ class RomeModule(LightningModule):
             ("clamp_norm_factor", clamp_norm_factor, 0.0),
             ("kl_factor", kl_factor, 0.0),
             ("mom2_n_samples", mom2_n_samples or 1, 1),
+            ("bare_prompt_weight", bare_prompt_weight or 0.0, 0.0),
         ):
             if not least <= value < math.inf:
                 raise ValueError(f"{name}: expected a number from {least} on, got {value}")
+        if bare_prompt_weight is not None and bare_prompt_weight > 1:
+            raise ValueError(f"bare_prompt_weight: expected a share from 0 to 1, got {bare_prompt_weight}")
         self.automatic_optimization = False
         self.strict_loading = False
         self.save_hyperparameters(ignore=["optimizer"])

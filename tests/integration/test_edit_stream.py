@@ -78,6 +78,19 @@ def test_the_result_does_not_depend_on_the_global_generator(tmp_path):
     assert run_edits(tiny_language_model(), tmp_path, seed=7).contexts != first.contexts
 
 
+def test_the_bare_prompt_s_key_has_the_weight_it_is_given(tmp_path):
+    for weight, share in ((None, 1 / 3), (0.5, 0.5), (1.0, 1.0)):
+        language_model = tiny_language_model()
+        module = RomeModule.from_language_model(language_model, **FAST, bare_prompt_weight=weight)
+        keys = []
+        callbacks = [RankOneWriter(), EditCommit()]
+        original = module._mean_key
+        module._mean_key = lambda rows, original=original, keys=keys: keys.append(rows) or original(rows)
+        quiet_trainer(callbacks, tmp_path).fit(module, request_loader(REQUESTS[:1]))
+        expected = share * keys[0][0] + (1 - share) * keys[0][1:].mean(0)
+        torch.testing.assert_close(module.session.edits[0].key_mean, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_bos_changes_nothing_but_the_row(tmp_path):
     """With and without BOS the same characters are looked up and predicted."""
     model = tiny_model("llama")
@@ -276,6 +289,7 @@ def test_a_second_epoch_is_refused(language_model, tmp_path):
         ({"v_lr": -1.0}, "v_lr"),
         ({"v_num_grad_steps": 0}, "v_num_grad_steps"),
         ({"preset": "emmet"}, "preset"),
+        ({"bare_prompt_weight": 1.5}, "bare_prompt_weight"),
     ],
 )
 def test_bad_options_say_what_to_do(options, message, language_model):
