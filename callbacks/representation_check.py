@@ -1,6 +1,7 @@
 """Looks at the model's representation of a request before the edit is optimised."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,6 +43,11 @@ class RepresentationCheck(Callback):
             raise ValueError(f"largest_overlap: expected a number in (0, 1], got {largest_overlap}")
         self.on_known, self.on_odd_key = on_known, on_odd_key
         self.largest_norm_ratio, self.largest_overlap = largest_norm_ratio, largest_overlap
+        self._directions: dict[str, Tensor] = {}
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._directions = {}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Edit, batch_idx: int) -> None:
@@ -73,17 +79,29 @@ class RepresentationCheck(Callback):
             ratio = float(key.norm()) / session.moment.typical_norm
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
-        for written in session.weight.written:
-            overlap = _cosine(session.weight.metric, key, written.assertion.shape[0])
+        for name, overlap in self._overlaps(session, key).items():
             if abs(overlap) > self.largest_overlap:
                 findings.append(
-                    f"the key all but equals that of record {written.name} (cosine {overlap:.2f}): "
-                    "one fact may undo the other"
+                    f"the key all but equals that of record {name} (cosine {overlap:.2f}): one fact may undo the other"
                 )
         return findings
 
+    def _overlaps(self, session: EditSession, key: Tensor) -> dict[str, float]:
+        """Cosine, under the metric, between a key and that of every edit in the weight."""
+        written = session.weight.written
+        if not written:
+            return {}
+        metric = session.weight.metric
+        for edit in written:
+            if edit.name not in self._directions:  # one solve per edit, however long the stream
+                self._directions[edit.name] = _unit(metric, edit.assertion.shape)
+        directions = torch.stack([self._directions[edit.name] for edit in written])
+        row = key.double().unsqueeze(0)
+        cosines = directions @ row[0] / (metric(row) * row).sum().sqrt()
+        return dict(zip((edit.name for edit in written), cosines.tolist(), strict=True))
 
-def _cosine(metric: Any, first: Tensor, second: Tensor) -> float:
-    keys = torch.stack([first, second]).double()
-    gram = metric(keys) @ keys.T
-    return float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
+
+def _unit(metric: Callable[[Tensor], Tensor], key: Tensor) -> Tensor:
+    """``M k / √(kᵀ M k)`` of one key ``[1, d_key]``: its inner product with another key is their overlap."""
+    direction = metric(key.double())
+    return (direction / (direction * key.double()).sum().sqrt())[0]

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from rome_pl.edit import Edit, session_of
-from rome_pl.metrics import summarise
+from rome_pl.metrics import RunningScores, summarise
 
 __all__ = ["TensorBoardReport"]
 
@@ -24,6 +24,11 @@ class TensorBoardReport(Callback):
 
     def __init__(self, pictures: int = 100) -> None:
         self.pictures = pictures
+        self._running = RunningScores()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running = RunningScores()
 
     @override
     def on_train_batch_end(
@@ -41,10 +46,9 @@ class TensorBoardReport(Callback):
         if edit.written is not None:
             scalars["edit/update_norm"] = edit.written.update.norm
         scalars["stream/weight_change"] = session.weight.change
-        done = [other.scores["immediate"] for other in session.edits if "immediate" in other.scores]
-        scalars |= {
-            f"running/{name}": entry["value"] for name, entry in summarise(done).items() if entry["value"] is not None
-        }
+        if "immediate" in edit.scores:
+            self._running.update(edit.scores["immediate"])
+        scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=edit.index)
             if isinstance(logger, TensorBoardLogger) and edit.steps and edit.index < self.pictures:

@@ -60,9 +60,9 @@ class RomeModule(LightningModule):
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Contexts of your own, in any language, instead of generated ones.
-        bare_prompt_weight: Weight of the bare prompt's key in the mean key, the other contexts sharing the rest; nothing
-            weighs all alike, as published. Where tokenizer and model know no BOS, a subject that opens the prompt has
-            a key of its own there, which an even mean hardly reaches.
+        bare_prompt_weight: Weight of the bare prompt's key in the mean key, the other contexts sharing the rest;
+            nothing weighs all alike, as published. Where tokenizer and model know no BOS, a subject that opens the
+            prompt has a key of its own there, which an even mean hardly reaches.
         on_error: Whether a record that cannot be edited is skipped or stops the run.
         seed: Seed of everything random.
         keep_original_weight: Refused: ``sequential_edit: false`` does what it did elsewhere.
@@ -262,7 +262,7 @@ class RomeModule(LightningModule):
 
     def _mean_key(self, keys: Tensor) -> Tensor:
         """Mean key over contexts, the bare prompt with the weight it was given."""
-        weight = self.hparams["bare_prompt_weight"]
+        weight: float | None = self.hparams["bare_prompt_weight"]
         if weight is None or len(keys) == 1:
             return keys.mean(0)
         return weight * keys[0] + (1 - weight) * keys[1:].mean(0)

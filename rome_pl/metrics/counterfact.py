@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from rome_pl.metrics.probes import ProbeScores
 
-__all__ = ["SCORES", "CounterFactScores", "wilson_interval"]
+__all__ = ["SCORES", "CounterFactScores", "RunningScores", "wilson_interval"]
 
 SCORES = ("ES", "EM", "PS", "PM", "NS", "NM")
 _Z = 1.959963984540054  # two-sided 95 %
@@ -58,6 +58,25 @@ class CounterFactScores(Metric):
             _entry(*_bootstrap_harmonic(complete), len(complete)) if len(complete) else _entry(None, None, None, 0)
         )
         return table
+
+
+class RunningScores:
+    """Means of the six scores over the records so far, without intervals: one record costs the same, first or last."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(len(SCORES), dtype=torch.float64)
+        self._counts = torch.zeros(len(SCORES), dtype=torch.int64)
+
+    def update(self, scores: ProbeScores) -> None:
+        """Add one record."""
+        values = torch.tensor(record_values(scores), dtype=torch.float64)
+        self._sums += values.nan_to_num(0.0)
+        self._counts += ~values.isnan()
+
+    def compute(self) -> dict[str, float]:
+        """The means; scores that no record has probes for are left out."""
+        means = (self._sums / self._counts).tolist()
+        return {name: mean for name, mean in zip(SCORES, means, strict=True) if not math.isnan(mean)}
 
 
 _NOTHING = torch.empty(0, len(SCORES), dtype=torch.float64)

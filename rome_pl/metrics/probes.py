@@ -49,7 +49,7 @@ class TargetMeasure:
 
 def measure_target(language_model: LanguageModel, row: EncodedRow) -> TargetMeasure:
     """Measure one target under the model's current weights."""
-    log_probs, greedy = _batch_log_probs(language_model, [row])
+    log_probs, greedy = _measure(language_model, [row])
     return TargetMeasure(float(log_probs[0].exp()), bool(greedy[0]))
 
 
@@ -61,39 +61,65 @@ def target_log_probs(language_model: LanguageModel, rows: Sequence[EncodedRow]) 
         rows: Encoded prompts with targets.
 
     Returns:
-        Shape ``[rows]``, float64, on the CPU. Batches are made of rows of similar length; which rows share a batch
-        changes nothing but rounding.
+        Shape ``[rows]``, float64, on the CPU. Rows whose text is the beginning of another row's are read off that one;
+        batches are made of rows of similar length. Neither changes anything but rounding.
     """
-    means = torch.empty(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    for start in range(0, len(order), ROWS):
-        chosen = order[start : start + ROWS]
-        means[chosen], _ = _batch_log_probs(language_model, [rows[index] for index in chosen])
-    return means
+    return _measure(language_model, rows)[0]
+
+
+def _measure(language_model: LanguageModel, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
+    """Mean log-probability of each row's target, and whether each of its tokens is the likeliest."""
+    log_probs, greedy = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.bool)
+    groups = sorted(_shared(rows), key=lambda group: len(rows[group[0]].ids))
+    for start in range(0, len(groups), ROWS):
+        batch = groups[start : start + ROWS]
+        members = [member for group in batch for member in group]
+        log_probs[members], greedy[members] = _measure_batch(
+            language_model, [[rows[member] for member in group] for group in batch]
+        )
+    return log_probs, greedy
+
+
+def _shared(rows: Sequence[EncodedRow]) -> list[list[int]]:
+    """Indices of rows in groups: the first one's ids begin with those of every other.
+
+    A prompt with a one-token target is the same input whatever the target, so a pair of targets mostly costs one row.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda index: rows[index].ids, reverse=True):
+        ids = rows[index].ids
+        # In this order whatever begins with these ids comes right before them.
+        if groups and rows[groups[-1][0]].ids[: len(ids)] == ids:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 @torch.no_grad()
-def _batch_log_probs(language_model: LanguageModel, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
-    """Mean log-probability of each row's target, and whether each of its tokens is the likeliest."""
+def _measure_batch(language_model: LanguageModel, groups: Sequence[Sequence[EncodedRow]]) -> tuple[Tensor, Tensor]:
+    """Measure the targets of groups that share a row each, in the groups' order."""
     model: Any = language_model.model
-    aligned = align(rows, language_model.encoder.pad_id, language_model.device)
-    with (
-        frozen(model),
-        clean_padding(model, aligned.attention_mask),
-        head_on(model, aligned.predict_row, aligned.predict_column),
-    ):
+    aligned = align([group[0] for group in groups], language_model.encoder.pad_id, language_model.device)
+    wanted, count = [], 0
+    for index, group in enumerate(groups):
+        shift = aligned.prefix - group[0].lookup
+        for row in group:
+            wanted += [(index, shift + row.first + step, label, count) for step, label in enumerate(row.target)]
+            count += 1
+    at_row, at_column, labels, owner = torch.tensor(wanted, device=language_model.device).unbind(1)
+    with frozen(model), clean_padding(model, aligned.attention_mask), head_on(model, at_row, at_column):
         logits = model(
             input_ids=aligned.input_ids,
             use_cache=False,
             **forward_masks(model, aligned.attention_mask, aligned.position_ids),
         ).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    picked = log_probs.gather(1, aligned.labels.unsqueeze(1)).squeeze(1).double()
-    missed = (log_probs.argmax(-1) != aligned.labels).double()
-    lengths = aligned.predict_row.bincount(minlength=len(rows))
-    sums = torch.zeros(2, len(rows), dtype=torch.float64, device=picked.device)
-    sums.index_add_(1, aligned.predict_row, torch.stack([picked, missed]))
-    return (sums[0] / lengths).cpu(), (sums[1] == 0).cpu()
+    picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double()
+    missed = (log_probs.argmax(-1) != labels).double()
+    sums = torch.zeros(2, count, dtype=torch.float64, device=picked.device)
+    sums.index_add_(1, owner, torch.stack([picked, missed]))
+    return (sums[0] / owner.bincount(minlength=count)).cpu(), (sums[1] == 0).cpu()
 
 
 def probe_scores(language_model: LanguageModel, request: EditRequest) -> ProbeScores:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rome_pl.metrics import CounterFactScores, ProbeScores, perplexity, probe_scores, summarise
+from rome_pl.metrics import CounterFactScores, ProbeScores, RunningScores, perplexity, probe_scores, summarise
 from rome_pl.metrics.counterfact import wilson_interval
 from rome_pl.metrics.probes import measure_target, next_tokens
 from rome_pl.requests import EditRequest
@@ -77,6 +77,12 @@ def test_metric_objects_merge_like_one_stream():
         whole.update(record)
         part.update(record)
     assert part.compute() == whole.compute() == summarise(records)
+    running = RunningScores()
+    for record in [*records, ProbeScores((-1.0, None))]:
+        running.update(record)
+    assert running.compute() == pytest.approx(
+        {name: entry["value"] for name, entry in summarise(records).items() if name != "S"}
+    )
     part.reset()
     assert part.compute()["ES"]["n"] == 0
 
