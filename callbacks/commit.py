@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditStatus, session_of
+from rome_pl.edit import Edit, EditSession, EditStatus, session_of
 from rome_pl.ledger import Ledger
 
 __all__ = ["EditCommit"]
@@ -38,11 +38,23 @@ class EditCommit(Callback):
                 raise RuntimeError(
                     "EditCommit found no write to keep: list RankOneWriter before it (see default_callbacks)"
                 )
-            edit.status = EditStatus.APPLIED
+            verdict = EditStatus.APPLIED
+        else:
+            verdict = edit.status
+        if session.ledger is not None:
+            # The line on disk is the commit: whatever stops the run before it takes the write back.
+            record = edit.record() | {"status": str(verdict), "layer": session.weight.site.layer}
+            session.ledger.append(record, edit.written if verdict is EditStatus.APPLIED else None)
         if session.sequential:
             session.weight.commit()
         else:
             session.weight.revert()
-        if session.ledger is not None:
-            written = edit.written if edit.status is EditStatus.APPLIED else None
-            session.ledger.append(edit.record() | {"layer": session.weight.site.layer}, written)
+        edit.status = verdict
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        session = getattr(pl_module, "session", None)
+        if isinstance(session, EditSession) and session.edits and session.edits[-1].status is EditStatus.PENDING:
+            edit = session.edits[-1]
+            edit.decide(EditStatus.SKIPPED, f"the run ended during this edit ({type(exception).__name__})")
+            edit.scores.clear()

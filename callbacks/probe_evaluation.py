@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.edit import Edit, EditSession, session_of
+from rome_pl.errors import OptionError
 from rome_pl.metrics import perplexity, probe_scores
 
 __all__ = ["ProbeEvaluation"]
@@ -30,6 +31,17 @@ class ProbeEvaluation(Callback):
 
     def __init__(self, held_out_text: str | None = None, measure_perplexity: bool = True) -> None:
         self.held_out_text, self.measure_perplexity = held_out_text, measure_perplexity
+        self._text = ""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.measure_perplexity:
+            return
+        source = Path(self.held_out_text) if self.held_out_text else files("rome_pl") / "assets" / "held_out_text.txt"
+        try:
+            self._text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"held_out_text: {source} cannot be read as UTF-8 text: {error}") from error
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,13 +73,13 @@ class ProbeEvaluation(Callback):
         if not session.sequential:
             return
         log.info("Measuring %d records on the final model", len(session.requests))
+        for request in session.requests:
+            session.final_scores[str(request.case_id)] = probe_scores(session.language_model, request)
         for edit in session.edits:
-            if edit.name in session.base_scores:
-                edit.scores["final"] = probe_scores(session.language_model, edit.request)
+            if edit.name in session.final_scores:
+                edit.scores["final"] = session.final_scores[edit.name]
         self._measure_perplexity(session, "final")
 
     def _measure_perplexity(self, session: EditSession, moment: str) -> None:
-        if not self.measure_perplexity:
-            return
-        source = Path(self.held_out_text) if self.held_out_text else files("rome_pl") / "assets" / "held_out_text.txt"
-        session.perplexity[moment] = perplexity(session.language_model, source.read_text(encoding="utf-8"))
+        if self.measure_perplexity:
+            session.perplexity[moment] = perplexity(session.language_model, self._text)

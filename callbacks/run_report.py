@@ -35,12 +35,14 @@ class RunReport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, session_of(pl_module), interrupted=False)
+        session = session_of(pl_module)
+        reached = len(session.edits) == len(session.requests) + session.num_refused
+        self._write(trainer, session, interrupted=not reached)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         session = getattr(pl_module, "session", None)
-        if isinstance(session, EditSession) and session.edits and not self._written:
+        if isinstance(session, EditSession) and session.requests and not self._written:
             self._write(trainer, session, interrupted=True)
 
     def _write(self, trainer: Trainer, session: EditSession, interrupted: bool) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rome_pl.errors import RomeError
+
 __all__ = ["RewriteSite", "UnsupportedModelError", "decoder_layers", "find_site", "hidden_size"]
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(RomeError):
     """A model or layer that a rank-one edit cannot be written into, with the reason."""
 
 

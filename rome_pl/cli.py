@@ -8,11 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
-from rome_pl.architecture import UnsupportedModelError
 from rome_pl.callbacks import (
     EditCommit,
     EditProgressBar,
@@ -26,10 +26,8 @@ from rome_pl.callbacks import (
 )
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.edit_module import RomeModule
-from rome_pl.language_model import SourceError
-from rome_pl.records import DataError
-from rome_pl.second_moment import StatisticsError
-from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer, RunFolderError
+from rome_pl.errors import OptionError, RomeError
+from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
 
@@ -73,6 +71,13 @@ class RomeCLI(LightningCLI):
         """The configuration, not a checkpoint, is the source of options."""
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # a constructor refused an option
+            raise OptionError(str(error)) from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         if trainer["logger"] in (None, True):
@@ -80,6 +85,9 @@ class RomeCLI(LightningCLI):
             from lightning.pytorch.loggers import TensorBoardLogger
 
             kwargs["logger"] = TensorBoardLogger(trainer["default_root_dir"], name="tensorboard", version="")
+        if trainer["accelerator"] == "auto":
+            # Lightning's own choice includes Apple's MPS, which lacks the float64 that edits are solved in.
+            kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
         return super().instantiate_trainer(**kwargs)
 
 
@@ -117,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> int:
             load_from_checkpoint_support=False,
             args=_normalised(sys.argv[1:] if args is None else args),
         )
-    except (DataError, RunFolderError, SourceError, StatisticsError, UnsupportedModelError, ValueError) as error:
+    except (RomeError, OSError) as error:
         print(f"rome-pl: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
     assert isinstance(cli.trainer, RomeTrainer)

@@ -52,6 +52,9 @@ def generate_contexts(language_model: LanguageModel, length_params: Sequence[Seq
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     do_sample=True,
+                    temperature=1.0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
                     top_k=5,  # contexts should read like text, as published; plain sampling drifts within ten tokens
                     min_new_tokens=max(1, length - ids.shape[1]),
                     max_new_tokens=max(1, length - ids.shape[1]),

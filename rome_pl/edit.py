@@ -63,6 +63,7 @@ class Edit:
         encoded: Its rows as tokens; ``None`` if they could not be made.
         objective: Loss of its value offset, with the prefix pass behind it; freed once the edit is decided.
         status: Where it stands.
+        failed: Whether it could not be tried, which ``on_error`` decides about.
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
         key_mean: Mean key over contexts, ``[d_key]``.
@@ -82,6 +83,7 @@ class Edit:
     encoded: EncodedEdit | None = None
     objective: ValueObjective | None = None
     status: EditStatus = EditStatus.PENDING
+    failed: bool = False
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     key_mean: Tensor | None = None
@@ -123,6 +125,11 @@ class Edit:
         """Record a verdict other than success."""
         self.status, self.reason = status, reason
 
+    def fail(self, reason: str) -> None:
+        """Skip the edit because it could not be tried."""
+        self.failed = True
+        self.decide(EditStatus.SKIPPED, reason)
+
     def assertion(self, preset: Preset) -> Assertion:
         """The write this edit asks for: which key shapes it and at which key its value holds is the preset's choice."""
         assert self.value is not None
@@ -151,8 +158,10 @@ class EditSession:
         fact_token: Which token is looked up.
         contexts: Texts put before prompts, the empty one first.
         requests: Every valid request of the run, in order.
+        num_refused: Number of requests that could not be encoded.
         edits: The edits begun so far.
-        base_scores: Every request's probes on the unedited model, by name of the edit.
+        base_scores: Every valid request's probes before the stream, by name of the edit.
+        final_scores: The same after a sequential stream.
         perplexity: Held-out perplexity, by moment (``base``, ``final``).
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
@@ -166,8 +175,10 @@ class EditSession:
     fact_token: FactToken
     contexts: tuple[str, ...]
     requests: tuple[EditRequest, ...] = ()
+    num_refused: int = 0
     edits: list[Edit] = field(default_factory=list)
     base_scores: dict[str, ProbeScores] = field(default_factory=dict)
+    final_scores: dict[str, ProbeScores] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None

@@ -18,6 +18,7 @@ from rome_pl.contexts import DEFAULT_LENGTH_PARAMS, generate_contexts, join_cont
 from rome_pl.defaults import default_layer
 from rome_pl.edit import Edit, EditError, EditSession, EditStatus, Step
 from rome_pl.encoding import FactToken
+from rome_pl.errors import OptionError
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.objective import Losses, ValueObjective, clamp_norm_
 from rome_pl.prefix import run_prefix
@@ -99,14 +100,14 @@ class RomeModule(LightningModule):
     ) -> None:
         super().__init__()
         if keep_original_weight is not None:
-            raise ValueError(
+            raise OptionError(
                 "keep_original_weight is not an option here: 'sequential_edit: false' evaluates each edit and restores "
                 "the weights, 'sequential_edit: true' keeps every edit"
             )
         if layers is not None and len(layers) != 1:
-            raise ValueError(f"layers: ROME writes each fact into one layer; give a list of one, got {layers}")
+            raise OptionError(f"layers: ROME writes each fact into one layer; give a list of one, got {layers}")
         if preset not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+            raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
         for name, value, least in (
             ("v_num_grad_steps", v_num_grad_steps, 1),
             ("v_lr", v_lr, 0.0),
@@ -114,12 +115,14 @@ class RomeModule(LightningModule):
             ("clamp_norm_factor", clamp_norm_factor, 0.0),
             ("kl_factor", kl_factor, 0.0),
             ("mom2_n_samples", mom2_n_samples or 1, 1),
+            ("stop_loss", stop_loss, 0.0),
+            ("stop_probability", stop_probability, 0.0),
             ("bare_prompt_weight", bare_prompt_weight or 0.0, 0.0),
         ):
             if not least <= value < math.inf:
-                raise ValueError(f"{name}: expected a number from {least} on, got {value}")
+                raise OptionError(f"{name}: expected a number from {least} on, got {value}")
         if bare_prompt_weight is not None and bare_prompt_weight > 1:
-            raise ValueError(f"bare_prompt_weight: expected a share from 0 to 1, got {bare_prompt_weight}")
+            raise OptionError(f"bare_prompt_weight: expected a share from 0 to 1, got {bare_prompt_weight}")
         self.automatic_optimization = False
         self.strict_loading = False
         self.save_hyperparameters(ignore=["optimizer"])
@@ -154,18 +157,33 @@ class RomeModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check how the Trainer is set, and prepare what all edits share."""
         if self.trainer.max_epochs != 1:
-            raise ValueError(
+            raise OptionError(
                 f"max_epochs is {self.trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"
             )
         if self.trainer.world_size > 1:
-            raise ValueError("edits run on one device; use Trainer(devices=1)")
+            raise OptionError("edits run on one device; use Trainer(devices=1)")
+        if self.trainer.precision != "32-true":
+            raise OptionError(
+                f"precision is {self.trainer.precision}: it would bend the optimisation but not the rest. "
+                "Use Trainer(precision='32-true') and set the weights' precision by model.dtype"
+            )
+        if self.device.type == "mps":
+            raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
         if self._prepared is None:
             self._prepared = self._prepare()
         session = self._prepared
         session.weight.resume()
         # What was prepared, and the weight with its edits, serve every fit of this module; the rest is this one's.
         self.session = replace(
-            session, requests=(), edits=[], base_scores={}, perplexity={}, state_checks=[], ledger=None
+            session,
+            requests=(),
+            num_refused=0,
+            edits=[],
+            base_scores={},
+            final_scores={},
+            perplexity={},
+            state_checks=[],
+            ledger=None,
         )
 
     def _prepare(self) -> EditSession:
@@ -204,15 +222,20 @@ class RomeModule(LightningModule):
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         if not isinstance(dataset, Sequence) or not all(isinstance(request, EditRequest) for request in dataset):
             raise TypeError("RomeModule needs a DataLoader over a list of EditRequest; see RequestDataModule")
-        valid = []
+        valid: list[EditRequest] = []
+        self._refused = {}
+        names: set[str] = set()
         for request in dataset:
+            if str(request.case_id) in names:
+                raise RequestError("case_id", "occurs twice: results could not be told apart", case_id=request.case_id)
+            names.add(str(request.case_id))
             try:
                 self._encode(request)
                 session.language_model.encoder.check_probes(request)
                 valid.append(request)
             except RequestError as error:
                 self._refused[str(request.case_id)] = error
-        session.requests = tuple(valid)
+        session.requests, session.num_refused = tuple(valid), len(self._refused)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Requests are text and stay as they are."""
@@ -227,7 +250,7 @@ class RomeModule(LightningModule):
         edit = Edit(index=len(session.edits), request=request)
         session.edits.append(edit)
         if (refusal := self._refused.get(edit.name)) is not None:
-            edit.decide(EditStatus.SKIPPED, str(refusal))
+            edit.fail(str(refusal))
             return edit
         started = time.perf_counter()
         edit.encoded = self._encode(request)
@@ -237,7 +260,7 @@ class RomeModule(LightningModule):
         )
         edit.objective = ValueObjective(prefix, edit.encoded, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
         keys = prefix.keys[: len(edit.encoded.rows)].double()
-        edit.key_bare, edit.key_mean = keys[0], self._mean_key(keys)
+        edit.key_bare, edit.key_mean = keys[0].clone(), self._mean_key(keys)
         edit.seconds["prefix"] = time.perf_counter() - started
         return edit
 
@@ -249,7 +272,7 @@ class RomeModule(LightningModule):
             self._optimise(edit)
             edit.seconds["optimise"] = time.perf_counter() - started
         edit.objective = None  # frees the prefix pass
-        if edit.status is EditStatus.SKIPPED and self.hparams["on_error"] == "stop":
+        if edit.failed and self.hparams["on_error"] == "stop":
             raise EditError(f"record {edit.name}: {edit.reason} (on_error: stop)")
         if edit.steps:
             self.log("loss", edit.steps[-1].loss, prog_bar=True, logger=False, batch_size=1)
@@ -282,10 +305,7 @@ class RomeModule(LightningModule):
             edit.steps.append(_record(losses))
             last = edit.steps[-1]
             if not math.isfinite(last.loss):
-                edit.decide(
-                    EditStatus.SKIPPED,
-                    f"the loss became {last.loss} at step {step}; lower v_lr, or load the model in float32",
-                )
+                edit.fail(f"the loss became {last.loss} at step {step}; lower v_lr, or load the model in float32")
                 return
             if last.loss < hparams["stop_loss"] or last.probability > hparams["stop_probability"] or step == steps - 1:
                 break

@@ -1,18 +1,21 @@
 """Editing without a config: the same module, data and callbacks behind one object."""
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import Edit, EditStatus, session_of
 from rome_pl.edit_module import RomeModule
+from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.metrics.probes import measure_target
@@ -72,7 +75,9 @@ class KnowledgeEditor:
 
     def __init__(self, language_model: LanguageModel, **options: Any) -> None:
         if "sequential_edit" in options:
-            raise ValueError("sequential_edit: edits of a KnowledgeEditor always accumulate; take one back with undo()")
+            raise OptionError(
+                "sequential_edit: edits of a KnowledgeEditor always accumulate; take one back with undo()"
+            )
         self._module = RomeModule.from_language_model(language_model, sequential_edit=True, on_error="skip", **options)
         self._language_model = language_model
         self._edited = 0
@@ -84,6 +89,7 @@ class KnowledgeEditor:
         *,
         dtype: str = "auto",
         device: str | torch.device | None = None,
+        allow_pickle: bool = False,
         **options: Any,
     ) -> "KnowledgeEditor":
         """Load a model to edit.
@@ -92,15 +98,19 @@ class KnowledgeEditor:
             source: Hub name, folder, GGUF file, ``package:NAME/FILE``, or a pair ``(model, tokenizer)``.
             dtype: Precision of the weights; ``auto`` takes the checkpoint's own.
             device: Where the model runs; nothing takes a GPU if there is one. A given pair stays where it is.
+            allow_pickle: Whether weights that do not come as safetensors may be read.
             options: Options of :class:`RomeModule`.
 
         Raises:
+            OptionError: If a loaded model is given together with a precision or device.
             SourceError: If the source cannot be loaded.
             UnsupportedModelError: If the model has no dense MLP at the rewrite layer.
         """
         if isinstance(source, tuple):
+            if dtype != "auto" or device is not None:
+                raise OptionError("dtype and device are for sources to load; a given model keeps its own")
             return cls(LanguageModel(*source), **options)
-        language_model = load_language_model(source, dtype)
+        language_model = load_language_model(source, dtype, allow_pickle)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         language_model.model.to(device)
@@ -141,20 +151,10 @@ class KnowledgeEditor:
         )  # fmt: skip
         self._edited += 1
         before, device = self._measure(request), self._language_model.device
-        callbacks = [RepresentationCheck(), RankOneWriter(), *([Verification()] if verify else []), EditCommit()]
-        with _quiet():
-            trainer = Trainer(
-                max_epochs=1,
-                accelerator=device.type,
-                devices=[device.index or 0] if device.type == "cuda" else 1,
-                callbacks=callbacks,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(self._module, request_loader([request]))
-        self.model.to(device)  # the Trainer leaves the model on the CPU
+        callbacks: list[Callback] = [RepresentationCheck(), RankOneWriter(), EditCommit()]
+        if verify:
+            callbacks.insert(2, Verification())
+        self._run(request, callbacks, device)
         edit = session_of(self._module).edits[-1]
         if edit.status is not EditStatus.APPLIED:
             raise EditRejectedError(f"{edit.status}: {edit.reason}")
@@ -168,10 +168,29 @@ class KnowledgeEditor:
         Raises:
             KeyError: If an edit was undone before, or is not this editor's.
         """
+        if self._module.session is None:
+            raise KeyError("nothing was edited yet")
         weight = session_of(self._module).weight
         weight.resume()
         names = [result.edit.name for result in results] if results else [written.name for written in weight.written]
         weight.remove(names)
+
+    def _run(self, request: EditRequest, callbacks: list[Callback], device: torch.device) -> None:
+        with _quiet(), _interruptible():
+            trainer = Trainer(
+                max_epochs=1,
+                accelerator=device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
+                callbacks=callbacks,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            try:
+                trainer.fit(self._module, request_loader([request]))
+            finally:
+                self.model.to(device)  # the Trainer leaves the model on the CPU
 
     def _measure(self, request: EditRequest) -> Measured:
         language_model = self._language_model
@@ -184,18 +203,35 @@ class KnowledgeEditor:
             for target in (request.target_new, request.target_true)
         ]
         assert probabilities[0] is not None
-        row = language_model.encoder.prompt(request.prompt.rstrip())
+        row = language_model.encoder.prompt(request.prompt.rstrip(" "))
         ids = torch.tensor([row.ids], device=language_model.device)
         with frozen(language_model.model), torch.no_grad():
             out = language_model.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
+                repetition_penalty=1.0,
                 max_new_tokens=8,
                 pad_token_id=language_model.encoder.pad_id,
             )
         text = language_model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return Measured(probabilities[0], probabilities[1], text)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays what it is: Lightning would end the process and leave the signal ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

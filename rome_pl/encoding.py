@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rome_pl.errors import RomeError
 from rome_pl.requests import EditRequest
 
-__all__ = ["AlignedRows", "EncodedEdit", "EncodedRow", "FactToken", "TextEncoder", "align"]
+__all__ = ["AlignedRows", "EncodedEdit", "EncodedRow", "FactToken", "TextEncoder", "TokenizerError", "align"]
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 """Which token the edit looks up: the published strategies of ROME's ``fact_token``."""
@@ -112,6 +113,10 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
     )
 
 
+class TokenizerError(RomeError):
+    """A tokenizer that cannot be used."""
+
+
 class TextEncoder:
     """Encodes requests and probes with one tokenizer.
 
@@ -120,12 +125,12 @@ class TextEncoder:
         max_length: Longest row, in tokens, that the model can read.
 
     Raises:
-        TypeError: If the tokenizer gives no character offsets.
+        TokenizerError: If the tokenizer gives no character offsets.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
+            raise TokenizerError(
                 f"{type(tokenizer).__name__} gives no character offsets, which find the subject's tokens; "
                 "load the fast tokenizer of this model (AutoTokenizer does where one exists)"
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
 from rome_pl.encoding import TextEncoder
+from rome_pl.errors import RomeError
 
 __all__ = ["DEFAULT_SOURCE", "LanguageModel", "SourceError", "cache_folder", "load_language_model"]
 
@@ -36,7 +37,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 log = logging.getLogger(__name__)
 
 
-class SourceError(ValueError):
+class SourceError(RomeError):
     """A model source that cannot be loaded, with what to do."""
 
 
@@ -68,8 +69,9 @@ class LanguageModel:
                 "load it in float32, bfloat16 or float16"
             )
         decoder_layers(self.model)
-        config = self.model.config.get_text_config(decoder=True)
-        self.encoder = TextEncoder(self.tokenizer, int(getattr(config, "max_position_embeddings", None) or 2**20))
+        self.encoder = TextEncoder(self.tokenizer, _max_length(self.model.config))
+        if self.encoder.pad_id >= self.model.get_input_embeddings().num_embeddings:
+            self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do
 
     @property
     def device(self) -> torch.device:
@@ -149,14 +151,21 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
     return LanguageModel(model.eval(), tokenizer, source)
 
 
-def load_tokenizer(source: str) -> Any:
-    """Load only the tokenizer of a source; raises like :func:`load_language_model`."""
-    from transformers import AutoTokenizer
+def load_encoder(source: str) -> TextEncoder:
+    """The encoder of a source, without its weights; raises like :func:`load_language_model`."""
+    from transformers import AutoConfig, AutoTokenizer
 
+    folder = _resolve(source)
     try:
-        return AutoTokenizer.from_pretrained(_resolve(source), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load the tokenizer of '{source}': {_first_line(error)}") from error
+        raise SourceError(f"cannot load tokenizer and config of '{source}': {_first_line(error)}") from error
+    return TextEncoder(tokenizer, _max_length(config))
+
+
+def _max_length(config: Any) -> int:
+    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)
 
 
 def _resolve(source: str) -> str:

@@ -6,6 +6,7 @@ absent. A later line about the same edit changes its status.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,18 @@ from safetensors.torch import save_file
 
 from rome_pl.weights import Written
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "plain"]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 class Ledger:
@@ -42,7 +54,7 @@ class Ledger:
             line["shard"] = f"{line['index']:06d}.safetensors"
             self._write_shard(self.folder / "shards" / line["shard"], written)
         with self._lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

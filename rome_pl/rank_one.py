@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rome_pl.errors import RomeError
+
 __all__ = [
     "PRESETS",
     "Assertion",
@@ -62,7 +64,7 @@ MIN_COSINE = 1e-3
 """Mixed keys whose cosine under the metric is smaller are refused: the update would explode."""
 
 
-class DisablingEditError(ValueError):
+class DisablingEditError(RomeError):
     """The two keys are all but orthogonal under the metric, so the update's norm would explode."""
 
 
@@ -81,6 +83,10 @@ class Assertion:
     at: Tensor
     value: Tensor
     ridge: float = 0.0
+
+    def to(self, device: torch.device) -> "Assertion":
+        """The same assertion on a device."""
+        return Assertion(self.shape.to(device), self.at.to(device), self.value.to(device), self.ridge)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rome_pl.errors import RomeError
 from rome_pl.requests import EditRequest, RequestError
 
 __all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
@@ -21,7 +22,7 @@ SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
 """Files that hold records."""
 
 
-class DataError(ValueError):
+class DataError(RomeError):
     """A file or data set that cannot be used at all."""
 
 

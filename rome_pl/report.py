@@ -1,6 +1,7 @@
 """What a run leaves behind: results.json, manifest.json, and the table on the console."""
 
 import json
+import math
 import os
 import platform
 from collections import Counter
@@ -9,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.edit import Edit, EditSession, EditStatus
+from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import InvalidRecord
 from rome_pl.second_moment import library_versions
@@ -25,10 +28,10 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     Args:
         session: The run.
         invalid: Records that never became requests.
-        interrupted: Whether the stream ended early; scores then cover what was reached, and n says how much.
+        interrupted: Whether the stream ended early; ``immediate`` then covers what was reached, and n says how much.
     """
     counts = Counter(edit.status for edit in session.edits)
-    measured = [edit for edit in session.edits if "base" in edit.scores]
+    immediate = [edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores]
     seconds = [sum(edit.seconds.values()) for edit in session.edits if edit.steps]
     records = [_edit_record(edit) for edit in session.edits]
     records += [_invalid_record(record) for record in invalid]
@@ -36,10 +39,10 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "mode": "sequential" if session.sequential else "single",
         "interrupted": interrupted,
         "base": summarise(list(session.base_scores.values())),
-        "immediate": summarise(_at(measured, "immediate")),
-        "final": summarise(_at(measured, "final")) if session.sequential and not interrupted else None,
+        "immediate": summarise(immediate),
+        "final": summarise(list(session.final_scores.values())) if session.final_scores else None,
         "perplexity": {moment: session.perplexity.get(moment) for moment in ("base", "final")},
-        "n_requested": len(session.requests) + len(invalid) + _refused(session),
+        "n_requested": len(session.requests) + session.num_refused + len(invalid),
         "n_applied": counts[EditStatus.APPLIED],
         "n_rejected": counts[EditStatus.REJECTED],
         "n_skipped": counts[EditStatus.SKIPPED] + len(invalid),
@@ -77,7 +80,7 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_suffix(".tmp")
     with work.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     work.replace(path)
@@ -96,11 +99,11 @@ def edit_table(edits: Sequence[Edit]) -> Table:
         request = edit.request
         moments = [edit.scores.get(moment) for moment in ("base", "immediate", *(("final",) if final else ()))]
         table.add_row(
-            _escape(request.prompt),
-            _escape(request.target_true or ""),
-            _escape(request.target_new),
+            escape(request.prompt),
+            escape(request.target_true or ""),
+            escape(request.target_new),
             *(_pair(scores) for scores in moments),
-            edit.status + (f": {_escape(edit.reason)}" if edit.reason else ""),
+            edit.status + (f": {escape(edit.reason)}" if edit.reason else ""),
         )
     return table
 
@@ -121,15 +124,6 @@ def score_table(content: dict[str, Any]) -> Table:
     return table
 
 
-def _at(edits: Sequence[Edit], moment: str) -> list[ProbeScores]:
-    return [edit.scores[moment] for edit in edits if moment in edit.scores]
-
-
-def _refused(session: EditSession) -> int:
-    valid = {str(request.case_id) for request in session.requests}
-    return sum(edit.name not in valid for edit in session.edits)
-
-
 def _edit_record(edit: Edit) -> dict[str, Any]:
     scores = {moment: asdict(value) for moment, value in edit.scores.items()}
     return edit.record() | {"scores": scores, "seconds": edit.seconds}
@@ -148,19 +142,11 @@ def _invalid_record(record: InvalidRecord) -> dict[str, Any]:
 def _pair(scores: ProbeScores | None) -> str:
     if scores is None:
         return ""
-    new, true = (None if value is None else 2.718281828459045**value for value in scores.rewrite)
+    new, true = (None if value is None else math.exp(value) for value in scores.rewrite)
     if true is None or new is None:
         return "" if new is None else f"{new:.3f}"
     return f"{true:.3f} → [bold]{new:.3f}[/bold]" if new > true else f"[bold]{true:.3f}[/bold] → {new:.3f}"
 
 
 def _interval(entry: dict[str, Any]) -> str:
-    return (
-        ""
-        if entry["value"] is None
-        else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]".replace("[", r"\[")
-    )
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    return "" if entry["value"] is None else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"

@@ -7,10 +7,12 @@ Nothing here knows tokens, tensors or files. Braces in any text are plain text; 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rome_pl.errors import RomeError
+
 __all__ = ["EditRequest", "RequestError", "locate_subject"]
 
 
-class RequestError(ValueError):
+class RequestError(RomeError):
     """A request that cannot be edited, with the field at fault and what to do about it.
 
     Args:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rome_pl.errors import RomeError
+
 __all__ = ["RIDGE", "MomentAccumulator", "MomentInfo", "SecondMoment", "StatisticsError"]
 
 RIDGE = 1e-6
@@ -28,7 +30,7 @@ BLOCK_TOKENS = 1024
 """Keys per float32 product before the sum goes on in float64."""
 
 
-class StatisticsError(ValueError):
+class StatisticsError(RomeError):
     """Statistics that are missing, damaged, or of another model or layer."""
 
 
@@ -74,10 +76,10 @@ class SecondMoment:
 
     @cached_property
     def _factor(self) -> Tensor:
-        scale = self.matrix.diagonal().mean()
-        ridge = RIDGE * scale * torch.eye(len(self.matrix), dtype=torch.float64, device=self.matrix.device)
+        ridged = self.matrix.clone()  # C is large: the ridge goes in place, and no identity is built
+        ridged.diagonal().add_(RIDGE * self.matrix.diagonal().mean())
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(self.matrix + ridge)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
         if bool(failed):
             raise StatisticsError(
                 f"the second moment of layer {self.info.layer} is not positive definite: "

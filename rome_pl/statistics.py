@@ -50,6 +50,9 @@ OPENERS = (
 )
 """What generated texts open with: common openings of English sentences."""
 
+OWN_DISTRIBUTION = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""Sampling options that undo what a model's generation config may set."""
+
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +88,7 @@ def resolve_second_moment(
         moment.check(weights=weights, layer=site.layer, where=statistics)
         return _to(moment, language_model)
     count = wanted or KEYS_PER_DIMENSION * site.d_key
-    if corpus is None:
+    if corpus is None and wanted is None:
         for path in sorted((Path(__file__).parent / "assets").glob("*.safetensors")):
             moment = SecondMoment.load(path)
             if moment.info.layer == site.layer and moment.info.weights == weights:
@@ -122,7 +125,7 @@ def resolve_second_moment(
         "Second moment of layer %d: %d keys in %.0f s", site.layer, moment.info.count, time.monotonic() - started
     )
     moment.save(cached)
-    return _to(moment, language_model)
+    return _to(SecondMoment.load(cached), language_model)  # what every later run will read
 
 
 @torch.no_grad()
@@ -254,6 +257,8 @@ def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> It
     tokenizer, model = language_model.tokenizer, language_model.model
     length = min(GENERATED_LENGTH, language_model.encoder.max_length)
     produced = 0
+    eos = model.generation_config.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [eos])
     for batch in itertools.count():
         opener = OPENERS[batch % len(OPENERS)]
         ids = torch.tensor(tokenizer(opener, add_special_tokens=False)["input_ids"], device=language_model.device)
@@ -263,13 +268,20 @@ def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> It
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
+                **OWN_DISTRIBUTION,
                 max_new_tokens=max(1, length - ids.shape[1]),
                 pad_token_id=language_model.encoder.pad_id,
             )
         produced += out.numel()
-        yield from (text + "\n" for text in tokenizer.batch_decode(out, skip_special_tokens=True))
+        rows = [_until(row, ends) for row in out.tolist()]
+        yield from (text + "\n" for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
         if produced >= 2 * tokens:  # a model that ends its texts early gives fewer tokens than were sampled
             return
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids before the first end of text: what ``generate`` fills a finished row with is no text."""
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def corpus_fingerprint(corpus: str) -> str:

@@ -125,14 +125,15 @@ class EditedWeight:
 
     @torch.no_grad()
     def _solve(self, master: Tensor, name: str, assertion: Assertion) -> tuple[Tensor, Written]:
+        assertion = assertion.to(master.device)  # the model may have moved since the assertion was made
         update = rank_one_update(master, self.site.bias, assertion, self.metric)
         changed = torch.addmm(master, update.left.T, update.right)
         if not bool(changed.isfinite().all()):
             raise ValueError(f"edit {name}: the update is not finite")
-        at = assertion.at.double()
-        wanted = at @ (changed - master).T
-        dtype = self._original.dtype
-        real = at @ (changed.to(dtype).double() - master.to(dtype).double()).T
+        at, dtype = assertion.at.double(), self._original.dtype
+        wanted = (at @ update.right.T) @ update.left
+        wide = torch.promote_types(dtype, torch.float32)  # holds the difference of two rounded weights exactly
+        real = at @ (changed.to(dtype).to(wide) - master.to(dtype).to(wide)).double().T
         realised = float((real * wanted).sum() / (wanted * wanted).sum().clamp(min=torch.finfo(torch.float64).tiny))
         return changed, Written(name, assertion, update, realised)
 

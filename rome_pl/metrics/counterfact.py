@@ -53,7 +53,8 @@ class CounterFactScores(Metric):
                 if len(column)
                 else _entry(None, None, None, 0)
             )
-        complete = records[~records.isnan().any(1)][:, [SCORES.index(name) for name in ("ES", "PS", "NS")]]
+        rates = records[:, [SCORES.index(name) for name in ("ES", "PS", "NS")]]
+        complete = rates[~rates.isnan().any(1)]
         table["S"] = (
             _entry(*_bootstrap_harmonic(complete), len(complete)) if len(complete) else _entry(None, None, None, 0)
         )

@@ -173,6 +173,41 @@ def test_a_run_folder_is_not_overwritten_by_accident(arguments, tmp_path, capsys
     assert read(tmp_path, "manifest.json")["seed"] == 5
 
 
+def test_a_failed_start_does_not_block_the_next_run(arguments, tmp_path):
+    assert main(arguments(data__path="nowhere.json")) == 2
+    assert main(arguments(probe_evaluation__held_out_text="nowhere.txt")) == 2
+    assert main(arguments(model__preset="rome", model__statistics="nowhere.safetensors")) == 2
+    assert main(arguments()) == 0
+
+
+def test_overwrite_deletes_nothing_before_the_rest_is_known_to_be_right(arguments, tmp_path):
+    assert main(arguments()) == 0
+    before = read(tmp_path)
+    for wrong in ({"data__path": "nowhere.json"}, {"model__layers": "[9]"}, {"save_model": tmp_path / "records.json"}):
+        assert main(arguments(overwrite="true", **wrong)) == 2
+        assert read(tmp_path) == before
+
+
+def test_a_folder_with_foreign_files_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    assert main(arguments()) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert main(arguments(overwrite="true")) == 0
+    assert (tmp_path / "run" / "thesis.tex").is_file()
+
+
+def test_a_stream_that_a_check_stops_is_reported_as_not_complete(arguments, tmp_path):
+    options = {"state_check__largest_change": 1e-12, "state_check__on_failure": "stop", "state_check__every_n_edits": 1}
+    assert main(arguments(model__sequential_edit=True, **options)) == 3
+    content = read(tmp_path)
+    assert content["interrupted"] is True
+    assert (content["n_requested"], content["n_rolled_back"], content["n_applied"]) == (3, 1, 0)
+    # Every requested record is scored on the final model, reached or not.
+    assert content["base"]["ES"]["n"] == content["final"]["ES"]["n"] == 3
+    assert content["final"] == content["base"]
+
+
 def test_dry_run_shows_positions_and_edits_nothing(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(RomeModule, "configure_model", lambda self: pytest.fail("a dry run needs no weights"))
@@ -181,6 +216,16 @@ def test_dry_run_shows_positions_and_edits_nothing(arguments, tmp_path, capsys, 
     assert "3 requests are valid" in out
     assert "n'" in out  # "Korrin" ends in an n of its own in this vocabulary
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_before_the_first_edit_saves_no_model(arguments, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.probe_scores", interrupted)
+    assert main(arguments(model__sequential_edit=True, save_model=tmp_path / "saved")) == 130
+    assert not (tmp_path / "saved").exists()
+    assert read(tmp_path)["n_applied"] == 0
 
 
 def test_ctrl_c_saves_what_was_done(arguments, tmp_path, monkeypatch):
@@ -195,7 +240,8 @@ def test_ctrl_c_saves_what_was_done(arguments, tmp_path, monkeypatch):
     assert main(arguments(model__sequential_edit=True, save_model=tmp_path / "saved")) == 130
     content = read(tmp_path)
     assert content["interrupted"] is True
-    assert content["n_applied"] == 1
+    assert (content["n_requested"], content["n_applied"], content["n_skipped"]) == (3, 1, 1)
+    assert "KeyboardInterrupt" in content["records"][1]["reason"]
     assert content["final"] is None
     assert (tmp_path / "saved" / "config.json").is_file()
 
@@ -253,7 +299,11 @@ def test_help_and_print_config(capsys):
 def test_the_method_s_options_have_their_published_names():
     import inspect
 
-    assert set(inspect.signature(RomeModule).parameters) >= METHOD_OPTIONS
+    beside_the_method = {
+        "pretrained", "dtype", "allow_pickle", "statistics", "corpus", "sequential_edit", "kl_position", "stop_loss",
+        "stop_probability", "optimizer", "contexts", "bare_prompt_weight", "on_error", "keep_original_weight",
+    }  # fmt: skip
+    assert set(inspect.signature(RomeModule).parameters) == METHOD_OPTIONS | beside_the_method
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

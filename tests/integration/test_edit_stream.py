@@ -1,6 +1,7 @@
 """Streams of edits in a Trainer of the user's own."""
 
 import math
+from copy import copy
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditError, EditStatus
+from rome_pl.edit import EditError, EditSession, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
+from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
+from rome_pl.metrics import probe_scores
+from rome_pl.metrics.probes import TargetMeasure
 from rome_pl.objective import ValueObjective
-from rome_pl.requests import EditRequest
+from rome_pl.requests import EditRequest, RequestError
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
@@ -109,6 +113,17 @@ def _raise(*_, **__):
     raise RuntimeError("injected")
 
 
+class _RaiseFrom:
+    """Does as ``function`` does, until its n-th call."""
+
+    def __init__(self, function, call):
+        self.function, self.call, self.calls = function, call, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return _raise() if self.calls >= self.call else self.function(*args)
+
+
 class _Exploding(Callback):
     """A user's callback that fails while an edit is pending."""
 
@@ -123,7 +138,11 @@ STAGES = {
     "solve": ("rome_pl.weights.rank_one_update", _raise),
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
     "verify": ("rome_pl.callbacks.verification.Verification._judge", _raise),
-    "evaluate": ("rome_pl.callbacks.probe_evaluation.probe_scores", _raise),
+    "base scores": ("rome_pl.callbacks.probe_evaluation.probe_scores", _raise),
+    # The three base scores pass; the next is taken while an edit is in the weights.
+    "evaluate": ("rome_pl.callbacks.probe_evaluation.probe_scores", _RaiseFrom(probe_scores, 4)),
+    "ledger": ("rome_pl.edit.Edit.record", _raise),
+    "state check": ("rome_pl.callbacks.state_check.StateCheck._check", _raise),
     "contexts": ("rome_pl.edit_module.generate_contexts", _raise),
 }
 
@@ -141,10 +160,18 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(stage, sequential, lan
     if stage == "user callback":
         callbacks.insert(2, _Exploding())
     else:
-        monkeypatch.setattr(*STAGES[stage])
+        name, replacement = STAGES[stage]
+        monkeypatch.setattr(name, copy(replacement) if stage == "evaluate" else replacement)
+    if stage == "ledger":
+        callbacks = [
+            EditCommit(ledger=True) if isinstance(callback, EditCommit) else callback for callback in callbacks
+        ]
+    if stage == "state check" and not sequential:
+        pytest.skip("single mode leaves no state to check")
     with pytest.raises(RuntimeError, match="injected"):
         run_edits(language_model, tmp_path, callbacks=callbacks, sequential_edit=sequential)
-    assert changed(model, before) == []
+    # By the time the state is checked, the edits are committed.
+    assert changed(model, before) == ([WEIGHT] if stage == "state check" else [])
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), state)
@@ -205,6 +232,56 @@ def test_a_loss_that_is_not_finite_skips_the_edit(language_model, tmp_path, monk
     assert changed(language_model.model, before) == []
     with pytest.raises(EditError, match="record a: the loss became nan"):
         run_edits(language_model, tmp_path, kl_factor=6.0, on_error="stop")
+
+
+def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
+    known = iter([TargetMeasure(0.9, True)])
+    measure = EditSession.measure_target
+    monkeypatch.setattr(EditSession, "measure_target", lambda self, row: next(known, None) or measure(self, row))
+    callbacks = [RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
+    session = run_edits(language_model, tmp_path, REQUESTS[:2], callbacks=callbacks, on_error="stop")
+    assert [edit.status for edit in session.edits] == ["skipped", "applied"]
+
+
+def test_two_requests_of_one_name_are_refused(language_model, tmp_path):
+    with pytest.raises(RequestError, match="record a, field 'case_id': occurs twice"):
+        run_edits(language_model, tmp_path, [REQUESTS[0], REQUESTS[0]])
+
+
+def test_a_second_fit_forgets_what_the_first_refused(tmp_path):
+    language_model = tiny_language_model()
+    language_model.encoder = TextEncoder(language_model.tokenizer, 60)
+    module = RomeModule.from_language_model(language_model, **FAST)
+    long = EditRequest(prompt="Miss Vane plays the", subject="Miss Vane", target_new="violin " * 30, case_id="a")
+    quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader([long]))
+    assert module.session.edits[0].status is EditStatus.SKIPPED
+    quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader(REQUESTS[:1]))
+    assert [edit.status for edit in module.session.edits] == ["applied"]
+
+
+def test_a_weight_changed_from_outside_is_noticed(language_model, tmp_path):
+    module = RomeModule.from_language_model(language_model, **FAST, sequential_edit=True)
+    quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader(REQUESTS[:1]))
+    with torch.no_grad():
+        language_model.model.get_parameter(WEIGHT).add_(1e-3)
+    with pytest.raises(RuntimeError, match="changed from outside"):
+        quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader(REQUESTS[1:2]))
+
+
+def test_other_precisions_are_refused(language_model, tmp_path):
+    module = RomeModule.from_language_model(language_model, **FAST)
+    with pytest.raises(OptionError, match=r"model\.dtype"):
+        quiet_trainer([], tmp_path, precision="bf16-mixed").fit(module, request_loader(REQUESTS))
+
+
+def test_a_pad_id_beyond_the_vocabulary_is_harmless(tmp_path):
+    """A pad token added to the tokenizer alone."""
+    model, tokenizer = tiny_model("llama"), byte_level_tokenizer()
+    plain = run_edits(LanguageModel(model, tokenizer), tmp_path, REQUESTS[:1]).edits[0]
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    padded = run_edits(LanguageModel(model, tokenizer), tmp_path, REQUESTS[:1]).edits[0]
+    torch.testing.assert_close(padded.delta, plain.delta, rtol=1e-9, atol=1e-12)
 
 
 def test_a_request_that_does_not_fit_is_skipped_and_the_others_go_on(tmp_path):

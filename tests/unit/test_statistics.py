@@ -63,7 +63,7 @@ def test_without_text_the_model_writes_its_own_and_says_so(language_model, caplo
     caplog.clear()
     again = resolve_second_moment(language_model, site, wanted=300, seed=3)
     assert caplog.text == ""  # cached
-    assert torch.equal(again.matrix, moment.matrix.float().double())
+    assert torch.equal(again.matrix, moment.matrix)  # the first run used what later runs read
 
 
 def test_the_generated_corpus_depends_on_the_seed_alone(language_model):
