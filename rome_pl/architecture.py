@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rome_pl.errors import RomeError
 
-__all__ = ["RewriteSite", "UnsupportedModelError", "decoder_layers", "find_site", "hidden_size"]
+__all__ = ["RewriteSite", "UnsupportedModelError", "decoder_layers", "dtype_of_delta", "find_site", "hidden_size"]
 
 
 class UnsupportedModelError(RomeError):

@@ -16,7 +16,9 @@ __all__ = [
     "capture_input",
     "clean_padding",
     "frozen",
+    "hash_seed",
     "head_on",
+    "layer_answer",
     "run_from_layer",
     "seeded",
 ]

@@ -19,7 +19,6 @@ class Losses:
         nll: Mean over contexts of the length-normalised negative log-likelihood of the target.
         kl: Divergence of "{subject} is a" from the model without offset, times its factor.
         decay: Norm penalty, times its factor.
-        probability: Geometric mean, over contexts and target tokens, of the target's probability; detached.
     """
 
     nll: Tensor
@@ -33,7 +32,7 @@ class Losses:
 
     @property
     def probability(self) -> Tensor:
-        """Geometric mean over contexts and target tokens of the target's probability."""
+        """Geometric mean over contexts and target tokens of the target's probability; detached."""
         return self.nll.detach().neg().exp()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rome_pl.errors import RomeError
 
-__all__ = ["RIDGE", "MomentAccumulator", "MomentInfo", "SecondMoment", "StatisticsError"]
+__all__ = ["RIDGE", "MomentAccumulator", "MomentInfo", "SecondMoment", "StatisticsError", "library_versions"]
 
 RIDGE = 1e-6
 """Ridge of every solve, as a fraction of the mean diagonal of C. It bounds the condition number by 1e6 · d_key, and is

@@ -6,6 +6,9 @@ import torch
 
 from tests.tiny import byte_level_tokenizer, tiny_language_model
 
+# Lightning 2.6 calls jsonargparse in a way that it deprecates.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
 # The models here are tiny: threads only get in each other's way.
 torch.set_num_threads(1)
 

@@ -13,7 +13,15 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import forward_masks
 from rome_pl.requests import EditRequest
 
-__all__ = ["ProbeScores", "TargetMeasure", "measure_target", "perplexity", "probe_scores", "target_log_probs"]
+__all__ = [
+    "ProbeScores",
+    "TargetMeasure",
+    "measure_target",
+    "next_tokens",
+    "perplexity",
+    "probe_scores",
+    "target_log_probs",
+]
 
 ROWS = 64
 """Rows of one forward."""

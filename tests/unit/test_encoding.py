@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import GPT2TokenizerFast
 
-from rome_pl.encoding import EncodedRow, TextEncoder, align
+from rome_pl.encoding import EncodedRow, TextEncoder, TokenizerError, align
 from rome_pl.metrics.probes import target_log_probs
 from rome_pl.requests import EditRequest, RequestError
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_language_model
@@ -397,7 +397,7 @@ def test_space_already_there_is_not_doubled(encoder, prompt, target):
 
 @pytest.mark.parametrize("slow", [SimpleNamespace(is_fast=False), SimpleNamespace()])
 def test_tokenizer_without_offsets_is_refused(slow):
-    with pytest.raises(TypeError, match=r"SimpleNamespace gives no character offsets.*load the fast tokenizer"):
+    with pytest.raises(TokenizerError, match=r"SimpleNamespace gives no character offsets.*load the fast tokenizer"):
         TextEncoder(slow, 512)
 
 

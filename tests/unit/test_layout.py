@@ -40,7 +40,7 @@ def modules():
         yield pytest.param("rome_pl.metrics", path, id=f"rome_pl.metrics.{path.stem}")
 
 
-@pytest.mark.parametrize(("package", "path"), modules())
+@pytest.mark.parametrize(("package", "path"), list(modules()))
 def test_imports_go_one_way(package, path):
     names = imports(path)
     own = {name.removeprefix("rome_pl.").split(".")[0] for name in names if name.startswith("rome_pl.")}
@@ -59,7 +59,7 @@ def test_imports_go_one_way(package, path):
         assert not own - NUMERICS - {"errors"}
 
 
-@pytest.mark.parametrize(("package", "path"), modules())
+@pytest.mark.parametrize(("package", "path"), list(modules()))
 def test_every_module_imports_and_declares_what_is_public(package, path):
     name = package if path.stem == "__init__" else f"{package}.{path.stem}"
     module = importlib.import_module(name)
