@@ -36,8 +36,8 @@ class StateCheck(Callback):
 
     Args:
         every_n_edits: Interval.
-        largest_change: Largest Frobenius norm of the weight's change, relative to the original (SmolLM2 reaches 0.6 after 50
-            edits that do it no harm).
+        largest_change: Largest Frobenius norm of the weight's change, relative to the original (SmolLM2 reaches 0.6
+            after 50 edits that do it no harm).
         least_canary_agreement: Least share of canaries whose likeliest next token is the unedited model's.
         canaries: Prompts of your own, in the model's language; nothing takes the shipped English ones.
         on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); or ``stop`` (undo

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -87,33 +88,34 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def edit_table(edits: Sequence[Edit]) -> Table:
-    """One line per edit: which answer the model prefers, before and after."""
-    final = any("final" in edit.scores for edit in edits)
-    table = Table(title="Edits: probability of the old and the new answer on the rewrite prompt")
-    columns = ["prompt", "true", "new", "base: true → new", "after its write"] + ["final model"] * final + ["status"]
-    for name in columns:
-        table.add_column(
-            name, overflow="fold", justify="right" if "→" in name or "write" in name or "final" in name else "left"
-        )
+    """One line per edit: which answer the model prefers, before and after, as percentages."""
+    moments = ["base", "immediate"] + ["final"] * any("final" in edit.scores for edit in edits)
+    table = Table(title="Probability of the true → the new answer, in %", box=box.SIMPLE_HEAD)
+    table.add_column("prompt", overflow="fold")
+    table.add_column("true → new", overflow="fold")
+    for moment in moments:
+        table.add_column(_MOMENTS[moment], justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold")
     for edit in edits:
         request = edit.request
-        moments = [edit.scores.get(moment) for moment in ("base", "immediate", *(("final",) if final else ()))]
         table.add_row(
             escape(request.prompt),
-            escape(request.target_true or ""),
-            escape(request.target_new),
-            *(_pair(scores) for scores in moments),
+            escape(f"{request.target_true or '?'} → {request.target_new}"),
+            *(_pair(edit.scores.get(moment)) for moment in moments),
             edit.status + (f": {escape(edit.reason)}" if edit.reason else ""),
         )
     return table
 
 
+_MOMENTS = {"base": "unedited", "immediate": "just edited", "final": "final model"}
+
+
 def score_table(content: dict[str, Any]) -> Table:
     """The scores of a run with their 95 % intervals."""
     moments = [moment for moment in ("base", "immediate", "final") if content[moment] is not None]
-    table = Table(title=f"Scores ({content['mode']} mode), 95 % intervals")
+    table = Table(title=f"Scores ({content['mode']} mode), 95 % intervals", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ["score", *moments, "n"]:
-        table.add_column(name, justify="left" if name == "score" else "right")
+        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for score in content["base"]:
         entries = [content[moment][score] for moment in moments]
         table.add_row(score, *(_interval(entry) for entry in entries), str(entries[-1]["n"]))
@@ -143,10 +145,13 @@ def _pair(scores: ProbeScores | None) -> str:
     if scores is None:
         return ""
     new, true = (None if value is None else math.exp(value) for value in scores.rewrite)
-    if true is None or new is None:
-        return "" if new is None else f"{new:.3f}"
-    return f"{true:.3f} → [bold]{new:.3f}[/bold]" if new > true else f"[bold]{true:.3f}[/bold] → {new:.3f}"
+    assert new is not None  # every request has a new target
+    if true is None:
+        return f"{new:.1%}".rstrip("%")
+    shown = [f"{100 * true:.1f}", f"{100 * new:.1f}"]
+    shown[new > true] = f"[bold]{shown[new > true]}[/bold]"
+    return " → ".join(shown)
 
 
 def _interval(entry: dict[str, Any]) -> str:
-    return "" if entry["value"] is None else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+    return "" if entry["value"] is None else f"{entry['value']:.3f} [{entry['low']:.2f},{entry['high']:.2f}]"
