@@ -76,7 +76,8 @@ class RequestDataModule(LightningDataModule):
 
 def request_loader(requests: list[EditRequest]) -> DataLoader[EditRequest]:
     """A loader that gives :class:`RomeModule` one request at a time, in order."""
-    # A generator of its own: a loader would otherwise draw from the global one.
+    # A generator of its own: a loader would otherwise draw from the global one. Any sequence serves as a data set,
+    # which torch's annotation does not know.
     return DataLoader(requests, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 

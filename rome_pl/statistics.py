@@ -67,8 +67,9 @@ def resolve_second_moment(
 ) -> SecondMoment:
     """The second moment of the site's keys, on the model's device.
 
-    In this order: the configured artefact; one shipped with the package or cached earlier for these very weights;
-    computed from the configured corpus; computed from text that the model generates itself.
+    In this order: the configured artefact; computed from the configured corpus; shipped with the package for these
+    very weights, unless a number of keys is asked for; computed from text that the model generates itself. What is
+    computed is cached for these weights, text and number of keys.
 
     Args:
         language_model: The model.
