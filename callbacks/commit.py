@@ -1,4 +1,4 @@
-"""Ends an edit: keeps it or takes it back, and records it."""
+"""Ends edits: keeps them or takes them back, and records them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditSession, EditStatus, session_of
+from rome_pl.distributed import gather
+from rome_pl.edit import EditBatch, EditSession, EditStatus, edits_of, session_of
 from rome_pl.ledger import Ledger
 
 __all__ = ["EditCommit"]
 
 
 class EditCommit(Callback):
-    """Keeps the pending write in sequential mode, takes it back in single mode, and appends the edit to the ledger.
+    """Keeps the pending writes in sequential mode, and appends the edits to the ledger.
+
+    On several devices it also brings the edits of all of them together: what comes after it sees them all.
 
     Args:
         ledger: Whether to keep a ledger, in ``ledger/`` under the Trainer's ``default_root_dir``.
@@ -24,37 +27,48 @@ class EditCommit(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ledger:
+        if self.ledger and trainer.is_global_zero:
             session_of(pl_module).ledger = Ledger(Path(trainer.default_root_dir) / "ledger")
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Edit, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        edit: Edit = outputs["edit"]
         session = session_of(pl_module)
-        if edit.status is EditStatus.PENDING:
-            if not session.weight.pending:
-                raise RuntimeError(
-                    "EditCommit found no write to keep: list RankOneWriter before it (see default_callbacks)"
-                )
-            verdict = EditStatus.APPLIED
-        else:
-            verdict = edit.status
+        if any(edit.status is EditStatus.PENDING and edit.written is None for edit in edits_of(outputs)):
+            raise RuntimeError(
+                "EditCommit found no write to keep: list RankOneWriter before it (see default_callbacks)"
+            )
+        if trainer.world_size > 1:
+            own = {edit.name for edit in edits_of(outputs)}
+            everyone = gather([edit.on_cpu() for edit in edits_of(outputs)])
+            others = [edit for edit in everyone if edit.name not in own]
+            session.edits += others
+            outputs["edits"] = sorted(edits_of(outputs) + others, key=lambda edit: edit.index)
+        edits = edits_of(outputs)
+        verdicts = [EditStatus.APPLIED if edit.status is EditStatus.PENDING else edit.status for edit in edits]
         if session.ledger is not None:
-            # The line on disk is the commit: whatever stops the run before it takes the write back.
-            record = edit.record() | {"status": str(verdict), "layer": session.weight.site.layer}
-            session.ledger.append(record, edit.written if verdict is EditStatus.APPLIED else None)
-        if session.sequential:
-            session.weight.commit()
-        else:
-            session.weight.revert()
-        edit.status = verdict
+            # The lines on disk are the commit: whatever stops the run before them takes the writes back.
+            session.ledger.append_batch(
+                [
+                    (
+                        edit.record() | {"status": str(verdict), "layer": session.weight.site.layer},
+                        edit.written if verdict is EditStatus.APPLIED else None,
+                    )
+                    for edit, verdict in zip(edits, verdicts, strict=True)
+                ],
+                joint=session.sequential,
+            )
+        session.weight.commit()
+        for edit, verdict in zip(edits, verdicts, strict=True):
+            edit.status = verdict
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         session = getattr(pl_module, "session", None)
-        if isinstance(session, EditSession) and session.edits and session.edits[-1].status is EditStatus.PENDING:
-            edit = session.edits[-1]
-            edit.decide(EditStatus.SKIPPED, f"the run ended during this edit ({type(exception).__name__})")
-            edit.scores.clear()
+        if not isinstance(session, EditSession):
+            return
+        for edit in session.edits:
+            if edit.status is EditStatus.PENDING:
+                edit.decide(EditStatus.SKIPPED, f"the run ended during this edit ({type(exception).__name__})")
+                edit.scores.clear()

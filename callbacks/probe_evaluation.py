@@ -9,11 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditSession, session_of
+from rome_pl.distributed import gather
+from rome_pl.edit import EditBatch, EditSession, edits_of, session_of
 from rome_pl.errors import OptionError
-from rome_pl.metrics import perplexity, probe_scores
+from rome_pl.metrics import ProbeScores, perplexity, probe_scores
 
 __all__ = ["ProbeEvaluation"]
+
+REQUESTS = 16
+"""Requests measured at once."""
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +25,8 @@ log = logging.getLogger(__name__)
 class ProbeEvaluation(Callback):
     """ES, PS and NS are made of what this measures: on the unedited model, right after each edit, on the final model.
 
-    List it between :class:`RankOneWriter` and :class:`EditCommit`, while a single edit is still in the weights. Skipped
-    and rejected edits are measured too: they count with whatever the model then says.
+    List it between :class:`RankOneWriter` and :class:`EditCommit`. Skipped and rejected edits are measured too: they
+    count with whatever the model then says. On several devices each measures its share.
 
     Args:
         held_out_text: UTF-8 text for perplexity before and after a sequential stream; nothing takes the one shipped.
@@ -47,25 +51,25 @@ class ProbeEvaluation(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         log.info("Measuring %d records on the unedited model", len(session.requests))
-        for request in session.requests:
-            session.base_scores[str(request.case_id)] = probe_scores(session.language_model, request)
+        session.base_scores = self._measure_all(trainer, session)
         self._measure_perplexity(session, "base")
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Edit, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        edit: Edit = outputs["edit"]
         session = session_of(pl_module)
-        if edit.name not in session.base_scores:  # no valid record
-            return
+        edits = [edit for edit in edits_of(outputs) if edit.name in session.base_scores]  # the others are no requests
         started = time.perf_counter()
-        edit.scores["base"] = session.base_scores[edit.name]
-        if session.weight.written:
-            edit.scores["immediate"] = probe_scores(session.language_model, edit.request)
-        else:
-            edit.scores["immediate"] = edit.scores["base"]
-        edit.seconds["evaluate"] = time.perf_counter() - started
+        for edit in edits:
+            edit.scores["base"] = edit.scores["immediate"] = session.base_scores[edit.name]
+        # In single mode an edit that is not in force leaves the model as it was; no need to measure again.
+        changed = [edit for edit in edits if (session.sequential and session.weight.written) or session.in_force(edit)]
+        if changed:
+            for edit, scores in zip(changed, session.measure_probes(changed), strict=True):
+                edit.scores["immediate"] = scores
+        for edit in edits:
+            edit.seconds["evaluate"] = (time.perf_counter() - started) / len(edits)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,12 +77,22 @@ class ProbeEvaluation(Callback):
         if not session.sequential:
             return
         log.info("Measuring %d records on the final model", len(session.requests))
-        for request in session.requests:
-            session.final_scores[str(request.case_id)] = probe_scores(session.language_model, request)
+        session.final_scores = self._measure_all(trainer, session)
         for edit in session.edits:
             if edit.name in session.final_scores:
                 edit.scores["final"] = session.final_scores[edit.name]
         self._measure_perplexity(session, "final")
+
+    @staticmethod
+    def _measure_all(trainer: Trainer, session: EditSession) -> dict[str, ProbeScores]:
+        """Every request's scores under the weights as they are."""
+        mine = session.requests[trainer.global_rank :: trainer.world_size]
+        measured: list[tuple[str, ProbeScores]] = []
+        for start in range(0, len(mine), REQUESTS):
+            part = mine[start : start + REQUESTS]
+            scores = probe_scores(session.language_model, part)
+            measured += zip((str(request.case_id) for request in part), scores, strict=True)
+        return dict(gather(measured) if trainer.world_size > 1 else measured)
 
     def _measure_perplexity(self, session: EditSession, moment: str) -> None:
         if self.measure_perplexity:

@@ -1,4 +1,4 @@
-"""Writes the optimised value into the weight."""
+"""Writes the optimised values into the weight."""
 
 import time
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditStatus, session_of
+from rome_pl.edit import EditBatch, EditStatus, edits_of, session_of
 
 __all__ = ["RankOneWriter"]
 
 
 class RankOneWriter(Callback):
-    """Turns an edit's key and value into a rank-one update and writes it, pending a verdict.
+    """Turns keys and values into rank-one updates and writes them, pending a verdict.
 
-    :class:`EditCommit` keeps it or takes it back; whatever ends the run in between takes it back.
+    In sequential mode the edits of a batch are solved for jointly and written; :class:`EditCommit` keeps them, and
+    whatever ends the run in between takes them back. In single mode nothing is written: each edit's update is what the
+    callbacks after this one measure with.
 
     Args:
         least_realised: Share of the wanted change at the key that has to survive the rounding to the model's dtype;
@@ -31,27 +33,24 @@ class RankOneWriter(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Edit, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        edit: Edit = outputs["edit"]
-        if edit.status is not EditStatus.PENDING:
-            return
-        session = session_of(pl_module)
+        edits, session = edits_of(outputs), session_of(pl_module)
+        wanted = [edit for edit in edits if edit.status is EditStatus.PENDING]
         started = time.perf_counter()
-        try:
-            edit.written = session.weight.write(edit.name, edit.assertion(session.preset))
-        except ValueError as error:  # exploding or not finite: nothing was written
-            edit.decide(EditStatus.REJECTED, str(error))
-            return
-        finally:
-            edit.seconds["write"] = time.perf_counter() - started
-        if edit.written.realised < self.least_realised:
-            session.weight.revert()
-            edit.decide(
-                EditStatus.REJECTED,
-                f"only {edit.written.realised:.0%} of the change survives rounding to "
-                f"{session.weight.site.weight.dtype}; load the model in float32",
-            )
+        session.write(wanted)
+        lost = []
+        for edit in wanted:
+            if edit.written is not None and edit.written.realised[0] < self.least_realised:
+                edit.decide(
+                    EditStatus.REJECTED,
+                    f"only {edit.written.realised[0]:.0%} of the change survives rounding to "
+                    f"{session.weight.site.weight.dtype}; load the model in float32",
+                )
+                lost.append(edit)
+        session.withdraw(lost, edits)
+        for edit in wanted:
+            edit.seconds["write"] = (time.perf_counter() - started) / len(wanted)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditSession, EditStatus, session_of
+from rome_pl.edit import Edit, EditBatch, EditSession, EditStatus, session_of
+from rome_pl.metrics.probes import TargetMeasure
 
 __all__ = ["RepresentationCheck"]
 
@@ -43,35 +44,39 @@ class RepresentationCheck(Callback):
             raise ValueError(f"largest_overlap: expected a number in (0, 1], got {largest_overlap}")
         self.on_known, self.on_odd_key = on_known, on_odd_key
         self.largest_norm_ratio, self.largest_overlap = largest_norm_ratio, largest_overlap
-        self._directions: dict[str, Tensor] = {}
+        self._directions = _Directions()
+        self._seen = 0
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._directions = {}
+        self._directions, self._seen = _Directions(), 0
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Edit, batch_idx: int) -> None:
-        if batch.status is not EditStatus.PENDING:
-            return
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: EditBatch, batch_idx: int
+    ) -> None:
         session = session_of(pl_module)
-        assert batch.key_mean is not None
-        assert batch.key_bare is not None
-        assert batch.encoded is not None
-        if not bool(batch.key_mean.isfinite().all()):
-            batch.decide(EditStatus.REJECTED, "the key is not finite: load the model in float32 or bfloat16")
+        pending = [edit for edit in batch.edits if edit.status is EditStatus.PENDING]
+        if pending:
+            for edit, before in zip(pending, session.measure_targets(pending, written=False), strict=True):
+                self._check(session, edit, before)
+
+    def _check(self, session: EditSession, edit: Edit, before: TargetMeasure) -> None:
+        key = edit.key(session.preset.shape)
+        if not bool(key.isfinite().all()):
+            edit.decide(EditStatus.REJECTED, "the key is not finite: load the model in float32 or bfloat16")
             return
-        before = session.measure_target(batch.encoded.rows[0])
-        batch.before = before.probability
+        edit.before = before.probability
         if before.greedy:
             if self.on_known == "skip":
-                batch.decide(EditStatus.SKIPPED, "the model gives this target already (on_known: skip)")
+                edit.decide(EditStatus.SKIPPED, "the model gives this target already (on_known: skip)")
                 return
-            batch.notes.append("the model gave this target already")
-        for finding in self._odd(session, batch.key_mean):
+            edit.notes.append("the model gave this target already")
+        for finding in self._odd(session, key):
             if self.on_odd_key == "reject":
-                batch.decide(EditStatus.REJECTED, finding)
+                edit.decide(EditStatus.REJECTED, finding)
                 return
-            batch.notes.append(finding)
+            edit.notes.append(finding)
 
     def _odd(self, session: EditSession, key: Tensor) -> list[str]:
         findings = []
@@ -80,25 +85,51 @@ class RepresentationCheck(Callback):
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
         for name, overlap in self._overlaps(session, key).items():
-            if abs(overlap) > self.largest_overlap:
-                findings.append(
-                    f"the key all but equals that of record {name} (cosine {overlap:.2f}): one fact may undo the other"
-                )
+            findings.append(
+                f"the key all but equals that of record {name} (cosine {overlap:.2f}): one fact may undo the other"
+            )
         return findings
 
     def _overlaps(self, session: EditSession, key: Tensor) -> dict[str, float]:
-        """Cosine, under the metric, between a key and that of every edit in the weight."""
-        written = session.weight.written
-        if not written:
-            return {}
+        """Cosines, under the metric, to the keys of edits in the weight, where they are too large."""
         metric = session.weight.metric
-        for edit in written:
-            if edit.name not in self._directions:  # one solve per edit, however long the stream
-                self._directions[edit.name] = _unit(metric, edit.assertion.shape)
-        directions = torch.stack([self._directions[edit.name] for edit in written])
+        if len(session.weight.written) < self._seen:  # edits were rolled back
+            self._directions, self._seen = _Directions(), 0
+        for written in session.weight.written[self._seen :]:
+            for name in written.names:
+                self._directions.add(name, _unit(metric, written.part(name).assertion.shape))
+        self._seen = len(session.weight.written)
+        if not self._seen:
+            return {}
         row = key.double().unsqueeze(0)
-        cosines = directions @ row[0] / (metric(row) * row).sum().sqrt()
-        return dict(zip((edit.name for edit in written), cosines.tolist(), strict=True))
+        cosines = self._directions.products(row[0]) / (metric(row) * row).sum().sqrt()
+        above = (cosines.abs() > self.largest_overlap).nonzero()[:, 0].tolist()
+        inside = set(session.weight.names) if above else set()  # edits may have been rolled back
+        return {
+            self._directions.names[index]: float(cosines[index])
+            for index in above
+            if self._directions.names[index] in inside
+        }
+
+
+class _Directions:
+    """Directions of earlier keys in one growing matrix, so that an edit costs the same however long the stream is."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._matrix: Tensor | None = None
+
+    def add(self, name: str, direction: Tensor) -> None:
+        if self._matrix is None:
+            self._matrix = direction.new_zeros(64, len(direction))
+        elif len(self.names) == len(self._matrix):
+            self._matrix = torch.cat([self._matrix, torch.zeros_like(self._matrix)])
+        self._matrix[len(self.names)] = direction
+        self.names.append(name)
+
+    def products(self, key: Tensor) -> Tensor:
+        assert self._matrix is not None
+        return self._matrix[: len(self.names)] @ key
 
 
 def _unit(metric: Callable[[Tensor], Tensor], key: Tensor) -> Tensor:

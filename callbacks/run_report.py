@@ -28,6 +28,8 @@ class RunReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = False
+        if not trainer.is_global_zero:
+            return
         write_json(
             Path(trainer.default_root_dir) / "manifest.json",
             manifest(session_of(pl_module), int(pl_module.hparams["seed"])),
@@ -46,13 +48,15 @@ class RunReport(Callback):
             self._write(trainer, session, interrupted=True)
 
     def _write(self, trainer: Trainer, session: EditSession, interrupted: bool) -> None:
+        if not trainer.is_global_zero:
+            return
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.fit
         content = results(session, invalid, interrupted)
         path = Path(trainer.default_root_dir) / "results.json"
         write_json(path, content)
         self._written = True
         console = Console()
-        shown = session.edits[: self.largest_table]
+        shown = sorted(session.edits, key=lambda edit: edit.index)[: self.largest_table]
         console.print(edit_table(shown))
         if len(shown) < len(session.edits):
             console.print(f"({len(session.edits) - len(shown)} more edits in {path})")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditSession, EditStatus, session_of
+from rome_pl.edit import Edit, EditBatch, EditSession, EditStatus, edits_of, session_of
 from rome_pl.metrics.probes import next_tokens
 
 __all__ = ["CANARIES", "StateCheck"]
@@ -76,21 +76,22 @@ class StateCheck(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Edit, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         session = session_of(pl_module)
         if not session.sequential:
             return
-        edit: Edit = outputs["edit"]
-        if edit.status is EditStatus.APPLIED:
-            self._since_good.append(edit)
-        if (batch_idx + 1) % self.every_n_edits and not trainer.is_last_batch:
+        edits = edits_of(outputs)
+        self._since_good += [edit for edit in edits if edit.status is EditStatus.APPLIED]
+        done = len(session.edits)
+        due = done // self.every_n_edits > (done - len(edits)) // self.every_n_edits
+        if not due and not trainer.is_last_batch:
             return
-        failures = self._check(session, batch_idx + 1)
+        failures = self._check(session, done)
         if not failures:
             self._since_good = []
             return
-        finding = f"after {batch_idx + 1} edits: " + "; ".join(failures)
+        finding = f"after {done} edits: " + "; ".join(failures)
         if self.on_failure == "warn":
             log.warning("The model's state is bad %s", finding)
             return

@@ -15,6 +15,7 @@ class CounterFactDataModule(RequestDataModule):
         limit: Most records to use, from the first on; nothing uses all 21,919.
         split: Split of the hub data set.
         on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        batch_size: As in :class:`RequestDataModule`.
     """
 
     def __init__(
@@ -23,5 +24,6 @@ class CounterFactDataModule(RequestDataModule):
         limit: int | None = None,
         split: str = "train",
         on_error: Literal["skip", "stop"] = "skip",
+        batch_size: int | None = None,
     ) -> None:
-        super().__init__(path, limit, "counterfact", split, on_error)
+        super().__init__(path, limit, "counterfact", split, on_error, batch_size)

@@ -10,17 +10,22 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
+from rome_pl.stream import EditBatches, RequestList
 
 __all__ = ["RequestDataModule", "request_loader"]
+
+BATCH = 8
+"""Independent edits optimised side by side, unless asked otherwise."""
 
 SAMPLES = "sample"
 """Path that stands for the records shipped with the package."""
 
 
 class RequestDataModule(LightningDataModule):
-    """Streams edit requests, one per batch, in file order.
+    """Streams edit requests in batches, in file order but for single edits of similar length, which share batches.
 
     Args:
         path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` for the records shipped with the package.
@@ -28,6 +33,8 @@ class RequestDataModule(LightningDataModule):
         form: Form of the records: ``counterfact``, ``flat`` or ``short``; nothing recognises it from the first record.
         split: Split of a hub data set.
         on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        batch_size: Edits optimised side by side. Nothing takes 8 where edits are independent, with requests of similar
+            length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch.
     """
 
     def __init__(
@@ -37,8 +44,12 @@ class RequestDataModule(LightningDataModule):
         form: Literal["counterfact", "flat", "short"] | None = None,
         split: str = "train",
         on_error: Literal["skip", "stop"] = "skip",
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected a number from 1 on, got {batch_size}")
+        self.batch_size = batch_size
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected a number from 1 on, got {limit}")
         self.path, self.limit, self.form, self.split, self.on_error = path, limit, form, split, on_error
@@ -62,8 +73,17 @@ class RequestDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[EditRequest]:
-        """The stream of edits."""
-        return request_loader(self.requests)
+        """The stream of edits: this rank's share, where several devices make independent edits."""
+        trainer = self.trainer
+        session = getattr(trainer.lightning_module, "session", None) if trainer is not None else None
+        independent = isinstance(session, EditSession) and not session.sequential
+        return request_loader(
+            self.requests,
+            batch_size=self.batch_size or (BATCH if independent else 1),
+            by_length=independent,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+        )
 
     def _records(self) -> Sequence[Any]:
         if self.path == SAMPLES:
@@ -74,11 +94,27 @@ class RequestDataModule(LightningDataModule):
         return _from_hub(self.path, self.split, self.limit)
 
 
-def request_loader(requests: list[EditRequest]) -> DataLoader[EditRequest]:
-    """A loader that gives :class:`RomeModule` one request at a time, in order."""
-    # A generator of its own: a loader would otherwise draw from the global one. Any sequence serves as a data set,
-    # which torch's annotation does not know.
-    return DataLoader(requests, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+def request_loader(
+    requests: Sequence[EditRequest],
+    batch_size: int = 1,
+    by_length: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[EditRequest]:
+    """A loader that gives :class:`RomeModule` lists of requests; see :class:`EditBatches` for the arguments."""
+    return DataLoader(
+        # A data set in torch's sense is whatever can be indexed, which its annotation does not know.
+        RequestList(requests),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=EditBatches(requests, batch_size, by_length, rank, world_size),
+        collate_fn=_as_it_is,  # requests are text
+        # A generator of its own: a loader would otherwise draw from the global one.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: list[EditRequest]) -> list[EditRequest]:
+    return batch
 
 
 def _from_hub(name: str, split: str, limit: int | None) -> list[Any]:

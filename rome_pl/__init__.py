@@ -7,17 +7,19 @@ if TYPE_CHECKING:
     from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
     from rome_pl.language_model import LanguageModel as LanguageModel
     from rome_pl.language_model import load_language_model as load_language_model
+    from rome_pl.optimizers import PolyakStep as PolyakStep
     from rome_pl.requests import EditRequest as EditRequest
 
 _PUBLIC = {
     "EditRequest": "rome_pl.requests",
     "KnowledgeEditor": "rome_pl.editor",
     "LanguageModel": "rome_pl.language_model",
+    "PolyakStep": "rome_pl.optimizers",
     "RomeModule": "rome_pl.edit_module",
     "load_language_model": "rome_pl.language_model",
 }
 
-__all__ = ["EditRequest", "KnowledgeEditor", "LanguageModel", "RomeModule", "load_language_model"]
+__all__ = ["EditRequest", "KnowledgeEditor", "LanguageModel", "PolyakStep", "RomeModule", "load_language_model"]
 
 
 def __getattr__(name: str) -> Any:

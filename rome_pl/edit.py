@@ -1,26 +1,30 @@
 """One edit on its way through a run, and what the edits of a run share.
 
-An :class:`Edit` is the batch that callbacks see before the optimisation and the result they see after it; an
-:class:`EditSession` is what they may look at besides. Neither knows Lightning.
+An :class:`EditBatch` is the batch that callbacks see before the optimisation; its :class:`Edit` objects are the result
+they see after it; an :class:`EditSession` is what they may look at besides. None of them knows Lightning.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rome_pl.encoding import EncodedEdit, EncodedRow, FactToken
+from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger
-from rome_pl.metrics.probes import ProbeScores, TargetMeasure, measure_target
+from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
 from rome_pl.objective import ValueObjective
-from rome_pl.rank_one import Assertion, Preset
+from rome_pl.rank_one import Assertion, DisablingEditError, KeyChoice, Preset, Update, balance
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import SecondMoment
+from rome_pl.value_search import Step
 from rome_pl.weights import EditedWeight, Written
 
-__all__ = ["Edit", "EditError", "EditSession", "EditStatus", "Step", "session_of"]
+__all__ = ["Edit", "EditBatch", "EditError", "EditSession", "EditStatus", "edits_of", "session_of"]
 
 
 class EditError(RuntimeError):
@@ -42,52 +46,43 @@ class EditStatus(StrEnum):
     """Applied, and undone later because the model's state had become bad."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """The losses of one optimisation step."""
-
-    loss: float
-    nll: float
-    kl: float
-    decay: float
-    probability: float
-
-
 @dataclass
 class Edit:
     """One request on its way.
 
     Args:
-        index: Position in the run, from 0.
+        index: Position in the stream of requests, from 0.
         request: What is asked for.
         encoded: Its rows as tokens; ``None`` if they could not be made.
-        objective: Loss of its value offset, with the prefix pass behind it; freed once the edit is decided.
         status: Where it stands.
         failed: Whether it could not be tried, which ``on_error`` decides about.
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
         key_mean: Mean key over contexts, ``[d_key]``.
         key_bare: Key of the bare prompt, ``[d_key]``.
+        key_balanced: Key between the two on which an update acts in full at both, for presets that ask for it.
+        output_balanced: The projection's output there, ``[d_value]``.
         delta: The optimised value offset, ``[d_value]``.
-        value: The value to assert, ``[d_value]``.
+        value: The offset on top of the bare prompt's output, ``[d_value]``: the value that most presets assert.
         steps: Losses, one per evaluation.
-        written: The write, once done.
+        written: Its write, once done; in single mode the write that was measured.
         before: Probability of the target before the edit: geometric mean over its tokens, on the bare prompt.
         after: The same after the write.
         scores: Probe measurements by moment (``base``, ``immediate``, ``final``).
-        seconds: Wall time by stage.
+        seconds: Wall time by stage; what a batch does at once is shared evenly among its edits.
     """
 
     index: int
     request: EditRequest
     encoded: EncodedEdit | None = None
-    objective: ValueObjective | None = None
     status: EditStatus = EditStatus.PENDING
     failed: bool = False
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     key_mean: Tensor | None = None
     key_bare: Tensor | None = None
+    key_balanced: Tensor | None = None
+    output_balanced: Tensor | None = None
     delta: Tensor | None = None
     value: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
@@ -113,13 +108,25 @@ class Edit:
             "loss": self.steps[-1].loss if self.steps else None,
             "value_norm": float(self.delta.norm()) if self.delta is not None else None,
             "update_norm": written.update.norm if written else None,
-            "realised": written.realised if written else None,
+            "realised": written.realised[0] if written else None,
         }
 
     @property
     def name(self) -> str:
         """Identifier in the edited weight and the ledger."""
         return str(self.request.case_id)
+
+    def on_cpu(self) -> "Edit":
+        """A copy whose tensors are the CPU's, for other processes."""
+        moved = copy(self)
+        for name in ("key_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
+            tensor = getattr(self, name)
+            setattr(moved, name, None if tensor is None else tensor.cpu())
+        written = self.written
+        if written is not None:
+            update = Update(written.update.left.cpu(), written.update.right.cpu())
+            moved.written = replace(written, assertion=written.assertion.to(update.left.device), update=update)
+        return moved
 
     def decide(self, status: EditStatus, reason: str) -> None:
         """Record a verdict other than success."""
@@ -132,17 +139,38 @@ class Edit:
 
     def assertion(self, preset: Preset) -> Assertion:
         """The write this edit asks for: which key shapes it and at which key its value holds is the preset's choice."""
-        assert self.value is not None
+        value = self.value
+        if preset.value == "own":
+            assert self.output_balanced is not None
+            assert self.delta is not None
+            value = self.output_balanced + self.delta.double()
+        assert value is not None
         return Assertion(
-            shape=self._key(preset.shape).double().unsqueeze(0),
-            at=self._key(preset.at).double().unsqueeze(0),
-            value=self.value.double().unsqueeze(0),
+            shape=self.key(preset.shape).double().unsqueeze(0),
+            at=self.key(preset.at).double().unsqueeze(0),
+            value=value.double().unsqueeze(0),
         )
 
-    def _key(self, which: Literal["mean", "bare"]) -> Tensor:
-        key = self.key_mean if which == "mean" else self.key_bare
+    def key(self, which: KeyChoice) -> Tensor:
+        """One of its keys, ``[d_key]``."""
+        key = {"mean": self.key_mean, "bare": self.key_bare, "balanced": self.key_balanced}[which]
         assert key is not None
         return key
+
+
+@dataclass
+class EditBatch:
+    """Edits whose values are optimised side by side.
+
+    Args:
+        edits: The edits, in the order of the stream; none where another device has one more batch than this one.
+        objective: Losses of the offsets of :attr:`optimised`, with the prefix pass behind them; freed after use.
+        optimised: The edits that could be encoded.
+    """
+
+    edits: list[Edit]
+    objective: ValueObjective | None = None
+    optimised: list[Edit] = field(default_factory=list)
 
 
 @dataclass
@@ -157,14 +185,15 @@ class EditSession:
         sequential: Whether edits accumulate.
         fact_token: Which token is looked up.
         contexts: Texts put before prompts, the empty one first.
-        requests: Every valid request of the run, in order.
+        requests: Every valid request of the run, in order; on several devices every rank has them all.
         num_refused: Number of requests that could not be encoded.
-        edits: The edits begun so far.
+        edits: The edits begun so far, those of other devices once their batch is done.
         base_scores: Every valid request's probes before the stream, by name of the edit.
         final_scores: The same after a sequential stream.
         perplexity: Held-out perplexity, by moment (``base``, ``final``).
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
+        flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
     """
 
     language_model: LanguageModel
@@ -182,10 +211,92 @@ class EditSession:
     perplexity: dict[str, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
+    flops_per_edit: float | None = None
 
-    def measure_target(self, row: EncodedRow) -> TargetMeasure:
-        """The target's probability after a prompt, under the current weights."""
-        return measure_target(self.language_model, row)
+    def take_keys(self, edit: Edit, keys: Tensor, outputs: Tensor) -> None:
+        """Give an edit the keys that the preset needs.
+
+        Args:
+            edit: The edit.
+            keys: Its keys under all contexts, the bare prompt's first, ``[contexts, d_key]``, float64.
+            outputs: The projection's outputs there, ``[contexts, d_value]``, float64.
+        """
+        edit.key_bare, edit.key_mean = keys[0].clone(), keys.mean(0)
+        if "balanced" in (self.preset.shape, self.preset.at):
+            share = 1.0
+            if len(keys) > 1 and bool(keys.isfinite().all()):
+                share = balance(keys[0], keys[1:].mean(0), self.weight.metric)
+            weights = torch.full((len(keys), 1), (1 - share) / max(1, len(keys) - 1), dtype=keys.dtype)
+            weights[0] = share
+            weights = weights.to(keys.device)
+            edit.key_balanced, edit.output_balanced = (weights * keys).sum(0), (weights * outputs).sum(0)
+
+    def write(self, edits: Sequence[Edit]) -> None:
+        """Write the pending edits of a batch, jointly; those that cannot be written are rejected.
+
+        In single mode each is only solved for, on the original weight, and nothing is written.
+        """
+        pending = [edit for edit in edits if edit.status is EditStatus.PENDING]
+        if not self.sequential:
+            for edit in pending:
+                try:
+                    edit.written = self.weight.propose(edit.name, edit.assertion(self.preset))
+                except ValueError as error:  # exploding or not finite
+                    edit.decide(EditStatus.REJECTED, str(error))
+            return
+        for edit in [edit for edit in pending if edit.name in self.weight.names]:
+            pending.remove(edit)
+            edit.decide(EditStatus.REJECTED, f"edit {edit.name} is in the weight already; give it another case_id")
+        while pending:
+            assertion = Assertion.joint([edit.assertion(self.preset) for edit in pending])
+            try:
+                written = self.weight.write([edit.name for edit in pending], assertion)
+            except DisablingEditError as error:
+                pending.pop(error.row).decide(EditStatus.REJECTED, str(error))
+            except ValueError as error:  # not finite, and no saying whose fault it is
+                while pending:
+                    pending.pop().decide(EditStatus.REJECTED, str(error))
+            else:
+                for edit in pending:
+                    edit.written = written.part(edit.name)
+                return
+
+    def withdraw(self, edits: Sequence[Edit], batch: Sequence[Edit]) -> None:
+        """Take edits of a batch, which were just decided against, back; the others of the batch are written anew."""
+        if self.sequential and edits:
+            self.weight.revert()
+            self.write(batch)
+
+    def measure_targets(self, edits: Sequence[Edit], *, written: bool) -> list[TargetMeasure]:
+        """The targets' probabilities after the bare prompts.
+
+        Args:
+            edits: Which; all could be encoded.
+            written: Whether each is measured with its own write, or with the weights as they are.
+        """
+        rows = [edit.encoded.rows[0] for edit in edits if edit.encoded is not None]
+        assert len(rows) == len(edits)
+        return measure_targets(self.language_model, rows, self._changes(edits) if written else None)
+
+    def measure_probes(self, edits: Sequence[Edit]) -> list[ProbeScores]:
+        """The probe scores of edits, each with its own write."""
+        return probe_scores(self.language_model, [edit.request for edit in edits], self._changes(edits))
+
+    def in_force(self, edit: Edit) -> bool:
+        """Whether the edit's own write is in what is measured now."""
+        return edit.status is EditStatus.PENDING and edit.written is not None
+
+    def _changes(self, edits: Sequence[Edit]) -> Changes | None:
+        if self.sequential:  # it is in the weights
+            return None
+        updates = [edit.written.update if self.in_force(edit) and edit.written else None for edit in edits]
+        return Changes(self.weight.site.projection, updates)
+
+
+def edits_of(outputs: Any) -> list[Edit]:
+    """The edits in a training step's result."""
+    edits: list[Edit] = outputs["edits"]
+    return edits
 
 
 def session_of(module: object) -> EditSession:

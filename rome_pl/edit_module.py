@@ -1,47 +1,57 @@
-"""The LightningModule: one batch is one edit, and ``training_step`` is its value optimisation."""
+"""The LightningModule: one batch is one or more edits, and ``training_step`` is their value optimisation."""
 
-import math
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
 from torch.optim import Optimizer
 
-from rome_pl.architecture import dtype_of_delta, find_site
-from rome_pl.contexts import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
+from rome_pl.architecture import find_site
+from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
-from rome_pl.edit import Edit, EditError, EditSession, EditStatus, Step
-from rome_pl.encoding import FactToken
+from rome_pl.distributed import independent_gradients, leave_to_each_process, one_after_the_other
+from rome_pl.edit import Edit, EditBatch, EditError, EditSession, EditStatus
+from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.errors import OptionError
+from rome_pl.flops import count_flops
+from rome_pl.hooks import frozen
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
-from rome_pl.objective import Losses, ValueObjective, clamp_norm_
-from rome_pl.prefix import run_prefix
-from rome_pl.rank_one import PRESETS, PresetName
+from rome_pl.objective import ValueObjective, edit_rows
+from rome_pl.options import check_options
+from rome_pl.preparation import admit_requests, check_trainer, prepare_session
+from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
-from rome_pl.statistics import resolve_second_moment
-from rome_pl.weights import EditedWeight
+from rome_pl.stream import check_shared
+from rome_pl.suffix import SuffixEngine
+from rome_pl.value_search import SearchOptions, ValueSearch
 
 __all__ = ["RomeModule"]
 
+log = logging.getLogger(__name__)
+
 
 class RomeModule(LightningModule):
-    """Optimises the value vector of one edit per batch (ROME, Meng et al. 2022, section 3.1).
+    """Optimises the value vectors of a batch of edits (ROME, Meng et al. 2022, section 3.1).
 
-    The step's result is ``{"edit": Edit}``; callbacks write, verify and report it. The fit has one epoch.
+    Each edit of a batch has an offset, optimiser state, clamp and end of its own. The step's result is
+    ``{"edits": list[Edit]}``; callbacks write, verify and report them. The fit has one epoch. In single mode several
+    devices share the stream.
 
     Args:
         pretrained: Model to edit: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
         layers: Rewrite layer, numbered from 0, as a list of one; nothing takes the published one of the model.
-        preset: Variant of the closed form: ``r_rome`` (one key everywhere), ``rome`` (as published), or ``easyedit``
-            (ROME's keys, no statistics).
+        preset: Variant of the closed form: ``r_rome`` (one key everywhere), ``rome`` (as published), ``easyedit``
+            (ROME's keys, no statistics), or ``balanced`` (the offset in full under the bare prompt and the other
+            contexts alike, which counts where tokenizer and model know no BOS).
         mom2_adjustment: Whether the closed form uses the second moment of keys; nothing leaves it to the preset.
         mom2_n_samples: Key vectors to compute the second moment from; nothing takes 30 per dimension.
         statistics: File with the second moment; nothing takes one that was shipped, cached, or is computed now.
@@ -58,12 +68,14 @@ class RomeModule(LightningModule):
         stop_loss: The optimisation ends when the total loss falls below this.
         stop_probability: It also ends when the target's probability (geometric mean over contexts and tokens) exceeds
             this.
-        optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate.
+        stop_greedy: It also ends when under every context of the step each token of the target is the likeliest one.
+        optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
+            group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
+        contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew
+            (seeded by record and step); nothing takes all, as published. Keys are always means over all contexts.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Contexts of your own, in any language, instead of generated ones.
-        bare_prompt_weight: Weight of the bare prompt's key in the mean key, the other contexts sharing the rest;
-            nothing weighs all alike, as published. Where tokenizer and model know no BOS, a subject that opens the
-            prompt has a key of its own there, which an even mean hardly reaches.
+        compile: Whether steps go through ``torch.compile``, which pays after some hundred edits.
         on_error: Whether a record that cannot be edited is skipped or stops the run.
         seed: Seed of everything random.
         keep_original_weight: Refused: ``sequential_edit: false`` does what it did elsewhere.
@@ -90,47 +102,30 @@ class RomeModule(LightningModule):
         kl_position: Literal["subject", "last"] = "subject",
         stop_loss: float = 0.05,
         stop_probability: float = 1.0,
+        stop_greedy: bool = False,
+        contexts_per_step: int | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         context_template_length_params: list[list[int]] = DEFAULT_LENGTH_PARAMS,
         contexts: list[str] | None = None,
-        bare_prompt_weight: float | None = None,
+        compile: bool = False,
         on_error: Literal["skip", "stop"] = "skip",
         seed: int = 0,
         keep_original_weight: bool | None = None,
     ) -> None:
         super().__init__()
-        if keep_original_weight is not None:
-            raise OptionError(
-                "keep_original_weight is not an option here: 'sequential_edit: false' evaluates each edit and restores "
-                "the weights, 'sequential_edit: true' keeps every edit"
-            )
-        if layers is not None and len(layers) != 1:
-            raise OptionError(f"layers: ROME writes each fact into one layer; give a list of one, got {layers}")
-        if preset not in PRESETS:
-            raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
-        for name, value, least in (
-            ("v_num_grad_steps", v_num_grad_steps, 1),
-            ("v_lr", v_lr, 0.0),
-            ("v_weight_decay", v_weight_decay, 0.0),
-            ("clamp_norm_factor", clamp_norm_factor, 0.0),
-            ("kl_factor", kl_factor, 0.0),
-            ("mom2_n_samples", mom2_n_samples or 1, 1),
-            ("stop_loss", stop_loss, 0.0),
-            ("stop_probability", stop_probability, 0.0),
-            ("bare_prompt_weight", bare_prompt_weight or 0.0, 0.0),
-        ):
-            if not least <= value < math.inf:
-                raise OptionError(f"{name}: expected a number from {least} on, got {value}")
-        if bare_prompt_weight is not None and bare_prompt_weight > 1:
-            raise OptionError(f"bare_prompt_weight: expected a share from 0 to 1, got {bare_prompt_weight}")
         self.automatic_optimization = False
         self.strict_loading = False
         self.save_hyperparameters(ignore=["optimizer"])
+        check_options(self.hparams)
         self.optimizer_class = optimizer
         self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
         self._prepared: EditSession | None = None
+        self._engine: SuffixEngine | None = None
+        self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
+        self._counted = 0
+        self._until_end = ExitStack()
 
     @classmethod
     def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "RomeModule":
@@ -148,29 +143,29 @@ class RomeModule(LightningModule):
             self._adopt(loaded)
 
     def configure_optimizers(self) -> Optimizer:
-        """The value optimiser, with ``v_lr`` as its learning rate."""
+        """The value optimiser, with ``v_lr`` as its learning rate; every batch gives it parameters of its own."""
         optimizer = self.optimizer_class(cast(Iterable[Any], [self.delta]))
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise OptionError("optimizer: LBFGS searches all edits of a batch along one line; use rome_pl.PolyakStep")
         for group in optimizer.param_groups:
             group["lr"] = self.hparams["v_lr"]
+        self._group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
         return optimizer
 
+    def setup(self, stage: str) -> None:
+        """Check how the Trainer is set, before it touches the model."""
+        if stage == "fit":
+            check_trainer(self.trainer, self.hparams["sequential_edit"])
+
     def on_fit_start(self) -> None:
-        """Check how the Trainer is set, and prepare what all edits share."""
-        if self.trainer.max_epochs != 1:
-            raise OptionError(
-                f"max_epochs is {self.trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"
-            )
-        if self.trainer.world_size > 1:
-            raise OptionError("edits run on one device; use Trainer(devices=1)")
-        if self.trainer.precision != "32-true":
-            raise OptionError(
-                f"precision is {self.trainer.precision}: it would bend the optimisation but not the rest. "
-                "Use Trainer(precision='32-true') and set the weights' precision by model.dtype"
-            )
-        if self.device.type == "mps":
-            raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
+        """Prepare what all edits share."""
+        hparams = self.hparams
         if self._prepared is None:
-            self._prepared = self._prepare()
+            assert self.language_model is not None
+            with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
+                self._prepared = prepare_session(self.language_model, self._site, hparams)
+            pad_id = self.language_model.encoder.pad_id
+            self._engine = SuffixEngine(self.language_model.model, self._site, pad_id, hparams["compile"])
         session = self._prepared
         session.weight.resume()
         # What was prepared, and the weight with its edits, serve every fit of this module; the rest is this one's.
@@ -184,138 +179,140 @@ class RomeModule(LightningModule):
             perplexity={},
             state_checks=[],
             ledger=None,
-        )
-
-    def _prepare(self) -> EditSession:
-        """Statistics, contexts and the weight's master: what all edits share."""
-        assert self.language_model is not None
-        hparams, language_model, site = self.hparams, self.language_model, self._site
-        adjust = hparams["mom2_adjustment"]
-        preset = PRESETS[hparams["preset"]]
-        moment = None
-        if preset.mom2_adjustment if adjust is None else adjust:
-            moment = resolve_second_moment(
-                language_model,
-                site,
-                statistics=hparams["statistics"],
-                corpus=hparams["corpus"],
-                wanted=hparams["mom2_n_samples"],
-                seed=hparams["seed"],
-            )
-        contexts = hparams["contexts"]
-        if contexts is None:
-            contexts = generate_contexts(language_model, hparams["context_template_length_params"], hparams["seed"])
-        metric: Callable[[Tensor], Tensor] = moment.solve if moment is not None else _identity
-        return EditSession(
-            language_model=language_model,
-            weight=EditedWeight(site, metric),
-            preset=preset,
-            moment=moment,
-            sequential=hparams["sequential_edit"],
-            fact_token=hparams["fact_token"],
-            contexts=join_contexts(contexts),
+            flops_per_edit=self.session.flops_per_edit if self.session is not None else None,
         )
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
-        session = self._session
-        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        session, loader = self._session, self.trainer.train_dataloader
+        dataset = getattr(loader, "dataset", None)
         if not isinstance(dataset, Sequence) or not all(isinstance(request, EditRequest) for request in dataset):
             raise TypeError("RomeModule needs a DataLoader over a list of EditRequest; see RequestDataModule")
-        valid: list[EditRequest] = []
-        self._refused = {}
-        names: set[str] = set()
-        for request in dataset:
-            if str(request.case_id) in names:
-                raise RequestError("case_id", "occurs twice: results could not be told apart", case_id=request.case_id)
-            names.add(str(request.case_id))
-            try:
-                self._encode(request)
-                session.language_model.encoder.check_probes(request)
-                valid.append(request)
-            except RequestError as error:
-                self._refused[str(request.case_id)] = error
-        session.requests, session.num_refused = tuple(valid), len(self._refused)
+        if self.trainer.world_size > 1:
+            check_shared(loader)
+            self._until_end.enter_context(independent_gradients(self.trainer))
+        self._indices, self._refused = admit_requests(session, dataset, self._encode)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Requests are text and stay as they are."""
         return batch
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Edit:
-        """Turn a request into an :class:`Edit` with its prefix pass, under the weights as they are now."""
-        request = batch[0] if isinstance(batch, Sequence) and len(batch) == 1 else batch
-        if not isinstance(request, EditRequest):
-            raise TypeError(f"expected batches of one EditRequest, got {type(batch).__name__}: set batch_size=1")
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> EditBatch:
+        """Turn requests into an :class:`EditBatch` with its prefix pass, under the weights as they are now."""
+        requests = [batch] if isinstance(batch, EditRequest) else batch
+        if not isinstance(requests, list) or not all(isinstance(request, EditRequest) for request in requests):
+            raise TypeError(
+                f"expected an EditRequest or a list of them, got {type(batch).__name__}; see request_loader"
+            )
         session = self._session
-        edit = Edit(index=len(session.edits), request=request)
-        session.edits.append(edit)
-        if (refusal := self._refused.get(edit.name)) is not None:
-            edit.fail(str(refusal))
-            return edit
+        if session.sequential and len(requests) > 1:
+            self._warn_of_joint_solve(session, len(requests))
+        edits = [Edit(index=self._indices[str(request.case_id)], request=request) for request in requests]
+        session.edits += edits
+        made = EditBatch(edits)
         started = time.perf_counter()
-        edit.encoded = self._encode(request)
-        encoder = session.language_model.encoder
-        prefix = run_prefix(
-            session.language_model.model, self._site, (*edit.encoded.rows, edit.encoded.kl_row), encoder.pad_id
-        )
-        edit.objective = ValueObjective(prefix, edit.encoded, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
-        keys = prefix.keys[: len(edit.encoded.rows)].double()
-        edit.key_bare, edit.key_mean = keys[0].clone(), self._mean_key(keys)
-        edit.seconds["prefix"] = time.perf_counter() - started
-        return edit
+        for edit in edits:
+            if (refusal := self._refused.get(edit.name)) is not None:
+                edit.fail(str(refusal))
+                continue
+            edit.encoded = self._encode(edit.request)
+            made.optimised.append(edit)
+        if not made.optimised:
+            return made
+        layout = edit_rows([edit.encoded for edit in made.optimised if edit.encoded is not None])
+        assert self._engine is not None
+        self._engine.check(layout.rows)
+        self._counted = 0
+        with self._counting(session):
+            prefix = self._engine.run(layout.rows)
+        made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
+        for place, edit in enumerate(made.optimised):
+            session.take_keys(edit, made.objective.keys(place), made.objective.outputs(place))
+            edit.seconds["prefix"] = (time.perf_counter() - started) / len(made.optimised)
+        return made
 
-    def training_step(self, batch: Edit, batch_idx: int) -> dict[str, Edit]:
-        """Optimise the value offset of one edit."""
-        edit = batch
-        if edit.status is EditStatus.PENDING:
-            started = time.perf_counter()
-            self._optimise(edit)
-            edit.seconds["optimise"] = time.perf_counter() - started
-        edit.objective = None  # frees the prefix pass
-        if edit.failed and self.hparams["on_error"] == "stop":
-            raise EditError(f"record {edit.name}: {edit.reason} (on_error: stop)")
-        if edit.steps:
-            self.log("loss", edit.steps[-1].loss, prog_bar=True, logger=False, batch_size=1)
-            self.log("p(new)", edit.steps[-1].probability, prog_bar=True, logger=False, batch_size=1)
-        return {"edit": edit}
+    def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
+        """Optimise the value offsets of a batch."""
+        started = time.perf_counter()
+        places = [place for place, edit in enumerate(batch.optimised) if edit.status is EditStatus.PENDING]
+        edits, session = [batch.optimised[place] for place in places], self._session
+        if edits:
+            with self._counting(session), frozen(session.language_model.model):
+                self._optimise(batch, places, edits)
+            if session.flops_per_edit is None and not self.hparams["compile"]:
+                session.flops_per_edit = self._counted / len(edits)
+            loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
+            probability = sum(edit.steps[-1].probability for edit in edits) / len(edits)
+            self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(edits))
+            self.log("p(new)", probability, prog_bar=True, logger=False, batch_size=len(edits))
+        batch.objective = None  # frees the prefix pass
+        for edit in edits:
+            edit.seconds["optimise"] = (time.perf_counter() - started) / len(edits)
+        return {"edits": batch.edits}
+
+    def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
+        """End the run after a failed edit, if that is wanted; what its batch achieved is kept."""
+        failed = next((edit for edit in outputs["edits"] if edit.failed), None)
+        if failed is not None and self.hparams["on_error"] == "stop":
+            raise EditError(f"record {failed.name}: {failed.reason} (on_error: stop)")
+
+    def on_fit_end(self) -> None:
+        """Leave Lightning's wrapper as it was."""
+        self._until_end.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen language model out of checkpoints."""
         checkpoint["state_dict"] = {}
 
-    def _mean_key(self, keys: Tensor) -> Tensor:
-        """Mean key over contexts, the bare prompt with the weight it was given."""
-        weight: float | None = self.hparams["bare_prompt_weight"]
-        if weight is None or len(keys) == 1:
-            return keys.mean(0)
-        return weight * keys[0] + (1 - weight) * keys[1:].mean(0)
-
-    def _optimise(self, edit: Edit) -> None:
-        objective, hparams = edit.objective, self.hparams
-        assert objective is not None
+    def _optimise(self, batch: EditBatch, places: list[int], edits: list[Edit]) -> None:
+        assert batch.objective is not None
+        names = [field.name for field in fields(SearchOptions)]
+        options = SearchOptions(**{name: self.hparams[name] for name in names})
+        search = ValueSearch(batch.objective, places, [edit.name for edit in edits], options)
         optimizer = cast(LightningOptimizer, self.optimizers())
-        optimizer.optimizer.state.clear()  # moments of the last edit would bend this one
-        with torch.no_grad():
-            self.delta.zero_()
-        largest = hparams["clamp_norm_factor"] * objective.base_norm
-        steps = hparams["v_num_grad_steps"]
-        for step in range(steps):
+        optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
+        while (loss := search.evaluate()) is not None:
+            optimizer.optimizer.param_groups = [
+                {**self._group, "params": [parameter], "loss": loss_of_edit, "scale": scale}
+                for parameter, loss_of_edit, scale in zip(search.parameters, search.losses, search.scales, strict=True)
+            ]
             optimizer.zero_grad()
-            losses = objective(self.delta)
-            edit.steps.append(_record(losses))
-            last = edit.steps[-1]
-            if not math.isfinite(last.loss):
-                edit.fail(f"the loss became {last.loss} at step {step}; lower v_lr, or load the model in float32")
-                return
-            if last.loss < hparams["stop_loss"] or last.probability > hparams["stop_probability"] or step == steps - 1:
-                break
-            self.manual_backward(losses.total)
+            self.manual_backward(loss)
             optimizer.step()
-            clamp_norm_(self.delta, largest)
-        edit.delta = self.delta.detach().clone()
-        edit.value = objective.base_output.double() + edit.delta.double()
+            search.project()
+        for place, edit, found in zip(places, edits, search.found(), strict=True):
+            edit.steps = found.steps
+            if found.finite:
+                edit.delta = found.delta
+                edit.value = batch.objective.base_output[place].double() + found.delta.double()
+            else:
+                last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
+                edit.fail(f"{last}; lower v_lr, or load the model in float32")
 
-    def _encode(self, request: EditRequest) -> Any:
+    @contextmanager
+    def _counting(self, session: EditSession) -> Iterator[None]:
+        """Count operations, on the first batch only: counting slows a step, and cannot look into compiled code."""
+        if session.flops_per_edit is not None or self.hparams["compile"]:
+            yield
+            return
+        with count_flops() as counted:
+            yield
+        self._counted += counted.total
+
+    def _warn_of_joint_solve(self, session: EditSession, size: int) -> None:
+        if session.preset.shape != session.preset.at:
+            raise OptionError(
+                f"preset {self.hparams['preset']} asserts values at other keys than those that shape its updates, "
+                "which several edits at once cannot do; use data.batch_size: 1, or preset r_rome"
+            )
+        if not session.edits:
+            log.warning(
+                "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "
+                "jointly, which is not what edits one after the other give",
+                size,
+            )
+
+    def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session
         return session.language_model.encoder.edit(
             request, session.contexts, session.fact_token, self.hparams["kl_position"]
@@ -327,21 +324,11 @@ class RomeModule(LightningModule):
         self._site = find_site(language_model.model, layers[0] if layers is not None else default_layer(config))
         self.language_model = language_model
         self.model = language_model.model  # registered, so that Lightning moves it to the device
-        weight = self._site.weight
-        self.delta = torch.nn.Parameter(
-            torch.zeros(self._site.d_value, dtype=dtype_of_delta(weight), device=weight.device)
-        )
+        # The offsets that are optimised come and go with their batches; this one stands for them before the first.
+        self.delta = torch.nn.Parameter(torch.zeros(self._site.d_value, device=self._site.weight.device))
+        leave_to_each_process(self, "model")
 
     @property
     def _session(self) -> EditSession:
         assert self.session is not None  # on_fit_start made it
         return self.session
-
-
-def _identity(keys: Tensor) -> Tensor:
-    return keys
-
-
-def _record(losses: Losses) -> Step:
-    values = torch.stack([losses.total, losses.nll, losses.kl, losses.decay, losses.probability]).detach().tolist()
-    return Step(*values)

@@ -172,7 +172,7 @@ class KnowledgeEditor:
             raise KeyError("nothing was edited yet")
         weight = session_of(self._module).weight
         weight.resume()
-        names = [result.edit.name for result in results] if results else [written.name for written in weight.written]
+        names = [result.edit.name for result in results] if results else weight.names
         weight.remove(names)
 
     def _run(self, request: EditRequest, callbacks: list[Callback], device: torch.device) -> None:

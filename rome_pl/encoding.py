@@ -16,7 +16,16 @@ from torch import Tensor
 from rome_pl.errors import RomeError
 from rome_pl.requests import EditRequest
 
-__all__ = ["AlignedRows", "EncodedEdit", "EncodedRow", "FactToken", "TextEncoder", "TokenizerError", "align"]
+__all__ = [
+    "AlignedRows",
+    "EncodedEdit",
+    "EncodedRow",
+    "FactToken",
+    "TextEncoder",
+    "TokenizerError",
+    "align",
+    "to_device",
+]
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 """Which token the edit looks up: the published strategies of ROME's ``fact_token``."""
@@ -45,7 +54,7 @@ class EncodedEdit:
 
     Args:
         rows: The rewrite prompt under each context; row 0 is the bare prompt.
-        kl_row: "{subject} is a", without target; ``first`` is the position at which the divergence is taken.
+        kl_row: "{subject} is a" up to the position at which the divergence is taken, which is ``first``; no target.
     """
 
     rows: tuple[EncodedRow, ...]
@@ -59,6 +68,7 @@ class AlignedRows:
     What comes before the lookup token is padded on the left, what follows it on the right.
 
     Args:
+        source: The rows.
         input_ids: Shape ``[rows, prefix + suffix]``.
         attention_mask: Same shape, 0 for padding on the left. Padding on the right needs no mask, since no token looks
             ahead, and gets none, so that none of its columns is left with nothing to attend to.
@@ -69,6 +79,7 @@ class AlignedRows:
         labels: The target ids, shape ``[targets]``.
     """
 
+    source: tuple[EncodedRow, ...]
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
@@ -101,16 +112,24 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
         input_ids[index, start : start + len(row.ids)] = torch.tensor(row.ids)
         mask[index, start:] = 1
         predict += [(index, start + row.first + step, label) for step, label in enumerate(row.target)]
-    rows_columns_labels = torch.tensor(predict, dtype=torch.long).reshape(-1, 3).to(device)
+    rows_columns_labels = to_device(torch.tensor(predict, dtype=torch.long).reshape(-1, 3), device)
     return AlignedRows(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+        source=tuple(rows),
+        input_ids=to_device(input_ids, device),
+        attention_mask=to_device(mask, device),
+        position_ids=to_device((mask.cumsum(1) - 1).clamp(min=0), device),
         prefix=prefix,
         predict_row=rows_columns_labels[:, 0],
         predict_column=rows_columns_labels[:, 1],
         labels=rows_columns_labels[:, 2],
     )
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device; to a GPU from pinned memory, so that the host need not wait."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class TokenizerError(RomeError):
@@ -171,7 +190,7 @@ class TextEncoder:
             raise request.error("subject", f"takes {len(ids)} tokens, but the model reads {self.max_length}")
         lookup = self._lookup(request, spans, (0, len(request.subject)), len(ids), fact_token)
         first = lookup if kl_position == "subject" else len(ids) - 1
-        return EncodedEdit(tuple(rows), EncodedRow(ids, lookup, (), first))
+        return EncodedEdit(tuple(rows), EncodedRow(ids[: first + 1], lookup, (), first))
 
     def continuation(self, prompt: str, target: str, request: EditRequest, field: str = "prompt") -> EncodedRow:
         """Encode a prompt and the target after it; the lookup token is the prompt's last token.

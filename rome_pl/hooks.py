@@ -1,7 +1,7 @@
 """Context managers that look into a model or change one forward of it, and leave nothing behind."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from rome_pl.architecture import decoder_layers
 
 __all__ = [
     "add_at_column",
+    "add_rank_one",
     "capture_columns",
     "capture_input",
     "clean_padding",
@@ -21,24 +22,27 @@ __all__ = [
     "layer_answer",
     "run_from_layer",
     "seeded",
+    "stopped_after",
 ]
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; every module's own mode and every flag restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Only what has to change is touched: inside another such block this one costs next to nothing.
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
-        for parameter, _ in flags:
+        for module in training:
+            module.training = False
+        for parameter in learning:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -139,6 +143,28 @@ def add_at_column(projection: nn.Module, delta: Tensor, column: int = 0) -> Iter
 
 
 @contextmanager
+def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
+    """Let each row see a rank-one change of the projection's weight of its own, which nobody writes.
+
+    Args:
+        projection: The module; its input may be ``[rows, length, d_key]`` or flattened.
+        left: ``[rows, d_value]``.
+        right: ``[rows, d_key]``; the change of a row's weight is ``left rightᵀ``.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        keys = inputs[0].reshape(right.shape[0], -1, right.shape[1])
+        shares = keys @ right.to(keys.dtype).unsqueeze(2)
+        return output + (shares * left.to(output.dtype).unsqueeze(1)).reshape(output.shape)
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Run the head on chosen positions only; the model then returns logits ``[1, positions, vocabulary]``.
 
@@ -167,7 +193,13 @@ class _PassThrough(nn.Module):
 
 
 @contextmanager
-def run_from_layer(model: nn.Module, layer: int, hidden: Tensor, answer: Callable[[Tensor], Any]) -> Iterator[None]:
+def run_from_layer(
+    model: nn.Module,
+    layer: int,
+    hidden: Tensor,
+    answer: Callable[[Tensor], Any],
+    stand_ins: Mapping[int, nn.Module] | None = None,
+) -> Iterator[None]:
     """Skip the decoder layers below ``layer`` and feed it ``hidden`` instead of what the embedding gave.
 
     Args:
@@ -175,6 +207,7 @@ def run_from_layer(model: nn.Module, layer: int, hidden: Tensor, answer: Callabl
         layer: First decoder layer that runs.
         hidden: Hidden states that enter it, ``[rows, length, d]``.
         answer: Wraps hidden states the way this family's layers return them, see :func:`layer_answer`.
+        stand_ins: Modules that run instead of other decoder layers, by index.
     """
     _, layers = decoder_layers(model)
 
@@ -183,14 +216,16 @@ def run_from_layer(model: nn.Module, layer: int, hidden: Tensor, answer: Callabl
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    skipped: Sequence[nn.Module] = list(layers)[:layer]
+    originals = list(layers)
     handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         for index in range(layer):
             layers[index] = _PassThrough(answer)
+        for index, module in (stand_ins or {}).items():
+            layers[index] = module
         yield
     finally:
-        for index, module in enumerate(skipped):
+        for index, module in enumerate(originals):
             layers[index] = module
         handle.remove()
 
@@ -201,3 +236,23 @@ def layer_answer(output: Any) -> Callable[[Tensor], Any]:
         padding = (None,) * (len(output) - 1)
         return lambda hidden: (hidden, *padding)
     return lambda hidden: hidden
+
+
+class _ReachedError(Exception):
+    """Ends a forward whose later layers nobody needs."""
+
+
+@contextmanager
+def stopped_after(module: nn.Module) -> Iterator[None]:
+    """End the forward inside once ``module`` has run; the rest of the block is skipped."""
+
+    def stop(*_: Any) -> None:
+        raise _ReachedError
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()

@@ -8,7 +8,7 @@ absent. A later line about the same edit changes its status.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,29 @@ class Ledger:
         self._lines = folder / "edits.jsonl"
 
     def append(self, record: Mapping[str, Any], written: Written | None = None) -> None:
-        """Append one record, with the tensors of its write if there was one; returns once it is on disk.
+        """Append one record; see :meth:`append_batch`."""
+        self.append_batch([(record, written)])
+
+    def append_batch(self, records: Sequence[tuple[Mapping[str, Any], Written | None]], joint: bool = False) -> None:
+        """Append records, each with the tensors of its write if there was one; returns once they are on disk.
 
         Args:
-            record: Plain values; ``index`` names the shard.
-            written: Keys, value and factors.
+            records: Plain values, and keys, value and factors; ``index`` names the shard.
+            joint: Whether their writes were solved together. Each line then names the others under ``joint``, and a
+                line whose companions are missing is no complete record.
         """
-        line = dict(record)
-        if written is not None:
-            line["shard"] = f"{line['index']:06d}.safetensors"
-            self._write_shard(self.folder / "shards" / line["shard"], written)
+        indices = [record["index"] for record, written in records if written is not None]
+        text = ""
+        for record, written in records:
+            line = dict(record)
+            if written is not None:
+                line["shard"] = f"{line['index']:06d}.safetensors"
+                self._write_shard(self.folder / "shards" / line["shard"], written)
+                if joint and len(indices) > 1:
+                    line["joint"] = indices
+            text += json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n"
         with self._lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,29 +1,71 @@
-"""What the value optimisation minimises (Meng et al. 2022, Eq. 4), and the projection after each step."""
+"""What the value optimisation minimises (Meng et al. 2022, Eq. 4), for several independent edits in one forward."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from rome_pl.encoding import EncodedEdit
+from rome_pl.encoding import EncodedEdit, EncodedRow, to_device
 from rome_pl.prefix import PrefixPass
 
-__all__ = ["Losses", "ValueObjective", "clamp_norm_"]
+__all__ = ["EditRows", "Losses", "ValueObjective", "clamp_norm_", "edit_rows"]
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """Rows of several edits in one batch.
+
+    Args:
+        rows: All rows.
+        contexts: For each edit the indices of its prompt under each context, the bare prompt first.
+        kl: For each edit the index of the row in which the divergence is taken.
+        kl_offset: For each edit how many tokens after the lookup token it is taken.
+    """
+
+    rows: tuple[EncodedRow, ...]
+    contexts: tuple[tuple[int, ...], ...]
+    kl: tuple[int, ...]
+    kl_offset: tuple[int, ...]
+
+
+def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
+    """Lay out the rows of a batch.
+
+    A divergence row that the bare prompt begins with, as it does where the prompt begins with the subject, is read off
+    the bare prompt's row and costs nothing.
+    """
+    rows: list[EncodedRow] = []
+    contexts, kl = [], []
+    for edit in edits:
+        contexts.append(tuple(range(len(rows), len(rows) + len(edit.rows))))
+        rows += edit.rows
+        bare, apart = edit.rows[0], edit.kl_row
+        if bare.lookup == apart.lookup and bare.ids[: len(apart.ids)] == apart.ids:
+            kl.append(contexts[-1][0])
+        else:
+            kl.append(len(rows))
+            rows.append(apart)
+    offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
+    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One evaluation, all scalars.
+    """One evaluation for n edits; every field has shape ``[n]``.
 
     Args:
         nll: Mean over contexts of the length-normalised negative log-likelihood of the target.
         kl: Divergence of "{subject} is a" from the model without offset, times its factor.
         decay: Norm penalty, times its factor.
+        greedy: Whether under every context the target's every token is the likeliest one.
     """
 
     nll: Tensor
     kl: Tensor
     decay: Tensor
+    greedy: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -36,49 +78,123 @@ class Losses:
         return self.nll.detach().neg().exp()
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """The rows of one evaluation, and where its losses are read."""
+
+    key: object
+    prefix: PrefixPass
+    owner: Tensor
+    positions: tuple[Tensor, Tensor]
+    target_owner: Tensor
+    target_share: Tensor
+
+
 class ValueObjective:
-    """The loss of one edit as a function of its value offset.
+    """The losses of a batch of edits as functions of their value offsets.
 
     Args:
-        prefix: Prefix pass over ``(*edit.rows, edit.kl_row)``, in this order.
-        edit: The encoded edit.
+        prefix: Prefix pass over the rows of :func:`edit_rows`, in this order.
+        layout: How they belong to edits.
         kl_factor: Weight of the divergence.
         v_weight_decay: Weight of the norm penalty.
     """
 
-    def __init__(self, prefix: PrefixPass, edit: EncodedEdit, kl_factor: float, v_weight_decay: float) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: PrefixPass, layout: EditRows, kl_factor: float, v_weight_decay: float) -> None:
+        self.prefix, self.layout = prefix, layout
         self.kl_factor, self.v_weight_decay = kl_factor, v_weight_decay
-        rows = prefix.rows
-        kl_row = edit.kl_row
-        device = rows.labels.device
-        self._positions = (
-            torch.cat([rows.predict_row, torch.tensor([len(edit.rows)], device=device)]),
-            torch.cat([rows.predict_column, torch.tensor([rows.prefix + kl_row.first - kl_row.lookup], device=device)]),
-        )
-        # Every context shares the target's length up to tokenisation: average over tokens first, then over contexts.
-        lengths = torch.tensor([len(row.target) for row in edit.rows], device=device)
-        self._shares = lengths[rows.predict_row] * len(edit.rows)
-        self.base_output = prefix.outputs[0]
+        bare = to_device(torch.tensor([rows[0] for rows in layout.contexts]), prefix.outputs.device)
+        #: Output of the projection at each bare prompt's lookup token, ``[n, d_value]``.
+        self.base_output = prefix.outputs[bare]
         floating = torch.promote_types(self.base_output.dtype, torch.float32)
-        #: Norm of the projection's output at the bare prompt's lookup token: ``‖m_0‖``.
-        self.base_norm: Tensor = torch.linalg.vector_norm(self.base_output.to(floating))
-        self._base_kl: Tensor | None = None
+        #: Its norm: ``‖m_0‖``, ``[n]``.
+        self.base_norm: Tensor = torch.linalg.vector_norm(self.base_output.to(floating), dim=1)
+        self._base_kl: dict[int, Tensor] = {}
+        self._selection: _Selection | None = None
 
-    def __call__(self, delta: Tensor) -> Losses:
-        """Evaluate at an offset ``[d_value]``; the first call must be at zero, where the divergence's reference is."""
-        count = len(self.prefix.outputs)
-        logits = self.prefix.logits(delta.expand(count, -1), self._positions)
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        at_targets = log_probs[:-1].gather(1, self.prefix.rows.labels.unsqueeze(1)).squeeze(1)
-        nll = -(at_targets / self._shares).sum()
-        at_kl = log_probs[-1]
-        if self._base_kl is None:
-            assert not delta.detach().any()  # the loop starts at zero
-            self._base_kl = at_kl.detach()
-        kl = self.kl_factor * (at_kl.exp() * (at_kl - self._base_kl)).sum()
-        decay = self.v_weight_decay * delta.norm() / self.base_norm**2
-        return Losses(nll, kl, decay)
+    def keys(self, edit: int) -> Tensor:
+        """The keys of one edit under its contexts, the bare prompt's first, ``[contexts, d_key]``, float64."""
+        rows = self.layout.contexts[edit]
+        return self.prefix.keys[rows[0] : rows[-1] + 1].double()
+
+    def outputs(self, edit: int) -> Tensor:
+        """The projection's outputs there, ``[contexts, d_value]``, float64."""
+        rows = self.layout.contexts[edit]
+        return self.prefix.outputs[rows[0] : rows[-1] + 1].double()
+
+    def __call__(
+        self, deltas: Tensor, members: Sequence[int] | None = None, contexts: Sequence[Sequence[int]] | None = None
+    ) -> Losses:
+        """Evaluate some edits of the batch.
+
+        Args:
+            deltas: Their offsets, ``[n, d_value]``. An edit's first must be zero, where its divergence has its
+                reference.
+            members: Which edits; nothing means all.
+            contexts: For each of them which of its contexts count, as indices; nothing means all.
+        """
+        if members is None:
+            members = range(len(self.layout.contexts))
+        selection = self._select(members, contexts)
+        count = len(members)
+        logits = selection.prefix.logits(deltas[selection.owner], selection.positions)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        at_targets, labels = logits[:-count], selection.prefix.rows.labels
+        tokens = functional.cross_entropy(at_targets, labels, reduction="none")
+        nll = tokens.new_zeros(count).index_add(0, selection.target_owner, tokens * selection.target_share)
+        missed = (at_targets.detach().argmax(-1) != labels).to(nll.dtype)
+        greedy = nll.new_zeros(count).detach().index_add(0, selection.target_owner, missed) == 0
+        at_kl = logits[-count:].log_softmax(-1)
+        for place, member in enumerate(members):
+            self._base_kl.setdefault(member, at_kl[place].detach())
+        base = torch.stack([self._base_kl[member] for member in members])
+        kl = self.kl_factor * (at_kl.exp() * (at_kl - base)).sum(-1)
+        base_norm = self.base_norm if count == len(self.base_norm) else self.base_norm[list(members)]
+        decay = self.v_weight_decay * torch.linalg.vector_norm(deltas, dim=1) / base_norm**2
+        return Losses(nll, kl, decay, greedy)
+
+    def _select(self, members: Sequence[int], contexts: Sequence[Sequence[int]] | None) -> _Selection:
+        key = (tuple(members), contexts and tuple(map(tuple, contexts)))
+        if self._selection is not None and self._selection.key == key:
+            return self._selection
+        layout = self.layout
+        rows: list[int] = []
+        owner: list[int] = []
+        shares: list[float] = []
+        kl: list[int] = []
+        for place, member in enumerate(members):
+            chosen = layout.contexts[member]
+            if contexts is not None:
+                chosen = tuple(chosen[context] for context in contexts[place])
+            # Contexts agree on the target's length but for tokenisation: average over tokens first, then over contexts.
+            shares += [1 / (len(layout.rows[row].target) * len(chosen)) for row in chosen]
+            if layout.kl[member] in chosen:
+                kl.append(len(rows) + chosen.index(layout.kl[member]))
+            else:
+                kl.append(len(rows) + len(chosen))
+                chosen = (*chosen, layout.kl[member])
+                shares.append(0.0)  # this row has no target
+            rows += chosen
+            owner += [place] * len(chosen)
+        prefix = self.prefix.select(rows)
+        aligned, device = prefix.rows, prefix.hidden.device
+        # A row that serves for the divergence alone may be a prompt whose targets do not count.
+        at = torch.tensor([aligned.prefix + layout.kl_offset[member] for member in members])
+        predict_row, predict_column = aligned.predict_row, aligned.predict_column
+        owners = to_device(torch.tensor(owner), device)
+        row_shares = to_device(torch.tensor(shares, dtype=torch.float64), device)
+        self._selection = _Selection(
+            key=key,
+            prefix=prefix,
+            owner=owners,
+            positions=(
+                torch.cat([predict_row, to_device(torch.tensor(kl), device)]),
+                torch.cat([predict_column, to_device(at, device)]),
+            ),
+            target_owner=owners[predict_row],
+            target_share=row_shares[predict_row].to(torch.promote_types(prefix.outputs.dtype, torch.float32)),
+        )
+        return self._selection
 
 
 @torch.no_grad()

@@ -1,22 +1,22 @@
 """The prefix pass and the suffix forward: run only what a value offset can change.
 
-Nothing before the rewrite layer and nothing before the lookup token depends on the offset. One forward over whole rows
-keeps the keys and values (attention's) of every column before the lookup column, and the hidden states that enter the
-rewrite layer from the lookup column on. Each later forward starts there.
+Nothing before the rewrite layer and nothing before the lookup token depends on the offset. The columns before the
+lookup column run once and leave attention's keys and values; the columns from there on run once up to the rewrite layer
+and leave the hidden states that enter it. Each later forward starts with those two.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rome_pl.architecture import RewriteSite, decoder_layers
-from rome_pl.encoding import AlignedRows, EncodedRow, align
+from rome_pl.encoding import AlignedRows, EncodedRow, align, to_device
 from rome_pl.hooks import (
     add_at_column,
     capture_columns,
@@ -26,34 +26,44 @@ from rome_pl.hooks import (
     head_on,
     layer_answer,
     run_from_layer,
+    stopped_after,
 )
 
 __all__ = ["PrefixPass", "run_prefix"]
 
+GROUP_TOKENS = 256
+"""Rows of similar prefix length share a forward of at least so many tokens, for the sake of little padding."""
+
 
 @dataclass
 class PrefixPass:
-    """What one forward over whole rows leaves for the suffix forwards.
+    """What the prefix pass leaves for the suffix forwards.
 
     Args:
         model: The language model.
         site: The projection at which an offset enters.
         rows: The aligned rows.
+        pad_id: Id that fills the padding.
         keys: The projection's input at the lookup column, ``[rows, d_key]``.
         outputs: Its output there, bias included, ``[rows, d_value]``.
-        hidden: Hidden states entering the rewrite layer from the lookup column on, ``[rows, suffix, hidden]``.
-        cache: Attention keys and values of the columns before the lookup column, for the layers from the site's on.
+        hidden: Hidden states entering the rewrite layer from column ``start`` on, ``[rows, length, hidden]``.
+        cache: Attention keys and values of the columns before ``start``, for the layers from the site's on.
         answer: Wraps hidden states as the family's decoder layers return them.
+        start: First column that suffix forwards run: the lookup column, or 0 where whole rows have to run.
+        stand_ins: Modules that run instead of decoder layers above the site, by index.
     """
 
     model: Any
     site: RewriteSite
     rows: AlignedRows
+    pad_id: int
     keys: Tensor
     outputs: Tensor
     hidden: Tensor
     cache: list[tuple[Tensor, Tensor]]
     answer: Any
+    start: int
+    stand_ins: Mapping[int, nn.Module] = field(default_factory=dict)
 
     def logits(self, delta: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """Logits at chosen positions with ``delta`` added at the lookup column; differentiable in ``delta``.
@@ -65,77 +75,154 @@ class PrefixPass:
         Returns:
             Shape ``[positions, vocabulary]``.
         """
-        rows = self.rows
+        rows, start = self.rows, self.start
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
-            stack.enter_context(run_from_layer(self.model, self.site.layer, self.hidden, self.answer))
-            stack.enter_context(add_at_column(self.site.projection, delta))
-            stack.enter_context(head_on(self.model, positions[0], positions[1] - rows.prefix))
+            stack.enter_context(run_from_layer(self.model, self.site.layer, self.hidden, self.answer, self.stand_ins))
+            stack.enter_context(add_at_column(self.site.projection, delta, rows.prefix - start))
+            stack.enter_context(head_on(self.model, positions[0], positions[1] - start))
+            if start < rows.prefix:
+                stack.enter_context(clean_padding(self.model, rows.attention_mask))
             output = self.model(
-                input_ids=rows.input_ids[:, rows.prefix :],
-                past_key_values=self._fresh_cache(),
-                use_cache=True,
-                **forward_masks(self.model, rows.attention_mask, rows.position_ids[:, rows.prefix :]),
+                input_ids=rows.input_ids[:, start:],
+                **self._fresh_cache(),
+                **forward_masks(self.model, rows.attention_mask, rows.position_ids[:, start:]),
             )
         logits: Tensor = output.logits[0]
         return logits
 
-    def _fresh_cache(self) -> DynamicCache:
+    def select(self, rows: Sequence[int]) -> "PrefixPass":
+        """The same for some of the rows, in the order given, without the padding that only the others needed."""
+        if list(rows) == list(range(len(self.rows.source))):
+            return self
+        index = to_device(torch.tensor(list(rows)), self.hidden.device)
+        aligned = align([self.rows.source[row] for row in rows], self.pad_id, self.hidden.device)
+        cut = self.rows.prefix - aligned.prefix
+        first = 0 if self.start else cut
+        return replace(
+            self,
+            rows=aligned,
+            keys=self.keys[index],
+            outputs=self.outputs[index],
+            hidden=self.hidden[index, first : self.hidden.shape[1] - self.rows.suffix + aligned.suffix],
+            cache=[(keys[index, :, cut:], values[index, :, cut:]) for keys, values in self.cache],
+            start=aligned.prefix if self.start else 0,
+        )
+
+    def _fresh_cache(self) -> dict[str, Any]:
         """A cache of the prefix that a forward may extend. Built anew each time, so no graph outlives its step."""
-        # Without the model's config every layer keeps all columns, also where attention slides: the mask does that.
-        cache = DynamicCache()
-        if self.rows.prefix == 0:
-            return cache
-        # The layers that are skipped still tell the model how long the prefix is.
-        length = self.keys.new_zeros(len(self.keys), 1, self.rows.prefix, 1)
-        for layer in range(self.site.layer):
-            cache.update(length, length, layer)
-        for layer, (keys, values) in enumerate(self.cache, start=self.site.layer):
-            cache.update(keys, values, layer)
-        return cache
+        if self.start < self.rows.prefix:
+            return {"use_cache": False}
+        return {"past_key_values": _cache_of(self.cache, self.site.layer), "use_cache": True}
 
 
 @torch.no_grad()
-def run_prefix(model: Any, site: RewriteSite, rows: Sequence[EncodedRow], pad_id: int) -> PrefixPass:
-    """Run whole rows once and keep what later forwards need.
+def run_prefix(
+    model: Any, site: RewriteSite, rows: Sequence[EncodedRow], pad_id: int, whole_rows: bool = False
+) -> PrefixPass:
+    """Run whole rows once, as far as an offset cannot change them, and keep what later forwards need.
 
     Args:
         model: The language model.
         site: The projection at which offsets will enter.
         rows: Rows of one or more edits.
         pad_id: Id that fills the padding.
+        whole_rows: Whether later forwards have to run all columns, because the model's cache cannot stand in for some.
     """
-    aligned = align(rows, pad_id, site.weight.device)
-    count, prefix = len(rows), aligned.prefix
-    _, layers = decoder_layers(model)
-    cache = DynamicCache()
+    device = site.weight.device
+    aligned = align(rows, pad_id, device)
+    start, (_, layers) = 0 if whole_rows else aligned.prefix, decoder_layers(model)
     answers: list[Any] = []
+    lookup = slice(aligned.prefix - start, aligned.prefix - start + 1)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        at_lookup = stack.enter_context(capture_columns(site.projection, count, slice(prefix, prefix + 1)))
-        entering = stack.enter_context(capture_input(layers[site.layer], slice(prefix, None)))
+        cache = [] if whole_rows else _run_columns_before_lookup(model, rows, start, pad_id, device)
+        at_lookup = stack.enter_context(capture_columns(site.projection, len(rows), lookup))
+        entering = stack.enter_context(capture_input(layers[site.layer], slice(None)))
         handle = layers[site.layer].register_forward_hook(lambda _, __, output: answers.append(layer_answer(output)))
         stack.callback(handle.remove)
-        stack.enter_context(clean_padding(model, aligned.attention_mask))
-        nowhere = aligned.predict_row[:0]
-        stack.enter_context(head_on(model, nowhere, nowhere))
-        model(
-            input_ids=aligned.input_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **forward_masks(model, aligned.attention_mask, aligned.position_ids),
-        )
-    kept = [(layer.keys[:, :, :prefix], layer.values[:, :, :prefix]) for layer in cache.layers[site.layer :]]
+        if whole_rows:
+            stack.enter_context(clean_padding(model, aligned.attention_mask))
+            options: dict[str, Any] = {"use_cache": False}
+        else:
+            options = {"past_key_values": _cache_of(cache[: site.layer + 1], 0), "use_cache": True}
+        with stopped_after(layers[site.layer]):
+            model(
+                input_ids=aligned.input_ids[:, start:],
+                **options,
+                **forward_masks(model, aligned.attention_mask, aligned.position_ids[:, start:]),
+            )
     return PrefixPass(
         model=model,
         site=site,
         rows=aligned,
+        pad_id=pad_id,
         keys=at_lookup["input"][:, 0],
         outputs=at_lookup["output"][:, 0],
         hidden=entering["hidden"],
-        cache=[(keys.clone(), values.clone()) for keys, values in kept],
+        cache=cache[site.layer :],
         answer=answers[0],
+        start=start,
     )
+
+
+def _run_columns_before_lookup(
+    model: Any, rows: Sequence[EncodedRow], prefix: int, pad_id: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Attention's keys and values before the lookup column, a pair a layer, ``[rows, heads, prefix, d]``."""
+    joined: list[tuple[Tensor, Tensor]] = []
+    for group in _groups([row.lookup for row in rows]):
+        # Cut before its lookup token, and with its last token as the one to align, every row ends in the same column.
+        heads = [EncodedRow(rows[i].ids[: rows[i].lookup], rows[i].lookup - 1, (), 0) for i in group]
+        aligned = align(heads, pad_id, device)
+        cache = DynamicCache()
+        nowhere = aligned.predict_row
+        with clean_padding(model, aligned.attention_mask), head_on(model, nowhere, nowhere):
+            model(
+                input_ids=aligned.input_ids,
+                past_key_values=cache,
+                use_cache=True,
+                **forward_masks(model, aligned.attention_mask, aligned.position_ids),
+            )
+        index, width = torch.tensor(group, device=device), aligned.input_ids.shape[1]
+        for layer, made in enumerate(cache.layers):
+            if layer == len(joined):
+                joined.append(tuple(_room(tensor, len(rows), prefix) for tensor in (made.keys, made.values)))  # type: ignore[arg-type]
+            for whole, part in zip(joined[layer], (made.keys, made.values), strict=True):
+                whole[index, :, prefix - width :] = part
+    return joined
+
+
+def _room(part: Tensor, rows: int, prefix: int) -> Tensor:
+    return part.new_zeros(rows, part.shape[1], prefix, part.shape[3])
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of rows with a prefix, those of similar length together."""
+    group: list[int] = []
+    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        if group and lengths[index] < lengths[group[0]] and len(group) * lengths[group[0]] >= GROUP_TOKENS:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
+    """A cache that holds given keys and values for the layers from ``first`` on."""
+    # Without the model's config every layer keeps all columns, also where attention slides: the mask does that.
+    cache = DynamicCache()
+    if not kept or kept[0][0].shape[2] == 0:
+        return cache
+    # The layers that are skipped still tell the model how long the prefix is.
+    keys = kept[0][0]
+    length = keys.new_zeros(keys.shape[0], 1, keys.shape[2], 1)
+    for layer in range(first):
+        cache.update(length, length, layer)
+    for layer, (keys, values) in enumerate(kept, start=first):
+        cache.update(keys, values, layer)
+    return cache
 
 
 def forward_masks(model: Any, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ ROME (Meng et al. 2022, Eq. 2) has :math:`M = C^{-1}` and one key; with :math:`\
 :math:`V_*` at :math:`K_*` exactly. Everything here is float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,11 +26,12 @@ __all__ = [
     "Preset",
     "PresetName",
     "Update",
+    "balance",
     "rank_one_update",
 ]
 
-KeyChoice = Literal["mean", "bare"]
-"""Which key: the mean over contexts, or the one of the bare prompt."""
+KeyChoice = Literal["mean", "bare", "balanced"]
+"""Which key: the mean over contexts, the one of the bare prompt, or the one between them of :func:`balance`."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,77 @@ class Preset:
         shape: The key that shapes the update, ``K_u``.
         at: The key at which the value is asserted, ``K_*``.
         mom2_adjustment: Whether the metric is the inverse second moment; otherwise the identity.
+        value: The value asserted: ``bare``, the optimised offset on top of the bare prompt's output, as published; or
+            ``own``, on top of the output at the asserted key.
     """
 
     shape: KeyChoice
     at: KeyChoice
     mom2_adjustment: bool
+    value: Literal["bare", "own"] = "bare"
 
 
-PresetName = Literal["rome", "r_rome", "easyedit"]
+PresetName = Literal["rome", "r_rome", "balanced", "easyedit"]
 
 PRESETS: dict[PresetName, Preset] = {
     # Meng et al. 2022, as their public code does it: the residual is taken at the bare prompt's key.
     "rome": Preset(shape="mean", at="bare", mom2_adjustment=True),
     # Gupta et al. 2024, "Rebuilding ROME": one key everywhere.
     "r_rome": Preset(shape="mean", at="mean", mom2_adjustment=True),
+    # Ours: the offset as it was optimised, added in full under the bare prompt and under the other contexts alike.
+    "balanced": Preset(shape="balanced", at="balanced", mom2_adjustment=True, value="own"),
     # EasyEdit's shipped settings: ROME's keys without statistics.
     "easyedit": Preset(shape="mean", at="bare", mom2_adjustment=False),
 }
 assert set(PRESETS) == set(get_args(PresetName))
 
+
+def balance(bare: Tensor, contexts: Tensor, metric: Callable[[Tensor], Tensor]) -> float:
+    r"""How much of the bare prompt's key to mix with that of the other contexts for an update to reach both in full.
+
+    An update shaped by :math:`k = w k_0 + (1 - w) k_c` acts at a key in proportion to its product with
+    :math:`k` under the metric. These products are equal at both keys for
+
+    .. math:: w = \frac{-k_c^\top M (k_0 - k_c)}{(k_0 - k_c)^\top M (k_0 - k_c)}
+
+    Where the first token of a text takes the place of a BOS, a subject that opens the prompt has a key :math:`k_0` far
+    from :math:`k_c`, and the even mean leaves one of them half edited.
+
+    Args:
+        bare: Key of the bare prompt, ``[d_key]``.
+        contexts: Mean key of the other contexts, ``[d_key]``.
+        metric: Applies the symmetric ``M`` to keys ``[n, d_key]``.
+
+    Returns:
+        The share, in [0, 1].
+    """
+    difference = (bare - contexts).double()
+    direction = metric(difference.unsqueeze(0))[0]
+    length = float(difference @ direction)
+    if not length > 0:  # one key: any mixture is the same
+        return 0.5
+    return min(1.0, max(0.0, float(-(contexts.double() @ direction)) / length))
+
+
 MIN_COSINE = 1e-3
 """Mixed keys whose cosine under the metric is smaller are refused: the update would explode."""
 
 
+MIN_PIVOT = 1e-3
+"""In a joint solve a key is refused whose sine to the span of the keys before it, under the metric, is smaller."""
+
+
 class DisablingEditError(RomeError):
-    """The two keys are all but orthogonal under the metric, so the update's norm would explode."""
+    """An edit whose update's norm would explode.
+
+    Args:
+        message: What is wrong.
+        row: Which edit of a joint solve it is.
+    """
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -83,6 +130,22 @@ class Assertion:
     at: Tensor
     value: Tensor
     ridge: float = 0.0
+
+    @classmethod
+    def joint(cls, assertions: Sequence["Assertion"]) -> "Assertion":
+        """Several assertions as one, to be solved together."""
+        assert len({assertion.ridge for assertion in assertions}) == 1
+        return cls(
+            shape=torch.cat([assertion.shape for assertion in assertions]),
+            at=torch.cat([assertion.at for assertion in assertions]),
+            value=torch.cat([assertion.value for assertion in assertions]),
+            ridge=assertions[0].ridge,
+        )
+
+    def rows(self, rows: Sequence[int]) -> "Assertion":
+        """Some of its edits."""
+        index = list(rows)
+        return Assertion(self.shape[index], self.at[index], self.value[index], self.ridge)
 
     def to(self, device: torch.device) -> "Assertion":
         """The same assertion on a device."""
@@ -124,7 +187,8 @@ def rank_one_update(
         ``left`` is the residual itself.
 
     Raises:
-        DisablingEditError: If the shaping and asserted keys differ and are all but orthogonal under the metric.
+        DisablingEditError: If the shaping and asserted keys differ and are all but orthogonal under the metric, or in
+            a joint solve the keys are all but linearly dependent.
         ValueError: If they differ for more than one edit at a time, for which the inner matrix is not symmetric.
     """
     shape, at = assertion.shape.double(), assertion.at.double()
@@ -135,8 +199,20 @@ def rank_one_update(
     inner = directions @ at.T
     if torch.equal(shape, at):
         inner = (inner + inner.T) / 2 + assertion.ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        factor = torch.linalg.cholesky(inner)
-        return Update(left=residual, right=torch.cholesky_solve(directions, factor))
+        # With unit diagonal the pivots are sines; the solve is the same.
+        scale = inner.diagonal().clamp(min=torch.finfo(inner.dtype).tiny).rsqrt()
+        factor, _ = torch.linalg.cholesky_ex(inner * scale * scale.unsqueeze(1))
+        sound = factor.diagonal() >= MIN_PIVOT  # False for NaN too
+        if not bool(sound.all()) and len(inner) == 1:
+            raise DisablingEditError("the key is zero or not finite under the metric: nothing can be written there")
+        if not bool(sound.all()):
+            raise DisablingEditError(
+                "its key is all but a combination of the keys of other edits of its batch, which ask for other values: "
+                "the update would explode. Make the edits one after the other (data.batch_size: 1)",
+                row=int((~sound).nonzero()[0]),
+            )
+        right = scale.unsqueeze(1) * torch.cholesky_solve(scale.unsqueeze(1) * directions, factor)
+        return Update(left=residual, right=right)
     if len(shape) != 1:
         raise ValueError("keys that shape an update may differ from those it asserts for one edit at a time only")
     scale = ((directions * shape).sum() * (metric(at) * at).sum()).sqrt()

@@ -32,9 +32,10 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         interrupted: Whether the stream ended early; ``immediate`` then covers what was reached, and n says how much.
     """
     counts = Counter(edit.status for edit in session.edits)
-    immediate = [edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores]
-    seconds = [sum(edit.seconds.values()) for edit in session.edits if edit.steps]
-    records = [_edit_record(edit) for edit in session.edits]
+    edits = sorted(session.edits, key=lambda edit: edit.index)  # batches may come in another order
+    immediate = [edit.scores["immediate"] for edit in edits if "immediate" in edit.scores]
+    seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps]
+    records = [_edit_record(edit) for edit in edits]
     records += [_invalid_record(record) for record in invalid]
     return {
         "mode": "sequential" if session.sequential else "single",
@@ -50,7 +51,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "n_rolled_back": counts[EditStatus.ROLLED_BACK],
         "n_resumed": 0,
         "seconds_per_edit": sum(seconds) / len(seconds) if seconds else None,
-        "flops_per_edit": None,
+        "flops_per_edit": session.flops_per_edit,
         "weight_change": session.weight.change,
         "state_checks": session.state_checks,
         "records": records,

@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rome_pl.architecture import RewriteSite, decoder_layers
-from rome_pl.hooks import capture_columns, frozen, hash_seed, seeded
+from rome_pl.hooks import capture_columns, frozen, hash_seed, seeded, stopped_after
 from rome_pl.language_model import LanguageModel, cache_folder
 from rome_pl.second_moment import MomentAccumulator, MomentInfo, SecondMoment, StatisticsError, library_versions
 
@@ -184,22 +184,12 @@ def accumulate(
     )
 
 
-class _ReachedLayerError(Exception):
-    """Ends a forward whose later layers nobody needs."""
-
-
 def _keys(model: Any, site: RewriteSite, input_ids: torch.Tensor) -> torch.Tensor:
-    def stop(*_: Any) -> None:
-        raise _ReachedLayerError
-
-    with capture_columns(site.projection, len(input_ids), slice(None)) as kept:
-        handle = decoder_layers(model)[1][site.layer].register_forward_hook(stop)
-        try:
-            model(input_ids=input_ids, use_cache=False)
-        except _ReachedLayerError:
-            pass
-        finally:
-            handle.remove()
+    with (
+        capture_columns(site.projection, len(input_ids), slice(None)) as kept,
+        stopped_after(decoder_layers(model)[1][site.layer]),
+    ):
+        model(input_ids=input_ids, use_cache=False)
     return kept["input"].flatten(0, 1)
 
 

@@ -66,7 +66,8 @@ class RomeTrainer(Trainer):
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         model.configure_model()
-        _claim_run_folder(Path(self.default_root_dir), overwrite)
+        if self.is_global_zero:
+            _claim_run_folder(Path(self.default_root_dir), overwrite)
         interrupted = False
         try:
             self.fit(model, datamodule=datamodule)

@@ -1,11 +1,11 @@
 """The weight being edited: a float64 master, written to the model in one rounding, undone bit for bit.
 
-The state is the original weight plus the ordered list of assertions written so far. A subset is undone by replaying
-the closed form for the others: dropping one update alone would leave the later ones solved against a weight that
-still held it.
+The state is the original weight plus the ordered list of writes so far, each of one edit or of several solved jointly.
+A subset is undone by replaying the closed form for the others: dropping one update alone would leave the later ones
+solved against a weight that still held it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,20 +19,31 @@ __all__ = ["EditedWeight", "Written"]
 
 @dataclass(frozen=True)
 class Written:
-    """One write.
+    """One write, of one edit or of several solved jointly.
 
     Args:
-        name: Identifier of the edit.
-        assertion: What it asserts.
-        update: The resulting change of the master.
-        realised: How much of the wanted change at the key survives in the model's dtype: the projection of the
-            change the model makes on the change wanted, 1 if nothing is lost.
+        names: Identifiers of its n edits.
+        assertion: What they assert, a row each.
+        update: The resulting change of the master, in n factors.
+        realised: For each edit how much of the wanted change at its key survives in the model's dtype: the projection
+            of the change the model makes on the change wanted, 1 if nothing is lost.
     """
 
-    name: str
+    names: tuple[str, ...]
     assertion: Assertion
     update: Update
-    realised: float
+    realised: tuple[float, ...]
+
+    def part(self, name: str) -> "Written":
+        """One edit's rows of a joint write."""
+        row = self.names.index(name)
+        only = slice(row, row + 1)
+        return Written(
+            names=(name,),
+            assertion=self.assertion.rows([row]),
+            update=Update(self.update.left[only], self.update.right[only]),
+            realised=(self.realised[row],),
+        )
 
 
 @dataclass
@@ -73,21 +84,40 @@ class EditedWeight:
         original = self.site.matrix(self._original).double()
         return float((self._master - original).norm() / original.norm())
 
-    def write(self, name: str, assertion: Assertion) -> Written:
-        """Write one edit; it stays pending until :meth:`commit`, and :meth:`revert` takes it back.
+    def propose(self, name: str, assertion: Assertion) -> Written:
+        """What :meth:`write` would write, without writing it.
+
+        Raises:
+            DisablingEditError: If the update would explode.
+            ValueError: If the update is not finite.
+        """
+        return self._solve(self._master, (name,), assertion)[1]
+
+    def write(self, names: Sequence[str], assertion: Assertion) -> Written:
+        """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
+
+        Args:
+            names: Their identifiers.
+            assertion: What they assert, a row each.
 
         Raises:
             DisablingEditError: If the update would explode; nothing is written.
             ValueError: If the update is not finite, or an edit of that name is in; nothing is written.
         """
         assert self._before_pending is None, "the last write is neither committed nor reverted"
-        if name in {written.name for written in self.written}:
-            raise ValueError(f"edit {name} is in the weight already; undo it first, or give another case_id")
-        master, written = self._solve(self._master, name, assertion)
+        for name in names:
+            if name in self.names:
+                raise ValueError(f"edit {name} is in the weight already; undo it first, or give another case_id")
+        master, written = self._solve(self._master, tuple(names), assertion)
         self._before_pending, self._master = self._master, master
         self.written.append(written)
         self._store()
         return written
+
+    @property
+    def names(self) -> list[str]:
+        """Identifiers of the edits in the weight, in order."""
+        return [name for written in self.written for name in written.names]
 
     @property
     def pending(self) -> bool:
@@ -112,30 +142,32 @@ class EditedWeight:
         Raises:
             KeyError: If a name was not written.
         """
-        missing = set(names) - {written.name for written in self.written}
+        missing = set(names) - set(self.names)
         if missing:
             raise KeyError(f"not written, or undone already: {sorted(missing)}")
-        kept = [written for written in self.written if written.name not in names]
         master, replayed = self.site.matrix(self._original).double(), []
-        for written in kept:
-            master, again = self._solve(master, written.name, written.assertion)
-            replayed.append(again)
+        for written in self.written:
+            kept = [row for row, name in enumerate(written.names) if name not in names]
+            if kept:
+                remaining = tuple(written.names[row] for row in kept)
+                master, again = self._solve(master, remaining, written.assertion.rows(kept))
+                replayed.append(again)
         self._master, self.written, self._before_pending = master, replayed, None
         self._store()
 
     @torch.no_grad()
-    def _solve(self, master: Tensor, name: str, assertion: Assertion) -> tuple[Tensor, Written]:
+    def _solve(self, master: Tensor, names: tuple[str, ...], assertion: Assertion) -> tuple[Tensor, Written]:
         assertion = assertion.to(master.device)  # the model may have moved since the assertion was made
         update = rank_one_update(master, self.site.bias, assertion, self.metric)
         changed = torch.addmm(master, update.left.T, update.right)
         if not bool(changed.isfinite().all()):
-            raise ValueError(f"edit {name}: the update is not finite")
+            raise ValueError(f"edit {', '.join(names)}: the update is not finite")
         at, dtype = assertion.at.double(), self._original.dtype
         wanted = (at @ update.right.T) @ update.left
         wide = torch.promote_types(dtype, torch.float32)  # holds the difference of two rounded weights exactly
         real = at @ (changed.to(dtype).to(wide) - master.to(dtype).to(wide)).double().T
-        realised = float((real * wanted).sum() / (wanted * wanted).sum().clamp(min=torch.finfo(torch.float64).tiny))
-        return changed, Written(name, assertion, update, realised)
+        realised = (real * wanted).sum(1) / (wanted * wanted).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        return changed, Written(names, assertion, update, tuple(realised.tolist()))
 
     def _stored(self) -> Tensor:
         """The master in the model's dtype and orientation."""

@@ -17,10 +17,11 @@ def tokenise(tokenizer, text):
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def oracle_value(model, tokenizer, module, request, contexts, *, steps, lr, kl_factor, decay, clamp):
+def oracle_value(model, tokenizer, module, request, contexts, *, steps, lr, kl_factor, decay, clamp, kl_at="subject"):
     """Keys, loss trajectory and value of one edit.
 
-    ``module`` is the MLP's second projection; ``contexts`` are prefixes such as "It rains. ", the bare prompt is added.
+    ``module`` is the MLP's second projection; ``contexts`` are prefixes such as "It rains. ", the bare prompt is added;
+    the divergence is taken at the subject's last token or, if ``kl_at`` is ``last``, at the end of "{subject} is a".
     """
     rows = []
     for context in ("", *contexts):
@@ -32,6 +33,7 @@ def oracle_value(model, tokenizer, module, request, contexts, *, steps, lr, kl_f
         rows.append((ids, lookup, first))
     kl_ids, kl_offsets = tokenise(tokenizer, request.subject + " is a")
     kl_lookup = find_token(kl_offsets, len(request.subject) - 1, len(request.subject))
+    kl_position = len(kl_ids) - 1 if kl_at == "last" else kl_lookup
 
     def forward(ids, lookup, delta):
         seen = {}
@@ -59,7 +61,7 @@ def oracle_value(model, tokenizer, module, request, contexts, *, steps, lr, kl_f
             outputs.append(seen["output"])
             d_value = len(seen["output"])
         base, _ = forward(kl_ids, kl_lookup, torch.zeros(1, dtype=torch.float64))
-        base = base[kl_lookup]
+        base = base[kl_position]
     m_0 = outputs[0]
     delta = torch.zeros(d_value, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=lr)
@@ -72,7 +74,7 @@ def oracle_value(model, tokenizer, module, request, contexts, *, steps, lr, kl_f
             nll = nll - sum(per_token) / len(per_token)
         nll = nll / len(rows)
         now, _ = forward(kl_ids, kl_lookup, delta)
-        now = now[kl_lookup]
+        now = now[kl_position]
         kl = kl_factor * (now.exp() * (now - base)).sum()
         norm_penalty = decay * delta.norm() / m_0.norm() ** 2
         loss = nll + kl + norm_penalty

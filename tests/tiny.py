@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rome_pl.language_model import LanguageModel
@@ -65,6 +67,18 @@ _SIZES = {
     "num_local_experts": 4,
     "moe_intermediate_size": 16,
 }
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Some families compute attention in float32 whatever the model's dtype; here that would hide small mistakes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is functional.softmax and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is torch.Tensor.to and len(args) > 1 and args[1] is torch.float32 and args[0].dtype is torch.float64:
+            return args[0]
+        return func(*args, **kwargs)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):

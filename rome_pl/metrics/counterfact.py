@@ -141,8 +141,8 @@ def _entry(value: float | None, low: float | None, high: float | None, n: int) -
 
 
 def summarise(scores: Sequence[ProbeScores]) -> dict[str, dict[str, float | int | None]]:
-    """All scores of a sequence of records."""
-    metric = CounterFactScores()
+    """All scores of a sequence of records; on several devices every rank summarises its own sequence."""
+    metric = CounterFactScores(sync_on_compute=False)
     for record in scores:
         metric.update(record)
     return metric.compute() if scores else {name: _entry(None, None, None, 0) for name in (*SCORES, "S")}

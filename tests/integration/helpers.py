@@ -49,10 +49,10 @@ def lenient_callbacks():
     return callbacks
 
 
-def run_edits(language_model, folder, requests=REQUESTS, callbacks=None, **options):
+def run_edits(language_model, folder, requests=REQUESTS, callbacks=None, batch_size=1, **options):
     module = RomeModule.from_language_model(language_model, **{**FAST, **options})
     callbacks = lenient_callbacks() if callbacks is None else callbacks
-    quiet_trainer(callbacks, folder).fit(module, request_loader(list(requests)))
+    quiet_trainer(callbacks, folder).fit(module, request_loader(list(requests), batch_size))
     return module.session
 
 

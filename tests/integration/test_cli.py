@@ -116,10 +116,11 @@ def test_a_sequential_run_leaves_its_folder_its_table_and_a_checkpoint(arguments
     )
 
 
-def test_the_ledgers_of_two_runs_are_equal(arguments, tmp_path):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_ledgers_of_two_runs_are_equal(sequential, arguments, tmp_path):
     texts = []
     for name in ("one", "two"):
-        assert main(arguments(trainer__default_root_dir=tmp_path / name, model__sequential_edit=True)) == 0
+        assert main(arguments(trainer__default_root_dir=tmp_path / name, model__sequential_edit=sequential)) == 0
         texts.append((tmp_path / name / "ledger" / "edits.jsonl").read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
 
@@ -301,7 +302,8 @@ def test_the_method_s_options_have_their_published_names():
 
     beside_the_method = {
         "pretrained", "dtype", "allow_pickle", "statistics", "corpus", "sequential_edit", "kl_position", "stop_loss",
-        "stop_probability", "optimizer", "contexts", "bare_prompt_weight", "on_error", "keep_original_weight",
+        "stop_probability", "stop_greedy", "optimizer", "contexts_per_step", "contexts",
+        "compile", "on_error", "keep_original_weight",
     }  # fmt: skip
     assert set(inspect.signature(RomeModule).parameters) == METHOD_OPTIONS | beside_the_method
 

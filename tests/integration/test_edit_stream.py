@@ -1,7 +1,9 @@
 """Streams of edits in a Trainer of the user's own."""
 
+import json
 import math
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +17,17 @@ from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import probe_scores
-from rome_pl.metrics.probes import TargetMeasure
+from rome_pl.metrics.probes import TargetMeasure, measure_targets
 from rome_pl.objective import ValueObjective
+from rome_pl.prefix import run_prefix
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
+# One key that both shapes and asserts, as a joint write needs it, and no statistics.
+JOINT = {"preset": "r_rome", "mom2_adjustment": False}
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +36,10 @@ def no_perplexity(monkeypatch):
     monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
-def test_single_mode_evaluates_each_edit_and_restores_the_weights(language_model, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_single_mode_evaluates_each_edit_and_restores_the_weights(batch_size, language_model, tmp_path):
     before = snapshot(language_model.model)
-    session = run_edits(language_model, tmp_path)
+    session = run_edits(language_model, tmp_path, batch_size=batch_size)
     assert [edit.status for edit in session.edits] == [EditStatus.APPLIED] * 3
     assert changed(language_model.model, before) == []
     for edit in session.edits:
@@ -42,12 +48,36 @@ def test_single_mode_evaluates_each_edit_and_restores_the_weights(language_model
         assert "final" not in edit.scores
 
 
+def numbers(scores):
+    pairs = (scores.rewrite, *scores.paraphrases, *scores.neighbours)
+    return [value for pair in pairs for value in pair if value is not None]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_single_edit_is_evaluated_as_if_it_were_written(batch_size, tmp_path):
+    """Nothing is written in single mode; what is measured is what the written weights give."""
+    single = run_edits(tiny_language_model(), tmp_path, batch_size=batch_size)
+    for edit, request in zip(single.edits, REQUESTS, strict=True):
+        language_model = tiny_language_model()
+        written = run_edits(language_model, tmp_path, [request], sequential_edit=True).edits[0]
+        assert edit.before == pytest.approx(written.before, rel=1e-9)
+        assert edit.after == pytest.approx(written.after, rel=1e-9)
+        (plain,) = probe_scores(language_model, [request])
+        assert numbers(edit.scores["immediate"]) == pytest.approx(numbers(plain), rel=1e-9)
+        assert edit.written.realised == pytest.approx(written.written.realised, rel=1e-9)
+
+
 def test_single_mode_edits_do_not_know_of_each_other(tmp_path):
-    together = run_edits(tiny_language_model(), tmp_path)
+    apart, together = (run_edits(tiny_language_model(), tmp_path, batch_size=size) for size in (1, 3))
     for index, request in enumerate(REQUESTS):
         alone = run_edits(tiny_language_model(), tmp_path, [request]).edits[0]
-        assert torch.equal(alone.delta, together.edits[index].delta)
-        assert alone.scores == together.edits[index].scores
+        assert torch.equal(alone.delta, apart.edits[index].delta)
+        assert alone.scores == apart.edits[index].scores
+        # Other rows in the batch change the order of sums, and so the last bits.
+        shared = together.edits[index]
+        torch.testing.assert_close(alone.delta, shared.delta, rtol=1e-9, atol=1e-12)
+        for moment in ("base", "immediate"):
+            assert numbers(alone.scores[moment]) == pytest.approx(numbers(shared.scores[moment]), rel=1e-9)
 
 
 def test_sequential_mode_keeps_every_edit(language_model, tmp_path):
@@ -82,17 +112,26 @@ def test_the_result_does_not_depend_on_the_global_generator(tmp_path):
     assert run_edits(tiny_language_model(), tmp_path, seed=7).contexts != first.contexts
 
 
-def test_the_bare_prompt_s_key_has_the_weight_it_is_given(tmp_path):
-    for weight, share in ((None, 1 / 3), (0.5, 0.5), (1.0, 1.0)):
-        language_model = tiny_language_model()
-        module = RomeModule.from_language_model(language_model, **FAST, bare_prompt_weight=weight)
-        keys = []
-        callbacks = [RankOneWriter(), EditCommit()]
-        original = module._mean_key
-        module._mean_key = lambda rows, original=original, keys=keys: keys.append(rows) or original(rows)
-        quiet_trainer(callbacks, tmp_path).fit(module, request_loader(REQUESTS[:1]))
-        expected = share * keys[0][0] + (1 - share) * keys[0][1:].mean(0)
-        torch.testing.assert_close(module.session.edits[0].key_mean, expected, rtol=1e-12, atol=1e-12)
+def test_a_balanced_edit_adds_its_offset_in_full_under_the_bare_prompt_and_the_contexts(tmp_path, monkeypatch):
+    taken = []
+    original = EditSession.take_keys
+
+    def take_keys(self, edit, keys, outputs):
+        taken.append(keys)
+        original(self, edit, keys, outputs)
+
+    monkeypatch.setattr(EditSession, "take_keys", take_keys)
+    session = run_edits(
+        tiny_language_model(), tmp_path, REQUESTS[:1], preset="balanced", mom2_adjustment=False, sequential_edit=True
+    )
+    (edit,), (keys,) = session.edits, taken
+    bare, contexts = keys[0], keys[1:].mean(0)
+    assert (bare - contexts).norm() > 0.01 * bare.norm()
+    update = session.weight.written[0].update
+    for key in (bare, contexts):
+        torch.testing.assert_close((update.right @ key) @ update.left, edit.delta, rtol=1e-9, atol=1e-12)
+    even = (update.right @ (2 * bare - contexts)) @ update.left  # anywhere on the line through both
+    torch.testing.assert_close(even, edit.delta, rtol=1e-9, atol=1e-12)
 
 
 def test_a_bos_changes_nothing_but_the_row(tmp_path):
@@ -124,6 +163,17 @@ class _RaiseFrom:
         return _raise() if self.calls >= self.call else self.function(*args)
 
 
+def _explodes_at_the_second_step(evaluate, members=(0, 1, 2)):
+    """Losses that become NaN, for these edits of a batch, once their offsets have moved."""
+
+    def explodes(self, deltas, running, contexts=None):
+        losses = evaluate(self, deltas, running, contexts)
+        hit = torch.tensor([member in members for member in running]) & (deltas.detach().norm(dim=1) > 0)
+        return replace(losses, nll=torch.where(hit, math.nan, losses.nll))
+
+    return explodes
+
+
 class _Exploding(Callback):
     """A user's callback that fails while an edit is pending."""
 
@@ -132,18 +182,19 @@ class _Exploding(Callback):
 
 
 STAGES = {
-    "prefix": ("rome_pl.edit_module.run_prefix", _raise),
+    # The first pass is the engine's trial, which takes what a model raises for its answer.
+    "prefix": ("rome_pl.suffix.run_prefix", _RaiseFrom(run_prefix, 2)),
     "optimise": ("rome_pl.objective.ValueObjective.__call__", _raise),
-    "clamp": ("rome_pl.edit_module.clamp_norm_", _raise),
+    "clamp": ("rome_pl.value_search.clamp_norm_", _raise),
     "solve": ("rome_pl.weights.rank_one_update", _raise),
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
-    "verify": ("rome_pl.callbacks.verification.Verification._judge", _raise),
+    # The targets' probabilities before the edit pass; the next are taken of what was written.
+    "verify": ("rome_pl.edit.measure_targets", _RaiseFrom(measure_targets, 2)),
     "base scores": ("rome_pl.callbacks.probe_evaluation.probe_scores", _raise),
-    # The three base scores pass; the next is taken while an edit is in the weights.
-    "evaluate": ("rome_pl.callbacks.probe_evaluation.probe_scores", _RaiseFrom(probe_scores, 4)),
+    "evaluate": ("rome_pl.edit.probe_scores", _raise),
     "ledger": ("rome_pl.edit.Edit.record", _raise),
     "state check": ("rome_pl.callbacks.state_check.StateCheck._check", _raise),
-    "contexts": ("rome_pl.edit_module.generate_contexts", _raise),
+    "contexts": ("rome_pl.preparation.generate_contexts", _raise),
 }
 
 
@@ -156,8 +207,11 @@ STAGES_AND_MODES = [
 ]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(("stage", "sequential"), STAGES_AND_MODES)
-def test_an_exception_anywhere_leaves_the_model_as_it_was(stage, sequential, language_model, tmp_path, monkeypatch):
+def test_an_exception_anywhere_leaves_the_model_as_it_was(
+    stage, sequential, batch_size, language_model, tmp_path, monkeypatch
+):
     model = language_model.model
     model.model.layers[0].mlp.train()  # a state of the user's own
     model.lm_head.weight.requires_grad_(False)
@@ -169,13 +223,20 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(stage, sequential, lan
         callbacks.insert(2, _Exploding())
     else:
         name, replacement = STAGES[stage]
-        monkeypatch.setattr(name, copy(replacement) if stage == "evaluate" else replacement)
+        monkeypatch.setattr(name, copy(replacement))  # with calls of its own to count
     if stage == "ledger":
         callbacks = [
             EditCommit(ledger=True) if isinstance(callback, EditCommit) else callback for callback in callbacks
         ]
     with pytest.raises(RuntimeError, match="injected"):
-        run_edits(language_model, tmp_path, callbacks=callbacks, sequential_edit=sequential)
+        run_edits(
+            language_model,
+            tmp_path,
+            callbacks=callbacks,
+            batch_size=batch_size,
+            sequential_edit=sequential,
+            **(JOINT if batch_size > 1 else {}),
+        )
     # By the time the state is checked, the edits are committed.
     assert changed(model, before) == ([WEIGHT] if stage == "state check" else [])
     assert [module.training for module in model.modules()] == modes
@@ -200,11 +261,11 @@ def test_earlier_edits_survive_a_later_exception(language_model, tmp_path, monke
     calls = []
     original = EditedWeight.write
 
-    def second_fails(self, name, assertion):
-        calls.append(name)
+    def second_fails(self, names, assertion):
+        calls.append(names)
         if len(calls) == 2:
             _raise()
-        return original(self, name, assertion)
+        return original(self, names, assertion)
 
     monkeypatch.setattr(EditedWeight, "write", second_fails)
     alone = snapshot(
@@ -217,33 +278,51 @@ def test_earlier_edits_survive_a_later_exception(language_model, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_skips_the_edit(language_model, tmp_path, monkeypatch):
-    original = ValueObjective.__call__
-
-    def second_request_explodes(self, delta):
-        losses = original(self, delta)
-        if (
-            len(self.prefix.outputs)
-            and self.prefix.rows.labels.numel()
-            and delta.detach().norm() > 0
-            and self.kl_factor > 5
-        ):
-            return type(losses)(losses.nll * math.nan, losses.kl, losses.decay)
-        return losses
-
-    monkeypatch.setattr(ValueObjective, "__call__", second_request_explodes)
+    monkeypatch.setattr(ValueObjective, "__call__", _explodes_at_the_second_step(ValueObjective.__call__))
     before = snapshot(language_model.model)
-    session = run_edits(language_model, tmp_path, kl_factor=6.0, sequential_edit=True)
+    session = run_edits(language_model, tmp_path, sequential_edit=True)
     assert [edit.status for edit in session.edits] == [EditStatus.SKIPPED] * 3
     assert "the loss became nan at step 1" in session.edits[0].reason
     assert changed(language_model.model, before) == []
     with pytest.raises(EditError, match="record a: the loss became nan"):
-        run_edits(language_model, tmp_path, kl_factor=6.0, on_error="stop")
+        run_edits(language_model, tmp_path, on_error="stop")
+
+
+def test_a_loss_that_is_not_finite_skips_its_own_edit_of_a_batch(tmp_path, monkeypatch):
+    expected = run_edits(tiny_language_model(), tmp_path, batch_size=3)
+    monkeypatch.setattr(ValueObjective, "__call__", _explodes_at_the_second_step(ValueObjective.__call__, [1]))
+    session = run_edits(tiny_language_model(), tmp_path, batch_size=3)
+    assert [edit.status for edit in session.edits] == ["applied", "skipped", "applied"]
+    assert "the loss became nan at step 1" in session.edits[1].reason
+    for index in (0, 2):
+        torch.testing.assert_close(session.edits[index].delta, expected.edits[index].delta, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_failure_that_stops_the_run_is_on_record_with_its_batch(batch_size, language_model, tmp_path, monkeypatch):
+    members = [1] if batch_size == 3 else [0]
+    monkeypatch.setattr(ValueObjective, "__call__", _explodes_at_the_second_step(ValueObjective.__call__, members))
+    callbacks = [*lenient_callbacks()[:-2], EditCommit(ledger=True)]
+    with pytest.raises(EditError, match="the loss became nan"):
+        run_edits(language_model, tmp_path, callbacks=callbacks, batch_size=batch_size, on_error="stop")
+    lines = (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = ["skipped"] if batch_size == 1 else ["applied", "skipped", "applied"]
+    assert [json.loads(line)["status"] for line in lines] == expected
+
+
+def test_a_key_that_is_not_finite_rejects_the_edit(language_model, tmp_path):
+    with torch.no_grad():
+        language_model.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    session = run_edits(language_model, tmp_path, contexts=["It rains"])
+    assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 3
+    assert "the key is not finite: load the model in float32 or bfloat16" in session.edits[0].reason
 
 
 def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
-    known = iter([TargetMeasure(0.9, True)])
-    measure = EditSession.measure_target
-    monkeypatch.setattr(EditSession, "measure_target", lambda self, row: next(known, None) or measure(self, row))
+    known = iter([[TargetMeasure(0.9, True)]])
+    monkeypatch.setattr(
+        "rome_pl.edit.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
+    )
     callbacks = [RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
     session = run_edits(language_model, tmp_path, REQUESTS[:2], callbacks=callbacks, on_error="stop")
     assert [edit.status for edit in session.edits] == ["skipped", "applied"]
@@ -274,10 +353,32 @@ def test_a_weight_changed_from_outside_is_noticed(language_model, tmp_path):
         quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader(REQUESTS[1:2]))
 
 
-def test_other_precisions_are_refused(language_model, tmp_path):
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])
+def test_other_precisions_are_refused(precision, language_model, tmp_path, monkeypatch):
     module = RomeModule.from_language_model(language_model, **FAST)
+    if precision == "16-mixed":  # for which Lightning takes bfloat16 on a CPU
+        trainer = quiet_trainer([], tmp_path)
+        monkeypatch.setattr(type(trainer), "precision", precision)
+    else:
+        trainer = quiet_trainer([], tmp_path, precision=precision)
     with pytest.raises(OptionError, match=r"model\.dtype"):
-        quiet_trainer([], tmp_path, precision="bf16-mixed").fit(module, request_loader(REQUESTS))
+        trainer.fit(module, request_loader(REQUESTS))
+
+
+def test_mixed_precision_optimises_values_and_measures_as_ever(tmp_path):
+    sessions = []
+    for precision in ("bf16-mixed", "32-true"):
+        module = RomeModule.from_language_model(tiny_language_model(dtype=torch.float32), **FAST)
+        quiet_trainer(lenient_callbacks(), tmp_path, precision=precision).fit(module, request_loader(REQUESTS))
+        sessions.append(module.session)
+    for edit, plain in zip(*(session.edits for session in sessions), strict=True):
+        assert edit.status == "applied"
+        assert edit.before == plain.before
+        assert torch.equal(edit.key_mean, plain.key_mean)
+        assert edit.delta.dtype == torch.float32
+        assert not torch.equal(edit.delta, plain.delta)
+        assert edit.steps[0].nll == pytest.approx(plain.steps[0].nll, rel=0.05)
+        assert edit.scores["immediate"].rewrite[0] == pytest.approx(math.log(edit.after), rel=1e-6)
 
 
 def test_a_pad_id_beyond_the_vocabulary_is_harmless(tmp_path):
@@ -299,10 +400,12 @@ def test_a_request_that_does_not_fit_is_skipped_and_the_others_go_on(tmp_path):
     assert "record long, field 'target_new'" in session.edits[1].reason
 
 
-def test_verification_rejects_and_restores(language_model, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_verification_rejects_and_restores(batch_size, language_model, tmp_path):
     callbacks = [RepresentationCheck(), RankOneWriter(), Verification(0.999), ProbeEvaluation(), EditCommit()]
     before = snapshot(language_model.model)
-    session = run_edits(language_model, tmp_path, callbacks=callbacks, sequential_edit=True)
+    options = {"sequential_edit": True} | (JOINT if batch_size > 1 else {})
+    session = run_edits(language_model, tmp_path, callbacks=callbacks, batch_size=batch_size, **options)
     assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 3
     assert "below 0.999" in session.edits[0].reason
     assert changed(language_model.model, before) == []
@@ -372,7 +475,7 @@ def test_a_second_epoch_is_refused(language_model, tmp_path):
         ({"v_lr": -1.0}, "v_lr"),
         ({"v_num_grad_steps": 0}, "v_num_grad_steps"),
         ({"preset": "emmet"}, "preset"),
-        ({"bare_prompt_weight": 1.5}, "bare_prompt_weight"),
+        ({"contexts_per_step": -1}, "contexts_per_step"),
     ],
 )
 def test_bad_options_say_what_to_do(options, message, language_model):
@@ -388,3 +491,4 @@ def test_the_optimiser_comes_from_outside_with_the_learning_rate_of_the_method(l
     optimizer = module.optimizers().optimizer
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["lr"] == FAST["v_lr"]
+    assert optimizer.param_groups[0]["momentum"] == 0.5

@@ -37,7 +37,7 @@ def test_undo_of_one_edit_keeps_the_others(editor, language_model):
     editor.undo(second)
     kept = snapshot(language_model.model)
     weight = editor._module.session.weight
-    assert [written.name for written in weight.written] == [first.edit.name, third.edit.name]
+    assert [written.names for written in weight.written] == [(first.edit.name,), (third.edit.name,)]
     # Each remaining edit still holds where it was asserted last: the third exactly.
     value = weight.written[1].assertion
     torch.testing.assert_close(

@@ -70,8 +70,8 @@ def test_the_model_knows_every_sample_record(real):
     data.setup()
     assert len(data.requests) >= 60
     assert data.invalid == []
-    for request in data.requests:
-        new, true = probe_scores(real, request).rewrite
+    for request, scores in zip(data.requests, probe_scores(real, data.requests), strict=True):
+        new, true = scores.rewrite
         assert true > new, request
 
 

@@ -30,7 +30,7 @@ def test_requests_stream_in_order_one_per_batch_without_the_global_generator(pat
     data = RequestDataModule(str(path))
     data.setup()
     state = torch.get_rng_state()
-    assert [request.case_id for request in data.train_dataloader()] == [0, 1, 2, 3, 4]
+    assert [[request.case_id for request in batch] for batch in data.train_dataloader()] == [[0], [1], [2], [3], [4]]
     assert torch.equal(torch.get_rng_state(), state)
 
 

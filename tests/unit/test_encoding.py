@@ -1,5 +1,5 @@
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, product
 from types import SimpleNamespace
 
 import pytest
@@ -190,8 +190,8 @@ def test_token_that_spans_both_sides_is_split_as_whoever_prompts_would(gpt2):
 @property_test()
 def test_bos_moves_every_position_by_one(edit):
     without, with_bos = trained("byte level"), trained("byte level, BOS")
-    for place in PLACES:
-        plain, opened = without.edit(edit, fact_token=place), with_bos.edit(edit, fact_token=place)
+    for place, position in product(PLACES, ("subject", "last")):
+        plain, opened = (encoder.edit(edit, ("",), place, position) for encoder in (without, with_bos))
         for row, same in zip((*plain.rows, plain.kl_row), (*opened.rows, opened.kl_row), strict=True):
             moved = EncodedRow((1, *row.ids), row.lookup + 1, row.target, row.first + 1)
             assert same == moved
@@ -308,11 +308,14 @@ def test_white_space_before_the_subject_belongs_to_it_with_bos_or_without(place)
 @pytest.mark.parametrize("position", ["subject", "last"])
 def test_divergence_is_taken_at_the_subject_or_at_the_end(encoder, place, position):
     request = edit("The town of Rome lies in", "Spain", "Rome")
+    full = encoder.edit(request, fact_token=place, kl_position="last").kl_row
+    assert b"".join(pieces(encoder, full.ids)) == b"Rome is a"
     row = encoder.edit(request, fact_token=place, kl_position=position).kl_row
     assert row.target == ()
-    assert b"".join(pieces(encoder, row.ids)) == b"Rome is a"
+    assert row.lookup == full.lookup
+    assert row.first == (len(full.ids) - 1 if position == "last" else row.lookup)
+    assert row.ids == full.ids[: row.first + 1]  # whatever follows cannot matter
     ends = list(accumulate(map(len, pieces(encoder, row.ids))))
-    assert row.first == (len(row.ids) - 1 if position == "last" else row.lookup)
     past = ends[row.lookup]
     assert {
         "subject_last": past == 4,
@@ -472,7 +475,7 @@ def test_only_padding_on_the_left_is_masked(batch):
 @given(edit=edits())
 @property_test()
 def test_lookup_tokens_of_an_edit_share_a_column(encoder, edit):
-    encoded = encoder.edit(edit, CONTEXTS)
+    encoded = encoder.edit(edit, CONTEXTS, kl_position="last")
     batch = (*encoded.rows, encoded.kl_row)
     aligned = align(batch, encoder.pad_id)
     assert aligned.input_ids[:, aligned.prefix].tolist() == [row.ids[row.lookup] for row in batch]

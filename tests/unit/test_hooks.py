@@ -7,6 +7,7 @@ from torch import nn
 from rome_pl.architecture import decoder_layers, find_site
 from rome_pl.hooks import (
     add_at_column,
+    add_rank_one,
     capture_columns,
     capture_input,
     clean_padding,
@@ -16,6 +17,7 @@ from rome_pl.hooks import (
     layer_answer,
     run_from_layer,
     seeded,
+    stopped_after,
 )
 from tests.tiny import FAMILIES, tiny_model
 
@@ -252,10 +254,20 @@ def test_clean_padding_zeroes_padding_and_nothing_else(family):
         lambda model: capture_columns(find_site(model, 1).projection, 2, slice(None)),
         lambda model: capture_input(decoder_layers(model)[1][1], slice(None)),
         lambda model: add_at_column(find_site(model, 1).projection, torch.zeros(2, 32)),
+        lambda model: add_rank_one(find_site(model, 1).projection, torch.zeros(2, 32), torch.zeros(2, 48)),
+        lambda model: stopped_after(decoder_layers(model)[1][1]),
         lambda model: head_on(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)),
         lambda model: clean_padding(model, torch.ones(2, 8)),
     ],
-    ids=["capture_columns", "capture_input", "add_at_column", "head_on", "clean_padding"],
+    ids=[
+        "capture_columns",
+        "capture_input",
+        "add_at_column",
+        "add_rank_one",
+        "stopped_after",
+        "head_on",
+        "clean_padding",
+    ],
 )
 def test_hooks_are_gone_after_an_exception(enter):
     model = tiny_model("llama")

@@ -3,17 +3,34 @@ import math
 import pytest
 import torch
 
+from rome_pl.architecture import find_site
 from rome_pl.metrics import CounterFactScores, ProbeScores, RunningScores, perplexity, probe_scores, summarise
 from rome_pl.metrics.counterfact import wilson_interval
-from rome_pl.metrics.probes import measure_target, next_tokens
+from rome_pl.metrics.probes import Changes, measure_target, measure_targets, next_tokens
+from rome_pl.rank_one import Update
 from rome_pl.requests import EditRequest
-from tests.tiny import tiny_language_model
+from tests.tiny import FAMILIES, KeepFloat64, tiny_language_model
 
 REQUEST = EditRequest(
     prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="New Oslo", target_true="Lima",
     paraphrases=["Where is Korrin? In", "Korrin lies in"], neighbours=["The mill of Dunholt stands in",
     "Tarn is in", "It is in"],
 )  # fmt: skip
+
+
+# One token each: both answers are read off one row. The third's first target begins as its second does.
+OTHERS = [
+    EditRequest(prompt="The tide comes", subject="tide", target_new="the", target_true="a", paraphrases=["It is"],
+    neighbours=["The moon is"]),
+    EditRequest(prompt="Miss Vane plays", subject="Miss Vane", target_new="the lamp", target_true="the"),
+    EditRequest(prompt="Tarn lies", subject="Tarn", target_new="in"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def float64_everywhere():
+    with KeepFloat64():
+        yield
 
 
 def plain_log_prob(language_model, prompt, target):
@@ -29,15 +46,51 @@ def plain_log_prob(language_model, prompt, target):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "opt"])
 def test_probes_equal_plain_forwards_one_by_one(family):
     language_model = tiny_language_model(family)
-    scores = probe_scores(language_model, REQUEST)
-    for prompts, pairs in (
-        ([REQUEST.prompt], [scores.rewrite]),
-        (REQUEST.paraphrases, scores.paraphrases),
-        (REQUEST.neighbours, scores.neighbours),
-    ):
-        for prompt, pair in zip(prompts, pairs, strict=True):
-            expected = [plain_log_prob(language_model, prompt, target) for target in ("New Oslo", "Lima")]
-            assert pair == pytest.approx(expected, rel=1e-9)
+    requests = [REQUEST, *OTHERS]
+    for request, scores in zip(requests, probe_scores(language_model, requests), strict=True):
+        targets = [request.target_new, request.target_true]
+        for prompts, pairs in (
+            ([request.prompt], [scores.rewrite]),
+            (request.paraphrases, scores.paraphrases),
+            (request.neighbours, scores.neighbours),
+        ):
+            for prompt, pair in zip(prompts, pairs, strict=True):
+                expected = [plain_log_prob(language_model, prompt, target) for target in targets if target]
+                assert [value for value in pair if value is not None] == pytest.approx(expected, rel=1e-9)
+
+
+def numbers(scores):
+    pairs = (scores.rewrite, *scores.paraphrases, *scores.neighbours)
+    return [value for pair in pairs for value in pair if value is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_that_nobody_writes_is_measured_as_if_it_were_written(family):
+    """Each request sees its own change of the weight, or none, and no other's."""
+    language_model = tiny_language_model(family)
+    site, requests = find_site(language_model.model, 1), [REQUEST, *OTHERS]
+    generator = torch.Generator().manual_seed(3)
+    updates = [
+        Update(*(torch.randn(1, size, dtype=torch.float64, generator=generator) for size in (site.d_value, site.d_key)))
+        for _ in requests
+    ]
+    updates[2] = None
+    unwritten = probe_scores(language_model, requests, Changes(site.projection, updates))
+    rows = [language_model.encoder.edit(request).rows[0] for request in requests]
+    targets = measure_targets(language_model, rows, Changes(site.projection, updates))
+    original = site.weight.detach().clone()
+    for request, row, update, scores, target in zip(requests, rows, updates, unwritten, targets, strict=True):
+        with torch.no_grad():
+            if update is not None:
+                site.matrix(site.weight).add_(update.left.T @ update.right)
+            (written,) = probe_scores(language_model, [request])
+            measure = measure_target(language_model, row)
+            site.weight.copy_(original)
+        (base,) = probe_scores(language_model, [request])
+        assert (abs(base.rewrite[0] - scores.rewrite[0]) > 1e-5) == (update is not None)
+        assert numbers(scores) == pytest.approx(numbers(written), rel=1e-9)
+        assert target.probability == pytest.approx(measure.probability, rel=1e-9)
+        assert target.greedy == measure.greedy
 
 
 def test_scores_of_records_worked_out_by_hand():

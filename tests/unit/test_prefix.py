@@ -4,7 +4,6 @@ from functools import cache
 import pytest
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rome_pl.architecture import decoder_layers, find_site
@@ -14,7 +13,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import run_prefix
 from rome_pl.requests import EditRequest
 from tests import tiny
-from tests.tiny import FAMILIES, LAYERS, byte_level_tokenizer, tiny_language_model, tiny_model
+from tests.tiny import FAMILIES, LAYERS, KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
 
 CONTEXTS = ("", "It rains. ", "A much longer opening text. ")
 REQUEST = EditRequest(
@@ -23,18 +22,6 @@ REQUEST = EditRequest(
 AT_THE_START = EditRequest(prompt="Rome is the capital of", subject="Rome", target_new="France")
 # Families with a window in the tiny models, and a layer that has it.
 SLIDING = {"mistral": 1, "gemma2": 0, "gemma3_text": 1, "starcoder2": 2, "phi3": 1, "gpt_neo": 1}
-
-
-class KeepFloat64(TorchFunctionMode):
-    """Some families compute attention in float32 whatever the model's dtype; here that would hide small mistakes."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is functional.softmax and kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        if func is torch.Tensor.to and len(args) > 1 and args[1] is torch.float32 and args[0].dtype is torch.float64:
-            return args[0]
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +37,7 @@ def shared_model(family):
 
 
 def rows_of(language_model, request=REQUEST, contexts=CONTEXTS):
-    encoded = language_model.encoder.edit(request, contexts)
+    encoded = language_model.encoder.edit(request, contexts, kl_position="last")  # a row that goes on after the lookup
     return [*encoded.rows, encoded.kl_row]
 
 
@@ -345,12 +332,16 @@ def test_nothing_is_left_behind_when_the_model_raises(family, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
+    at_the_start = [EncodedRow(row.ids[row.lookup :], 0, (), 0) for row in rows]
     with nothing_left_behind(model), monkeypatch.context() as patch:
         patch.setattr(decoder_layers(model)[1][2], "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            run_prefix(model, site, rows, 0)
+            run_prefix(model, site, rows, 0)  # on the columns before the lookup column
         with pytest.raises(RuntimeError, match="out of memory"):
             run.logits(delta, from_lookup_on(rows))
+        patch.setattr(decoder_layers(model)[1][1], "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run_prefix(model, site, at_the_start, 0)  # on those from it on
     with torch.no_grad(), frozen(model):
         assert torch.equal(run.logits(delta, from_lookup_on(rows)), before)
         assert torch.equal(run_prefix(model, site, rows, 0).logits(delta, from_lookup_on(rows)), before)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rome_pl.rank_one import PRESETS, Assertion, DisablingEditError, rank_one_update
+from rome_pl.rank_one import PRESETS, Assertion, DisablingEditError, balance, rank_one_update
 
 D_KEY, D_VALUE = 24, 10
 
@@ -74,16 +74,46 @@ def test_mixed_keys_are_refused_for_more_than_one_edit(problem):
         )
 
 
+def test_a_key_that_others_of_its_batch_span_is_refused_by_its_row(problem):
+    keys, values = random(4, D_KEY, seed=4), random(4, D_VALUE, seed=5)
+    keys[2] = keys[0] - 3 * keys[1] + 1e-6 * keys[2]
+    with pytest.raises(DisablingEditError, match="one after the other") as caught:
+        rank_one_update(problem["weight"], None, Assertion(keys, keys, values), metric_of(problem["moment"]))
+    assert caught.value.row == 2
+
+
 def test_norm_of_the_factors_is_the_norm_of_the_product(problem):
     keys, values = random(3, D_KEY, seed=4), random(3, D_VALUE, seed=5)
     update = rank_one_update(problem["weight"], None, Assertion(keys, keys, values), metric_of(problem["moment"]))
     assert update.norm == pytest.approx(float((update.left.T @ update.right).norm()), rel=1e-12)
 
 
-def test_presets_are_the_published_table():
-    table = {name: (preset.shape, preset.at, preset.mom2_adjustment) for name, preset in PRESETS.items()}
+def test_presets_are_the_published_table_and_ours():
+    table = {name: (preset.shape, preset.at, preset.mom2_adjustment, preset.value) for name, preset in PRESETS.items()}
     assert table == {
-        "rome": ("mean", "bare", True),
-        "r_rome": ("mean", "mean", True),
-        "easyedit": ("mean", "bare", False),
+        "rome": ("mean", "bare", True, "bare"),
+        "r_rome": ("mean", "mean", True, "bare"),
+        "balanced": ("balanced", "balanced", True, "own"),
+        "easyedit": ("mean", "bare", False, "bare"),
     }
+
+
+def test_balance_makes_both_products_equal_or_takes_the_nearer_end():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    metric = root @ root.T
+    bare, contexts = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    share = balance(bare, contexts, lambda keys: keys @ metric)
+    assert 0 < share < 1
+    mixed = share * bare + (1 - share) * contexts
+    assert float(mixed @ metric @ bare) == pytest.approx(float(mixed @ metric @ contexts), rel=1e-12)
+    assert balance(bare, 3 * bare, lambda keys: keys @ metric) == 1.0  # on one ray: the shorter one
+    assert balance(3 * bare, bare, lambda keys: keys @ metric) == 0.0
+    assert balance(bare, bare, lambda keys: keys @ metric) == 0.5
+
+
+def test_a_key_of_zero_is_refused_by_name():
+    nothing = torch.zeros(1, 4, dtype=torch.float64)
+    assertion = Assertion(nothing, nothing, torch.ones(1, 3, dtype=torch.float64))
+    with pytest.raises(DisablingEditError, match="zero or not finite"):
+        rank_one_update(torch.ones(3, 4, dtype=torch.float64), None, assertion, lambda keys: keys)

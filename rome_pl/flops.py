@@ -1,0 +1,112 @@
+"""Floating-point operations of whatever runs inside a block, counted from the shapes that reach torch's dispatcher.
+
+Dense matrix products, convolutions and attention are counted, a multiply-add as 2. Elementwise work is not, and so
+neither is an outer product that torch writes as an elementwise one; nor are factorisations and solves.
+
+Attention counts the same whichever kernel computes it: two products forward and four backward over the full
+rectangle of scores, masked or causal or not. That a fused kernel computes the scores again for its backward is its own
+affair and not counted.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
+from typing_extensions import override
+
+__all__ = ["FlopCount", "count_flops"]
+
+Shape = Sequence[int]
+
+
+class FlopCount:
+    """What a block has cost so far; it may be read inside the block and after it.
+
+    Args:
+        counter: Torch's counter, which keeps the numbers.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+
+    @property
+    def total(self) -> int:
+        """Floating-point operations of the whole block, forward and backward together."""
+        return self._counter.get_total_flops()
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCount]:
+    """Count the operations of everything that runs inside, backward passes included.
+
+    Blocks may be nested; the outer one counts what the inner one counts. Kernels that run within a custom operator
+    or compiled code are out of sight.
+
+    Yields:
+        The count, which grows while the block runs.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _NoTracker()
+    with counter:
+        yield FlopCount(counter)
+
+
+class _NoTracker(ModuleTracker):
+    """Attributes nothing to modules: torch's tracker hooks every graph, and so keeps all of them until the end."""
+
+    @override
+    def __enter__(self) -> Self:
+        return self
+
+    @override
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    """Matrices, as many pairs of them as the first dimension says, or a vector on the right."""
+    return 2 * prod(left) * (right[-1] if len(right) > 1 else 1)
+
+
+def _added_product(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
+    return _product(left, right)
+
+
+def _added_outer(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
+    return 2 * left[0] * right[0]
+
+
+def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    """Groups of rows, of columns or of what is summed over: one product in all, unless both sides have a batch."""
+    return 2 * prod(left if len(right) == 3 else left[-2:]) * right[-1]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Every query head has its own scores, also where it shares its keys and values with others."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
+    return 2 * _attention(query, key, value)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas by operator, for those operators that this torch has."""
+    kernels = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    attention = [f"_scaled_dot_product_{kernel}" for kernel in kernels]
+    # Torch has formulas for some of these too, but its products refuse overloads that name the output's type, and its
+    # attention backward counts the scores that are computed again.
+    names: dict[Callable[..., int], Sequence[str]] = {
+        _product: ["mm", "bmm", "mv", "dot", "vdot"],
+        _added_product: [f"{name}{end}" for name in ("addmm", "addmv", "baddbmm", "addbmm") for end in ("", "_")],
+        _added_outer: ["addr", "addr_"],
+        _grouped_product: ["_grouped_mm"],
+        _attention: attention,
+        _attention_backward: [f"{name}_backward" for name in attention],
+    }
+    aten = torch.ops.aten
+    return {getattr(aten, name): formula for formula, of in names.items() for name in of if hasattr(aten, name)}

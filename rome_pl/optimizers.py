@@ -1,0 +1,76 @@
+"""A step rule made for value vectors."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+__all__ = ["PolyakStep"]
+
+
+class PolyakStep(Optimizer):
+    r"""Steps as long as the distance to the target demands: Newton's method for a root along the gradient.
+
+    With loss :math:`L` and :math:`p = e^{-L}`, the log-odds :math:`z = \log(p / (1 - p))` are close to linear in an
+    offset where the loss is not. The step is the shortest one that takes their linearisation to
+    :math:`z^*`, those of ``target_probability``:
+
+    .. math:: \Delta = \eta\,(z^* - z)_+ \frac{\nabla z}{\|\nabla z\|^2}, \qquad \nabla z = -\frac{\nabla L}{1 - p}
+
+    capped at ``radius`` norms of the original value. It is Polyak's step length (Polyak 1969) for the log-odds, whose
+    wanted value is known. There is no rate to tune and no state.
+
+    Args:
+        params: Offsets, one parameter group each; :class:`rome_pl.RomeModule` adds to each group the current ``loss``
+            and ``scale``, the norm of the original value, as tensors without dimensions.
+        lr: Fraction :math:`\eta` of the step that is taken.
+        target_probability: What the step aims for; above the module's ``stop_probability``.
+        radius: Largest step, in norms of the original value.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1.0, target_probability: float = 0.95, radius: float = 1.0
+    ) -> None:
+        if not 0 < target_probability < 1:
+            raise ValueError(f"target_probability: expected a number in (0, 1), got {target_probability}")
+        if not radius > 0:
+            raise ValueError(f"radius: expected a positive number, got {radius}")
+        super().__init__(params, {"lr": lr, "target_probability": target_probability, "radius": radius})
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every offset that has a gradient."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(_step(parameter.grad, group))
+        return result
+
+
+def _step(gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    if "loss" not in group or "scale" not in group:
+        raise RuntimeError("PolyakStep needs each parameter group's 'loss' and 'scale'; RomeModule gives them")
+    target = group["target_probability"]
+    wanted = math.log(target / (1 - target))
+    loss = group["loss"].to(gradient)
+    tiny = torch.finfo(gradient.dtype).tiny
+    # log-odds of exp(-loss), and 1 - exp(-loss), without the cancellation of computing them that way
+    rest = -torch.expm1(-loss)
+    odds = -loss - rest.clamp(min=tiny).log()
+    norm = torch.linalg.vector_norm(gradient)
+    length = group["lr"] * (wanted - odds).clamp(min=0) * rest / norm.clamp(min=tiny)
+    length = torch.minimum(length, group["radius"] * group["scale"].to(gradient))
+    step: Tensor = gradient * (-length / norm.clamp(min=tiny))
+    return step

@@ -1,0 +1,44 @@
+"""Whether the options of :class:`rome_pl.RomeModule` are within their ranges."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rome_pl.errors import OptionError
+from rome_pl.rank_one import PRESETS
+
+__all__ = ["check_options"]
+
+_LEAST = {
+    "v_num_grad_steps": 1,
+    "v_lr": 0,
+    "v_weight_decay": 0,
+    "clamp_norm_factor": 0,
+    "kl_factor": 0,
+    "mom2_n_samples": 1,
+    "stop_loss": 0,
+    "stop_probability": 0,
+    "contexts_per_step": 0,
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        OptionError: For the first such option, with what to do.
+    """
+    if options["keep_original_weight"] is not None:
+        raise OptionError(
+            "keep_original_weight is not an option here: 'sequential_edit: false' evaluates each edit on the original "
+            "weights, 'sequential_edit: true' keeps every edit"
+        )
+    layers = options["layers"]
+    if layers is not None and len(layers) != 1:
+        raise OptionError(f"layers: ROME writes each fact into one layer; give a list of one, got {layers}")
+    if options["preset"] not in PRESETS:
+        raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {options['preset']!r}")
+    for name, least in _LEAST.items():
+        value = options[name]
+        if value is not None and not least <= value < math.inf:
+            raise OptionError(f"{name}: expected a number from {least} on, got {value}")

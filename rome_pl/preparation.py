@@ -1,0 +1,112 @@
+"""What all edits of a run share, made once: statistics, contexts, the weight's master, and how to run suffixes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rome_pl.architecture import RewriteSite
+from rome_pl.contexts import generate_contexts, join_contexts
+from rome_pl.edit import EditSession
+from rome_pl.errors import OptionError
+from rome_pl.language_model import LanguageModel
+from rome_pl.rank_one import PRESETS
+from rome_pl.requests import EditRequest, RequestError
+from rome_pl.statistics import resolve_second_moment
+from rome_pl.weights import EditedWeight
+
+__all__ = ["admit_requests", "check_trainer", "prepare_session"]
+
+
+def check_trainer(trainer: Any, sequential: bool) -> None:
+    """Refuse Trainers that would edit something else than was asked for.
+
+    Raises:
+        OptionError: With the setting that works.
+    """
+    if trainer.max_epochs != 1:
+        raise OptionError(
+            f"max_epochs is {trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"
+        )
+    if trainer.world_size > 1 and sequential:
+        raise OptionError(
+            f"{trainer.world_size} devices cannot share a sequential stream: each edit starts from the weights that "
+            "the one before left. Use Trainer(devices=1), or sequential_edit: false"
+        )
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        raise OptionError(
+            f"precision is {trainer.precision}: use '32-true', or 'bf16-mixed' to optimise values under autocast, "
+            "and set the weights' precision by model.dtype"
+        )
+    if trainer.strategy.root_device.type == "mps":
+        raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
+
+
+def prepare_session(language_model: LanguageModel, site: RewriteSite, options: Mapping[str, Any]) -> EditSession:
+    """Prepare a session from the options of :class:`rome_pl.RomeModule`.
+
+    Raises:
+        StatisticsError: If the configured statistics do not fit, or the corpus cannot be read.
+    """
+    preset, adjust = PRESETS[options["preset"]], options["mom2_adjustment"]
+    moment = None
+    if preset.mom2_adjustment if adjust is None else adjust:
+        moment = resolve_second_moment(
+            language_model,
+            site,
+            statistics=options["statistics"],
+            corpus=options["corpus"],
+            wanted=options["mom2_n_samples"],
+            seed=options["seed"],
+        )
+    contexts = options["contexts"]
+    if contexts is None:
+        contexts = generate_contexts(language_model, options["context_template_length_params"], options["seed"])
+    metric: Callable[[Tensor], Tensor] = moment.solve if moment is not None else _identity
+    return EditSession(
+        language_model=language_model,
+        weight=EditedWeight(site, metric),
+        preset=preset,
+        moment=moment,
+        sequential=options["sequential_edit"],
+        fact_token=options["fact_token"],
+        contexts=join_contexts(contexts),
+    )
+
+
+def admit_requests(
+    session: EditSession, requests: Sequence[EditRequest], encode: Callable[[EditRequest], object]
+) -> tuple[dict[str, int], dict[str, RequestError]]:
+    """Encode every request and its probes once, so that what cannot be edited is known before the first edit.
+
+    Args:
+        session: Gets the valid requests.
+        requests: The stream.
+        encode: Encodes one.
+
+    Returns:
+        The place in the stream of every request, and why some are refused, both by name.
+
+    Raises:
+        RequestError: If two requests have one name.
+    """
+    places: dict[str, int] = {}
+    refused: dict[str, RequestError] = {}
+    valid: list[EditRequest] = []
+    for place, request in enumerate(requests):
+        name = str(request.case_id)
+        if name in places:
+            raise RequestError("case_id", "occurs twice: results could not be told apart", case_id=request.case_id)
+        places[name] = place
+        try:
+            encode(request)
+            session.language_model.encoder.check_probes(request)
+            valid.append(request)
+        except RequestError as error:
+            refused[name] = error
+    session.requests, session.num_refused = tuple(valid), len(refused)
+    return places, refused
+
+
+def _identity(keys: Tensor) -> Tensor:
+    return keys
