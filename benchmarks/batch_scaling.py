@@ -8,7 +8,7 @@ uses the options of configs/smollm2.yaml. Equality with a batch of one is taken 
 import resource
 from typing import Any
 
-from common import load, matmul_peak, module_for, parser, run, shipped_options, write
+from common import load, matmul_peak, module_for, parser, run, shipped_options, warm_run, write
 
 from rome_pl.language_model import LanguageModel
 from rome_pl.requests import EditRequest
@@ -23,7 +23,6 @@ def main() -> None:
     options = arguments.parse_args()
     language_model, requests = load(options)
     default = shipped_options()
-    run(module_for(language_model, default), requests[:1], batch_size=1, evaluate=False)  # warm up
     result: dict[str, Any] = {
         "options": default,
         "records": len(requests),
@@ -33,7 +32,7 @@ def main() -> None:
         "peak_memory_mb": {},
     }
     for size in SIZES:  # ascending, since a process only tells its highest memory use so far
-        session, _ = run(module_for(language_model, default), requests, batch_size=size, evaluate=False)
+        session = warm_run(module_for(language_model, default), requests, size)
         seconds = sum(sum(edit.seconds[stage] for stage in ("prefix", "optimise")) for edit in session.edits)
         result["edits_per_second"][str(size)] = len(session.edits) / seconds
         result["seconds_prefix"][str(size)] = sum(edit.seconds["prefix"] for edit in session.edits) / len(requests)

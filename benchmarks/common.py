@@ -5,6 +5,7 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -82,22 +83,27 @@ def _optimizer(described: dict[str, Any]) -> Callable[[Iterable[Any]], torch.opt
 class CountedModule(RomeModule):
     """A module that counts the operations of every prefix pass and optimisation."""
 
-    flops = 0
-    flops_steps = 0
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        #: Operations by name of the edit; those of a batch are shared evenly.
+        self.flops: dict[str, float] = Counter()
+        self.flops_steps: dict[str, float] = Counter()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> EditBatch:
         """As the parent's."""
         with count_flops() as counted:
             made = super().on_after_batch_transfer(batch, dataloader_idx)
-        self.flops += counted.total
+        for edit in made.edits:
+            self.flops[edit.name] += counted.total / len(made.edits)
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Any:
         """As the parent's."""
         with count_flops() as counted:
             result = super().training_step(batch, batch_idx)
-        self.flops += counted.total
-        self.flops_steps += counted.total
+        for edit in batch.edits:
+            self.flops[edit.name] += counted.total / len(batch.edits)
+            self.flops_steps[edit.name] += counted.total / len(batch.edits)
         return result
 
 
@@ -156,6 +162,15 @@ def run(
     started = time.perf_counter()
     trainer.fit(module, request_loader(requests, batch_size, by_length=True))
     return session_of(module), time.perf_counter() - started
+
+
+def warm_run(module: RomeModule, requests: Sequence[EditRequest], batch_size: int) -> EditSession:
+    """Optimise and solve only, after one edit that pays for what is made, loaded or counted once."""
+    run(module, requests[:1], batch_size=1, evaluate=False)
+    if isinstance(module, CountedModule):
+        module.flops.clear()
+        module.flops_steps.clear()
+    return run(module, requests, batch_size=batch_size, evaluate=False)[0]
 
 
 def scores(measured: Iterable[ProbeScores]) -> dict[str, Any]:

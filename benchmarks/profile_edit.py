@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from plain import PlainOptions, plain_edit
 from torch.profiler import ProfilerActivity, profile
 
+from rome_pl.architecture import find_site
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
 from rome_pl.requests import EditRequest
 
@@ -36,11 +37,9 @@ def main() -> None:
     options = arguments.parse_args()
     language_model, requests = load(options)
     default = shipped_options()
-    module = module_for(language_model, default)
-    run(module, requests[:1], batch_size=1, evaluate=False)  # warm up
     contexts = join_contexts(generate_contexts(language_model, DEFAULT_LENGTH_PARAMS, 0))
     encoded = language_model.encoder.edit(requests[0], contexts, "subject_last", "subject")
-    site, pad_id = module._site, language_model.encoder.pad_id
+    site, pad_id = find_site(language_model.model, default["layers"][0]), language_model.encoder.pad_id
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         plain_edit(language_model.model, site, encoded, PlainOptions(steps=options.steps, stop_loss=0.0), pad_id)
     scale = PlainOptions().steps / options.steps
@@ -54,6 +53,7 @@ def main() -> None:
 
 def _profiled_run(language_model: Any, options: dict[str, Any], requests: list[EditRequest]) -> dict[str, float]:
     module = module_for(language_model, options)
+    run(module, requests[:1], batch_size=1, evaluate=False)  # warm up
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run(module, requests, batch_size=len(requests), evaluate=False)
     return {kind: spent / len(requests) for kind, spent in _by_kind(profiled).items()}

@@ -67,7 +67,7 @@ def main() -> None:
         edits = session.edits
         done[name] = {
             "options": {**shipped_options(), **candidate},
-            "flops": module.flops / len(edits),
+            "flops": sum(module.flops.values()) / len(edits),
             "evaluations": sum(len(edit.steps) for edit in edits) / len(edits),
             "rejected": sum(edit.status is EditStatus.REJECTED for edit in edits),
             "scores": scores(edit.scores["immediate"] for edit in edits),

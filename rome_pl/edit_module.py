@@ -28,7 +28,7 @@ from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
-from rome_pl.stream import check_shared
+from rome_pl.stream import EditBatches, check_shared
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
 
@@ -191,7 +191,10 @@ class RomeModule(LightningModule):
         if self.trainer.world_size > 1:
             check_shared(loader)
             self._until_end.enter_context(independent_gradients(self.trainer))
-        self._indices, self._refused = admit_requests(session, dataset, self._encode)
+        self._indices, self._refused, lengths = admit_requests(session, dataset, self._encode)
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, EditBatches):
+            sampler.regroup(lengths)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Requests are text and stay as they are."""
@@ -228,6 +231,7 @@ class RomeModule(LightningModule):
         made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
         for place, edit in enumerate(made.optimised):
             session.take_keys(edit, made.objective.keys(place), made.objective.outputs(place))
+        for edit in made.optimised:
             edit.seconds["prefix"] = (time.perf_counter() - started) / len(made.optimised)
         return made
 

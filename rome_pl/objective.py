@@ -88,6 +88,7 @@ class _Selection:
     positions: tuple[Tensor, Tensor]
     target_owner: Tensor
     target_share: Tensor
+    base_norm: Tensor
 
 
 class ValueObjective:
@@ -142,15 +143,15 @@ class ValueObjective:
         at_targets, labels = logits[:-count], selection.prefix.rows.labels
         tokens = functional.cross_entropy(at_targets, labels, reduction="none")
         nll = tokens.new_zeros(count).index_add(0, selection.target_owner, tokens * selection.target_share)
-        missed = (at_targets.detach().argmax(-1) != labels).to(nll.dtype)
+        # A row that serves for the divergence alone has targets too, which have no share.
+        missed = ((at_targets.detach().argmax(-1) != labels) & (selection.target_share > 0)).to(nll.dtype)
         greedy = nll.new_zeros(count).detach().index_add(0, selection.target_owner, missed) == 0
         at_kl = logits[-count:].log_softmax(-1)
         for place, member in enumerate(members):
             self._base_kl.setdefault(member, at_kl[place].detach())
         base = torch.stack([self._base_kl[member] for member in members])
         kl = self.kl_factor * (at_kl.exp() * (at_kl - base)).sum(-1)
-        base_norm = self.base_norm if count == len(self.base_norm) else self.base_norm[list(members)]
-        decay = self.v_weight_decay * torch.linalg.vector_norm(deltas, dim=1) / base_norm**2
+        decay = self.v_weight_decay * torch.linalg.vector_norm(deltas, dim=1) / selection.base_norm**2
         return Losses(nll, kl, decay, greedy)
 
     def _select(self, members: Sequence[int], contexts: Sequence[Sequence[int]] | None) -> _Selection:
@@ -191,6 +192,7 @@ class ValueObjective:
                 torch.cat([predict_row, to_device(torch.tensor(kl), device)]),
                 torch.cat([predict_column, to_device(at, device)]),
             ),
+            base_norm=self.base_norm[to_device(torch.tensor(list(members)), device)],
             target_owner=owners[predict_row],
             target_share=row_shares[predict_row].to(torch.promote_types(prefix.outputs.dtype, torch.float32)),
         )

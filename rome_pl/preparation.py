@@ -8,6 +8,7 @@ from torch import Tensor
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
 from rome_pl.edit import EditSession
+from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.rank_one import PRESETS
@@ -75,8 +76,8 @@ def prepare_session(language_model: LanguageModel, site: RewriteSite, options: M
 
 
 def admit_requests(
-    session: EditSession, requests: Sequence[EditRequest], encode: Callable[[EditRequest], object]
-) -> tuple[dict[str, int], dict[str, RequestError]]:
+    session: EditSession, requests: Sequence[EditRequest], encode: Callable[[EditRequest], EncodedEdit]
+) -> tuple[dict[str, int], dict[str, RequestError], list[int]]:
     """Encode every request and its probes once, so that what cannot be edited is known before the first edit.
 
     Args:
@@ -85,7 +86,8 @@ def admit_requests(
         encode: Encodes one.
 
     Returns:
-        The place in the stream of every request, and why some are refused, both by name.
+        The place in the stream of every request, and why some are refused, both by name; and the number of tokens from
+        the lookup token on, 0 for a refused one.
 
     Raises:
         RequestError: If two requests have one name.
@@ -93,19 +95,22 @@ def admit_requests(
     places: dict[str, int] = {}
     refused: dict[str, RequestError] = {}
     valid: list[EditRequest] = []
+    lengths: list[int] = []
     for place, request in enumerate(requests):
         name = str(request.case_id)
         if name in places:
             raise RequestError("case_id", "occurs twice: results could not be told apart", case_id=request.case_id)
         places[name] = place
+        lengths.append(0)
         try:
-            encode(request)
+            encoded = encode(request)
             session.language_model.encoder.check_probes(request)
             valid.append(request)
+            lengths[-1] = max(len(row.ids) - row.lookup for row in encoded.rows)
         except RequestError as error:
             refused[name] = error
     session.requests, session.num_refused = tuple(valid), len(refused)
-    return places, refused
+    return places, refused, lengths
 
 
 def _identity(keys: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class EditBatches(DistributedSampler[list[int]]):
     Args:
         requests: The stream.
         batch_size: Requests of a batch.
-        by_length: Whether batches may take requests of similar length from nearby instead of the next ones.
+        by_length: Whether batches may take requests of similar length from nearby instead of the next ones; see
+            :meth:`regroup`.
         rank: Which share to give.
         world_size: Number of shares.
     """
@@ -65,18 +66,28 @@ class EditBatches(DistributedSampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         super().__init__(RequestList(requests), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        order = list(range(len(requests)))
-        if by_length and batch_size > 1:
-            window = WINDOW * batch_size
-            order = [
-                index
-                for start in range(0, len(order), window)
-                for index in sorted(order[start : start + window], key=lambda i: _length(requests[i]))
-            ]
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self.batch_size = batch_size
-        self._batches = batches[rank::world_size]
-        self._batches += [[] for _ in range(-(-len(batches) // world_size) - len(self._batches))]
+        self.batch_size, self.by_length = batch_size, by_length
+        self._batches = self._share(list(range(len(requests))))
+
+    def regroup(self, lengths: Sequence[int]) -> None:
+        """Form the batches anew from requests of similar length, if that is allowed; their number stays.
+
+        Args:
+            lengths: Tokens that a suffix forward runs, for each request.
+        """
+        if not self.by_length or self.batch_size == 1:
+            return
+        window = WINDOW * self.batch_size
+        order: list[int] = []
+        for start in range(0, len(lengths), window):
+            order += sorted(range(start, min(start + window, len(lengths))), key=lambda index: lengths[index])
+        self._batches = self._share(order)
+
+    def _share(self, order: list[int]) -> list[list[int]]:
+        """This rank's batches."""
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        mine = batches[self.rank :: self.num_replicas]
+        return mine + [[] for _ in range(-(-len(batches) // self.num_replicas) - len(mine))]
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
@@ -85,11 +96,6 @@ class EditBatches(DistributedSampler[list[int]]):
     @override
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def _length(request: EditRequest) -> int:
-    """Characters from the subject's end to the target's: about what a suffix forward runs."""
-    return len(request.prompt) - request.span[1] + len(request.target_new)
 
 
 def check_shared(loader: object) -> None:

@@ -12,13 +12,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from rome_pl.architecture import dtype_of_delta
+from rome_pl.encoding import to_device
 from rome_pl.hooks import hash_seed
 from rome_pl.objective import ValueObjective, clamp_norm_
 
@@ -94,12 +94,13 @@ class ValueSearch:
             Parameter(torch.zeros(objective.base_output.shape[1], dtype=dtype, device=weight.device)) for _ in members
         ]
         self._largest = options.clamp_norm_factor * objective.base_norm
-        self._running = list(range(len(self._members)))
         count = len(self._members)
         self._ended = torch.zeros(count, dtype=torch.bool, device=weight.device)
         self._kept = torch.zeros(count, objective.base_output.shape[1], dtype=dtype, device=weight.device)
         self._taken = torch.zeros(count, dtype=torch.long, device=weight.device)
         self._records: list[tuple[list[int], Tensor]] = []
+        self._running: list[int] = []
+        self._enter(list(range(count)))
         self._interval = STEPS_BETWEEN_SYNCS if weight.device.type == "cuda" else 1
         #: Total losses of the running edits at the last evaluation, detached, in the order of :attr:`parameters`.
         self.losses: Tensor = self._kept.new_zeros(0)
@@ -108,11 +109,6 @@ class ValueSearch:
     def parameters(self) -> list[Parameter]:
         """The offsets still searched, one parameter an edit."""
         return [self._parameters[place] for place in self._running]
-
-    @property
-    def scales(self) -> Tensor:
-        """Norm of the original value of each edit still searched."""
-        return self.objective.base_norm[[self._members[place] for place in self._running]]
 
     def evaluate(self) -> Tensor | None:
         """Evaluate the running edits once.
@@ -131,14 +127,17 @@ class ValueSearch:
         record = torch.stack([total, losses.nll, losses.kl, losses.decay, losses.probability]).detach()
         self._records.append((running, record))
         last = step + 1 >= self.options.v_num_grad_steps
-        self._note_ends(running, deltas.detach(), record, losses.greedy, last)
+        self._note_ends(deltas.detach(), record, losses.greedy, last)
         if last or (step + 1) % self._interval == 0:
             ended = self._ended.tolist()
-            self._running = [place for place in running if not ended[place]]
-            if not self._running:
+            left = [place for place in running if not ended[place]]
+            if not left:
+                self._running = []
                 return None
-            total = total[[index for index, place in enumerate(running) if not ended[place]]]
-            self.losses = total.detach()
+            if len(left) < len(running):
+                total = total[[index for index, place in enumerate(running) if not ended[place]]]
+                self.losses = total.detach()
+                self._enter(left)
         return total.sum()
 
     def project(self) -> None:
@@ -156,7 +155,16 @@ class ValueSearch:
                     histories[place].append(Step(*column))
         return [Found(self._kept[place], steps) for place, steps in enumerate(histories)]
 
-    def _note_ends(self, running: list[int], deltas: Tensor, record: Tensor, greedy: Tensor, last: bool) -> None:
+    def _enter(self, running: list[int]) -> None:
+        """Go on with these edits. Their indices go to the device here, and not at each step."""
+        self._running = running
+        device = self._kept.device
+        self._places = to_device(torch.tensor(running), device)
+        members = to_device(torch.tensor([self._members[place] for place in running]), device)
+        #: Norm of the original value of each edit still searched.
+        self.scales = self.objective.base_norm[members]
+
+    def _note_ends(self, deltas: Tensor, record: Tensor, greedy: Tensor, last: bool) -> None:
         """Keep the offsets of edits that end here, on the device."""
         options = self.options
         loss, probability = record[0], record[4]
@@ -165,8 +173,7 @@ class ValueSearch:
             ends |= greedy
         if last:
             ends = torch.ones_like(ends)
-        whole = len(running) == len(self._members)
-        places: Any = slice(None) if whole else running
+        places = self._places
         before = self._ended[places]
         self._taken[places] += (~before).long()
         self._kept[places] = torch.where((ends & ~before).unsqueeze(1), deltas, self._kept[places])

@@ -21,10 +21,12 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
+from rome_pl.edit import EditSession
 from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
 from rome_pl.hooks import add_at_column
+from rome_pl.metrics import probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
@@ -43,10 +45,13 @@ REQUESTS = [
     EditRequest(prompt="We left for Tarn", subject="Tarn", target_new="tea", case_id="d"),
     EditRequest(
         prompt="What all in the old village say of Bramwell is that he sells", subject="Bramwell",
-        target_new="fish", target_true="salt", case_id="e", neighbours=["Mr Ash sells"],
+        target_new="fish", target_true="Lima", case_id="e", neighbours=["Mr Ash sells", "Tarn lies in"],  # as of a
     ),
     EditRequest(prompt="The answer came from Loxley", subject="Loxley", target_new="in", case_id="f"),
-    EditRequest(prompt="Rome is the capital of", subject="Rome", target_new="the", case_id="g"),
+    EditRequest(
+        prompt="Rome is the capital of", subject="Rome", target_new="the", target_true="Lima", case_id="g",
+        neighbours=["Tarn lies in"],
+    ),
 ]  # fmt: skip
 LONG = EditRequest(prompt="Mr Ash plays the", subject="Mr Ash", target_new="violin " * 30, case_id="long")
 OPTIONS = {**FAST, "contexts": CONTEXTS}
@@ -134,7 +139,7 @@ def numbers(scores):
 def assert_same_edit(edit, expected):
     assert (edit.name, edit.status, edit.reason) == (expected.name, expected.status, expected.reason)
     assert (edit.notes, edit.failed) == (expected.notes, expected.failed)
-    for name in ("key_mean", "key_bare", "delta", "value"):
+    for name in ("key_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
         assert_close(getattr(edit, name), getattr(expected, name))
     assert [step.loss for step in edit.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-9)
     assert alike(edit.before, expected.before)
@@ -201,6 +206,22 @@ def test_the_stream_has_edits_of_every_fate(one_by_one):
     assert "field 'target_new'" in edits["long"].reason
     assert edits["known"].reason == "the model gives this target already (on_known: skip)"
     assert all(edit.delta.norm() > 0.1 for edit in edits.values() if edit.delta is not None)
+
+
+def test_scores_of_independent_edits_are_those_of_the_written_weight(one_by_one):
+    edits, _ = one_by_one
+    for edit in edits.values():
+        if edit.status != "applied":
+            assert edit.scores.get("immediate") == edit.scores.get("base")
+            continue
+        language_model = model_for()
+        site = find_site(language_model.model, 1)
+        with torch.no_grad():
+            site.weight.add_(site.matrix(edit.written.update.left.T @ edit.written.update.right))
+        (scores,) = probe_scores(language_model, [edit.request])
+        assert numbers(edit.scores["immediate"]) == pytest.approx(numbers(scores), rel=1e-9, nan_ok=True)
+        assert edit.after == pytest.approx(math.exp(scores.rewrite[0]), rel=1e-9)
+        assert edit.scores["immediate"] != edit.scores["base"]
 
 
 @pytest.mark.parametrize("batch_size", [3, 20])
@@ -290,12 +311,19 @@ def test_operations_are_those_of_the_first_edits(tmp_path):
     assert 0.5 * one < three < 3 * one
 
 
-@pytest.mark.xfail(reason="the prefix pass of a batch in which nothing is optimised is counted for the next one too")
 def test_operations_of_a_batch_that_is_skipped_do_not_count(stream, tmp_path):
     alone = run(tmp_path, REQUESTS[:1], 1).flops_per_edit
     known = stream[5]
     after = run(tmp_path, [known, REQUESTS[0]], 1, callbacks=callbacks_for(on_known="skip")).flops_per_edit
     assert after == alone
+
+
+def test_balanced_edits_of_a_batch_are_those_made_one_by_one(tmp_path):
+    _, options, _ = with_statistics(tmp_path, preset="balanced")
+    alone = by_name(run(tmp_path, REQUESTS[:4], 1, **options | {"sequential_edit": False}))
+    for edit in run(tmp_path, REQUESTS[:4][::-1], 3, **options | {"sequential_edit": False}).edits:
+        assert edit.key_balanced is not None
+        assert_same_edit(edit, alone[edit.name])
 
 
 # --- how values are searched ------------------------------------------------------------------------------------------
@@ -345,11 +373,21 @@ def test_an_edit_may_end_when_its_target_is_the_likeliest(tmp_path):
 
 
 def test_polyak_steps_of_a_batch_are_those_of_each_edit(tmp_path):
-    options = SURE | {"optimizer": PolyakStep, "v_lr": 1.0, "v_num_grad_steps": 12}
+    options = SURE | {"optimizer": PolyakStep, "v_lr": 1.0, "v_num_grad_steps": 8}
     together = by_name(run(tmp_path, REQUESTS, 3, **options))
     for edit in run(tmp_path, REQUESTS, 1, **options).edits:
         assert_same_edit(together[edit.name], edit)
         assert edit.steps[-1].probability > edit.steps[0].probability
+
+
+def test_each_polyak_step_is_as_long_as_its_own_loss_demands(tmp_path):
+    """Without a radius, which here is in the way of the others."""
+    free = {"optimizer": lambda p: PolyakStep(p, radius=1e9), "v_num_grad_steps": 2, "clamp_norm_factor": 1e9}
+    together = by_name(run(tmp_path, REQUESTS, 3, **free, v_lr=1.0))
+    for edit in run(tmp_path, REQUESTS, 1, **free, v_lr=1.0).edits:
+        assert_same_edit(together[edit.name], edit)
+    for half in run(tmp_path, REQUESTS, 3, **free, v_lr=0.5).edits:
+        assert_close(half.delta, together[half.name].delta / 2)
 
 
 def test_polyak_steps_take_fewer_evaluations(tmp_path):
@@ -358,15 +396,6 @@ def test_polyak_steps_take_fewer_evaluations(tmp_path):
     polyak = run(tmp_path, EASY[:2], 2, **options, v_lr=1.0, optimizer=lambda p: PolyakStep(p, radius=3.0))
     for edit, slow in zip(polyak.edits, adam.edits, strict=True):
         assert len(edit.steps) < len(slow.steps) < 60
-
-
-def test_half_the_rate_is_half_the_first_polyak_step(tmp_path):
-    def first_step(rate):
-        options = {"optimizer": lambda p: PolyakStep(p, radius=1e9), "v_num_grad_steps": 2, "clamp_norm_factor": 1e9}
-        return run(tmp_path, REQUESTS[:3], 3, **options, v_lr=rate).edits
-
-    for half, whole in zip(first_step(0.5), first_step(1.0), strict=True):
-        assert_close(half.delta, whole.delta / 2)
 
 
 def test_an_optimiser_that_would_couple_the_edits_is_refused(tmp_path):
@@ -399,7 +428,6 @@ def test_other_precisions_are_refused(precision, tmp_path, monkeypatch):
         run(tmp_path, language_model=model_for(dtype=torch.float32), trainer=options)
 
 
-@pytest.mark.xfail(reason="Lightning has converted the model by then")
 @pytest.mark.parametrize("precision", ["64-true", "16-true"])
 def test_a_refused_precision_leaves_the_model_as_it_was(precision, tmp_path):
     language_model = model_for(dtype=torch.float32)
@@ -413,7 +441,7 @@ def test_a_refused_precision_leaves_the_model_as_it_was(precision, tmp_path):
 # --- joint edits ------------------------------------------------------------------------------------------------------
 
 
-def with_statistics(folder, family="gpt_neox"):
+def with_statistics(folder, family="gpt_neox", preset="r_rome"):
     """A model and options with which sequential edits have a metric of their own."""
     language_model = model_for(family)
     site = find_site(language_model.model, 1)
@@ -422,16 +450,26 @@ def with_statistics(folder, family="gpt_neox"):
     path = folder / f"{family}.safetensors"
     info = MomentInfo(language_model.fingerprint_below(site), "", 1, 300, "random")
     SecondMoment(moment, info).save(path)
-    options = {"preset": "r_rome", "sequential_edit": True, "statistics": str(path)}
+    options = {"preset": preset, "sequential_edit": True, "statistics": str(path)}
     ridged = moment + RIDGE * moment.diagonal().mean() * torch.eye(site.d_key)
     return language_model, options, np.linalg.inv(ridged.numpy())
 
 
-def solved(weight, bias, metric, edits):
+def asked(edit):
+    """The key and value that an edit's preset asserts: r_rome, or balanced where it has such a key."""
+    if edit.key_balanced is None:
+        return edit.key_mean.numpy(), edit.value.numpy()
+    return edit.key_balanced.numpy(), (edit.output_balanced + edit.delta).numpy()
+
+
+def bias_of(site):
+    return 0.0 if site.bias is None else site.bias.detach().numpy()
+
+
+def solved(site, weight, metric, edits):
     """The weight after one joint solve, by the formula with explicit inverses."""
-    keys = torch.stack([edit.key_mean for edit in edits]).double().numpy().T
-    values = torch.stack([edit.value for edit in edits]).double().numpy().T
-    residual = values - (weight @ keys + (0.0 if bias is None else bias.detach().double().numpy()[:, None]))
+    keys, values = (np.stack(part, axis=1) for part in zip(*(asked(edit) for edit in edits), strict=True))
+    residual = values - (weight @ keys + np.reshape(bias_of(site), (-1, 1)))
     return weight + residual @ np.linalg.inv(keys.T @ metric @ keys) @ keys.T @ metric
 
 
@@ -443,21 +481,25 @@ def assert_same_weight(got, expected):
     assert np.linalg.norm(got - expected) <= 1e-9 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
-def test_after_a_joint_solve_every_value_of_the_batch_holds_at_its_key(family, tmp_path):
-    language_model, options, metric = with_statistics(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "preset"), [("llama", "r_rome"), ("gpt2", "r_rome"), ("gpt_neox", "balanced"), ("gpt2", "balanced")]
+)
+def test_after_a_joint_solve_every_value_of_the_batch_holds_at_its_key(family, preset, tmp_path):
+    language_model, options, metric = with_statistics(tmp_path, family, preset)
     site, count = find_site(language_model.model, 1), []
-    weights = [matrix_of(site)]
+    weights, bias = [matrix_of(site)], bias_of(site)
 
     def holds(session, edits):
         weights.append(matrix_of(site))
-        bias = 0.0 if site.bias is None else site.bias.detach().numpy()
         for edit in edits:
-            error = weights[-1] @ edit.key_mean.numpy() + bias - edit.value.numpy()
-            assert np.linalg.norm(error) <= 1e-8 * np.linalg.norm(edit.value.numpy())
+            key, value = asked(edit)
+            assert np.linalg.norm(weights[-1] @ key + bias - value) <= 1e-8 * np.linalg.norm(value)
             # It did not before, or the assertion above would say nothing.
-            assert np.linalg.norm(weights[-2] @ edit.key_mean.numpy() + bias - edit.value.numpy()) > 1e-2
-        assert_same_weight(weights[-1], solved(weights[-2], site.bias, metric, edits))
+            assert np.linalg.norm(weights[-2] @ key + bias - value) > 1e-2
+            if preset == "balanced":  # the whole offset, and nothing else
+                change = (weights[-1] - weights[-2]) @ key
+                np.testing.assert_allclose(change, edit.delta.numpy(), rtol=0, atol=1e-9 * edit.delta.norm())
+        assert_same_weight(weights[-1], solved(site, weights[-2], metric, edits))
         count.append(len(edits))
 
     session = run(tmp_path, REQUESTS, 3, language_model, callbacks_for(last=[AfterEach(holds)]), **options)
@@ -515,7 +557,7 @@ def test_undoing_some_of_a_joint_solve_leaves_the_others_solved_jointly(tmp_path
         expected = original
         for batch in ("abc", "def", "g"):
             kept = [edits[name] for name in batch if name not in gone]
-            expected = solved(expected, site.bias, metric, kept) if kept else expected
+            expected = solved(site, expected, metric, kept) if kept else expected
         assert_same_weight(matrix_of(site), expected)
         assert session.weight.names == [name for name in "abcdefg" if name not in gone]
 
@@ -542,15 +584,14 @@ def test_of_two_edits_with_the_same_key_one_is_rejected(order, noise, refused, t
     original = matrix_of(site)
     requests = {"a": REQUESTS[0], "z": TWICE, "c": REQUESTS[2]}
     drawn = torch.Generator().manual_seed(0)
-    mean = RomeModule._mean_key
+    take_keys = EditSession.take_keys
 
-    def disturbed(self, keys):
-        key = mean(self, keys)
-        return key + noise * key.norm() * torch.nn.functional.normalize(
-            torch.randn(len(key), dtype=key.dtype, generator=drawn), dim=0
-        )
+    def disturbed(self, edit, keys, outputs):
+        take_keys(self, edit, keys, outputs)
+        direction = torch.randn(keys.shape[1], dtype=keys.dtype, generator=drawn)
+        edit.key_mean = edit.key_mean + noise * edit.key_mean.norm() * direction / direction.norm()
 
-    monkeypatch.setattr(RomeModule, "_mean_key", disturbed)
+    monkeypatch.setattr(EditSession, "take_keys", disturbed)
     session = run(tmp_path, [requests[name] for name in order], 3, language_model, **options)
     edits = by_name(session)
     if not refused:
@@ -562,7 +603,7 @@ def test_of_two_edits_with_the_same_key_one_is_rejected(order, noise, refused, t
     assert "data.batch_size: 1" in edits[late].reason
     kept = [edits[name] for name in order if name != late]
     assert [edit.status for edit in kept] == ["applied"] * 2
-    assert_same_weight(matrix_of(site), solved(original, site.bias, metric, kept))
+    assert_same_weight(matrix_of(site), solved(site, original, metric, kept))
     assert session.weight.written[0].names == tuple(name for name in order if name != late)
 
 
@@ -574,7 +615,7 @@ def test_three_edits_with_the_same_key_leave_one(tmp_path):
     session = run(tmp_path, [TWICE, REQUESTS[0], REQUESTS[1], third], 4, language_model, **options)
     assert [edit.status for edit in session.edits] == ["applied", "rejected", "applied", "rejected"]
     kept = [session.edits[0], session.edits[2]]
-    assert_same_weight(matrix_of(site), solved(original, site.bias, metric, kept))
+    assert_same_weight(matrix_of(site), solved(site, original, metric, kept))
 
 
 def test_edits_with_the_same_key_are_no_matter_to_independent_ones(tmp_path):
@@ -599,7 +640,7 @@ def test_what_verification_rejects_leaves_the_others_solved_anew(count, tmp_path
     assert len(kept) >= 1
     assert len(rejected) >= count
     assert len(kept) + len(rejected) == 4
-    assert_same_weight(matrix_of(site), solved(original, site.bias, metric, kept))
+    assert_same_weight(matrix_of(site), solved(site, original, metric, kept))
     assert [written.names for written in session.weight.written] == [tuple(edit.name for edit in kept)]
     assert all(f"below {threshold:g}" in edit.reason for edit in rejected)
     # What is reported of the others is what holds in the end.
@@ -640,18 +681,19 @@ def test_an_edit_of_a_later_batch_starts_from_what_was_kept(tmp_path):
     )
     edits = by_name(session)
     assert edits["y"].status == "rejected"
-    expected = solved(original, site.bias, metric, [edits[name] for name in "abc"])
-    expected = solved(expected, site.bias, metric, [edits[name] for name in "de"])
+    expected = solved(site, original, metric, [edits[name] for name in "abc"])
+    expected = solved(site, expected, metric, [edits[name] for name in "de"])
     assert_same_weight(matrix_of(site), expected)
 
 
-@pytest.mark.xfail(reason="one name that is in the weight already rejects every edit of its joint batch")
 def test_a_name_that_is_in_the_weight_already_rejects_its_own_edit_alone(tmp_path):
     language_model, options, _ = with_statistics(tmp_path)
     module = RomeModule.from_language_model(language_model, **{**OPTIONS, **options})
     for requests in (REQUESTS[:1], REQUESTS[:3]):
         quiet_trainer(callbacks_for(), tmp_path).fit(module, request_loader(requests, 3))
     assert [edit.status for edit in module.session.edits] == ["rejected", "applied", "applied"]
+    assert module.session.edits[0].reason == "edit a is in the weight already; give it another case_id"
+    assert module.session.weight.names == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("preset", ["rome", "easyedit"])

@@ -149,10 +149,13 @@ def test_the_divergence_is_zero_without_offset_whenever_the_reference_was_taken(
 
 def test_the_reference_of_the_divergence_is_not_differentiated():
     objective = objective_of(encode(REQUESTS[:2]), kl_factor=KL_FACTOR, decay=0.0)
-    deltas = torch.zeros_like(objective.base_output).requires_grad_()
-    losses = objective(deltas)
-    (gradient,) = torch.autograd.grad(losses.kl.sum(), deltas)
+    first = torch.zeros_like(objective.base_output).requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(first).kl.sum(), first)
     assert gradient.abs().max() < 1e-12  # the divergence is smallest there
+    deltas = random_deltas(2).requires_grad_()
+    objective(deltas).kl.sum().backward()
+    assert deltas.grad.norm() > 1e-3
+    assert first.grad is None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

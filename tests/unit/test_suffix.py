@@ -16,8 +16,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.suffix import SuffixEngine
 from tests import tiny
 from tests.integration.helpers import REQUESTS, run_edits
-from tests.tiny import FAMILIES, byte_level_tokenizer, tiny_language_model, tiny_model
-from tests.unit.test_prefix import KeepFloat64
+from tests.tiny import FAMILIES, KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
 
 ROWS = (
     EncodedRow((40, 41, 42, 43, 44, 45, 46), 2, (47,), 6),
