@@ -91,7 +91,9 @@ class EditBatches(DistributedSampler[list[int]]):
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+        # One look at a time: Lightning makes its iterator before the module knows the lengths.
+        for place in range(len(self._batches)):
+            yield self._batches[place]
 
     @override
     def __len__(self) -> int:
