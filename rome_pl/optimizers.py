@@ -72,5 +72,6 @@ def _step(gradient: Tensor, group: dict[str, Any]) -> Tensor:
     norm = torch.linalg.vector_norm(gradient)
     length = group["lr"] * (wanted - odds).clamp(min=0) * rest / norm.clamp(min=tiny)
     length = torch.minimum(length, group["radius"] * group["scale"].to(gradient))
-    step: Tensor = gradient * (-length / norm.clamp(min=tiny))
+    # Without a gradient there is no direction, and length / norm may overflow.
+    step: Tensor = torch.where(norm > 0, gradient / norm.clamp(min=tiny) * -length, torch.zeros_like(gradient))
     return step

@@ -111,7 +111,7 @@ class PrefixPass:
 
     def _fresh_cache(self) -> dict[str, Any]:
         """A cache of the prefix that a forward may extend. Built anew each time, so no graph outlives its step."""
-        if self.start < self.rows.prefix:
+        if not self.cache:
             return {"use_cache": False}
         return {"past_key_values": _cache_of(self.cache, self.site.layer), "use_cache": True}
 

@@ -85,7 +85,8 @@ class EditBatches(DistributedSampler[list[int]]):
 
     def _share(self, order: list[int]) -> list[list[int]]:
         """This rank's batches."""
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        size = self.batch_size
+        batches = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
         mine = batches[self.rank :: self.num_replicas]
         return mine + [[] for _ in range(-(-len(batches) // self.num_replicas) - len(mine))]
 

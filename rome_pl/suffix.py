@@ -50,9 +50,12 @@ class SuffixEngine:
         Raises:
             UnsupportedModelError: If padded rows give other results than single ones on this model, however they run.
         """
-        if self.whole_rows is not None:
-            return
-        two = [min(rows, key=_prefix_length), max(rows, key=_prefix_length)]
+        longest = max(rows, key=lambda row: row.lookup)
+        if self.whole_rows is not None or longest.lookup == 0:
+            return  # rows without a prefix need neither cache nor padding: others will tell
+        cut = (longest.lookup + 1) // 2
+        shorter = replace(longest, ids=longest.ids[cut:], lookup=longest.lookup - cut, first=longest.first - cut)
+        two = [longest, shorter]
         reasons = []
         for whole in (False, True):
             try:
@@ -119,7 +122,3 @@ class SuffixEngine:
         with frozen(self.model), add_at_column(self.site.projection, delta, row.lookup):
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
         return logits
-
-
-def _prefix_length(row: EncodedRow) -> int:
-    return row.lookup

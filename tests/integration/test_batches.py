@@ -300,12 +300,6 @@ def test_results_are_in_the_order_of_the_stream_where_batches_are_not(stream, on
     assert [line["index"] for line in ledger] == order
 
 
-@pytest.mark.xfail(reason="batches by length come in another order, and within a batch edits do too")
-def test_the_ledger_is_in_the_order_of_the_stream_where_batches_are_not(stream, tmp_path):
-    run(tmp_path, stream, 3, by_length=True)
-    assert [line["index"] for line in ledger_of(tmp_path)] == list(range(len(stream)))
-
-
 def test_operations_are_those_of_the_first_edits(tmp_path):
     one, three = (run(tmp_path, REQUESTS[1:4], size).flops_per_edit for size in (1, 3))
     assert 0.5 * one < three < 3 * one

@@ -20,17 +20,20 @@ COMBINATIONS = list(itertools.product(SIZES, (1, 2, 3, 8), (1, 2, 3, 5)))
 
 
 def requests_of(count):
-    """Requests whose prompts go on after the subject for lengths in no order."""
-    return [
-        EditRequest(
-            prompt="Korrin" + " and so on" * ((17 * index) % 11), subject="Korrin", target_new="x", case_id=index
-        )
-        for index in range(count)
-    ]
+    return [EditRequest(prompt="Korrin is", subject="Korrin", target_new="x", case_id=index) for index in range(count)]
 
 
-def shares(requests, batch_size, by_length, world):
-    return [list(EditBatches(requests, batch_size, by_length, rank, world)) for rank in range(world)]
+def lengths_of(count):
+    """Lengths in no order, some of them equal."""
+    return [(17 * index) % 11 for index in range(count)]
+
+
+def shares(count, batch_size, by_length, world):
+    """The batches of every rank once lengths are known."""
+    samplers = [EditBatches(requests_of(count), batch_size, by_length, rank, world) for rank in range(world)]
+    for sampler in samplers:
+        sampler.regroup(lengths_of(count))
+    return [list(sampler) for sampler in samplers]
 
 
 def in_turn(parts):
@@ -38,14 +41,10 @@ def in_turn(parts):
     return [batch for turn in zip(*parts, strict=True) for batch in turn]
 
 
-def rest(request):
-    return len(request.prompt) - request.span[1]
-
-
 @pytest.mark.parametrize("by_length", [False, True])
 def test_every_request_exactly_once_over_all_ranks(by_length):
     for count, batch_size, world in COMBINATIONS:
-        parts = shares(requests_of(count), batch_size, by_length, world)
+        parts = shares(count, batch_size, by_length, world)
         indices = [index for batch in in_turn(parts) for index in batch]
         assert sorted(indices) == list(range(count)), (count, batch_size, world)
         assert all(len(batch) <= batch_size for batch in in_turn(parts))
@@ -54,12 +53,11 @@ def test_every_request_exactly_once_over_all_ranks(by_length):
 @pytest.mark.parametrize("by_length", [False, True])
 def test_all_ranks_give_equally_many_batches_only_the_last_of_them_empty(by_length):
     for count, batch_size, world in COMBINATIONS:
-        requests = requests_of(count)
-        parts = shares(requests, batch_size, by_length, world)
+        parts = shares(count, batch_size, by_length, world)
         number = math.ceil(math.ceil(count / batch_size) / world)  # no more turns than it takes
         assert [len(part) for part in parts] == [number] * world
         for rank in range(world):
-            assert len(EditBatches(requests, batch_size, by_length, rank, world)) == number
+            assert len(EditBatches(requests_of(count), batch_size, by_length, rank, world)) == number
         empty = [not batch for batch in in_turn(parts)]
         assert empty == sorted(empty)
         assert sum(empty) < world
@@ -67,7 +65,7 @@ def test_all_ranks_give_equally_many_batches_only_the_last_of_them_empty(by_leng
 
 def test_the_order_of_the_stream_is_kept():
     for count, batch_size, world in COMBINATIONS:
-        parts = shares(requests_of(count), batch_size, False, world)
+        parts = shares(count, batch_size, False, world)
         batches = [batch for batch in in_turn(parts) if batch]
         assert list(itertools.chain(*batches)) == list(range(count))
         assert all(len(batch) == batch_size for batch in batches[:-1])
@@ -75,43 +73,43 @@ def test_the_order_of_the_stream_is_kept():
 
 def test_one_request_at_a_time_is_not_reordered():
     for world in (1, 3):
-        assert shares(requests_of(40), 1, True, world) == shares(requests_of(40), 1, False, world)
+        assert shares(40, 1, True, world) == shares(40, 1, False, world)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world"), [(200, 8, 1), (200, 8, 3), (65, 2, 2), (100, 5, 4)])
 def test_batches_by_length_stay_within_a_window_of_the_stream(count, batch_size, world):
-    requests, window = requests_of(count), WINDOW * batch_size
-    order = [index for batch in in_turn(shares(requests, batch_size, True, world)) for index in batch]
+    lengths, window = lengths_of(count), WINDOW * batch_size
+    order = [index for batch in in_turn(shares(count, batch_size, True, world)) for index in batch]
     assert order != list(range(count))
     for start in range(0, count, window):
         part = order[start : start + window]
         assert sorted(part) == list(range(start, min(start + window, count)))
-        lengths = [rest(requests[index]) for index in part]
-        assert lengths == sorted(lengths)
+        assert [lengths[index] for index in part] == sorted(lengths[index] for index in part)
     # Requests of equal length keep their order.
-    assert all(a < b for a, b in itertools.pairwise(order[:window]) if rest(requests[a]) == rest(requests[b]))
+    assert all(a < b for a, b in itertools.pairwise(order[:window]) if lengths[a] == lengths[b])
 
 
 def test_batches_by_length_pad_less():
-    requests = requests_of(64)
-
     def padding(by_length):
-        batches = [[rest(requests[index]) for index in batch] for batch in shares(requests, 8, by_length, 1)[0]]
+        batches = [[lengths_of(64)[index] for index in batch] for batch in shares(64, 8, by_length, 1)[0]]
         return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
 
     assert padding(True) < padding(False) / 3
 
 
-def test_the_target_counts_as_length_too():
-    requests = [
-        EditRequest(prompt="Korrin is", subject="Korrin", target_new="x" * length, case_id=length)
-        for length in (9, 1, 5)
-    ]
-    assert shares(requests, 2, True, 1) == [[[1, 2], [0]]]
+def test_batches_are_in_order_until_lengths_are_known():
+    sampler = EditBatches(requests_of(5), 2, True)
+    assert list(sampler) == [[0, 1], [2, 3], [4]]
+    begun = iter(sampler)  # Lightning has it in hand before the module knows lengths
+    sampler.regroup([5, 1, 4, 2, 3])
+    assert list(begun) == list(sampler) == [[1, 3], [4, 2], [0]]
+    sampler.regroup([1, 2, 3, 4, 5])
+    assert list(sampler) == [[0, 1], [2, 3], [4]]
 
 
 def test_a_sampler_may_be_read_again():
     sampler = EditBatches(requests_of(20), 3, True)
+    sampler.regroup(lengths_of(20))
     first = list(sampler)
     sampler.set_epoch(1)  # Lightning does at the start of every epoch
     assert list(sampler) == first
@@ -166,7 +164,8 @@ def test_lightning_leaves_the_sampler_alone():
     assert type(plain.sampler) is DistributedSampler
 
 
-def test_a_run_sees_every_batch_as_the_sampler_gives_it(language_model, tmp_path):
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_run_takes_the_batches_that_the_lengths_of_its_requests_give(by_length, language_model, tmp_path):
     seen = []
 
     class Watch(Callback):
@@ -178,5 +177,6 @@ def test_a_run_sees_every_batch_as_the_sampler_gives_it(language_model, tmp_path
         for index in range(5)
     ]
     module = RomeModule.from_language_model(language_model, **FAST | {"v_num_grad_steps": 1})
-    quiet_trainer([Watch()], tmp_path).fit(module, request_loader(requests, 2, by_length=True))
-    assert seen == list(EditBatches(requests, 2, True)) == [[0, 2], [4, 1], [3]]
+    loader = request_loader(requests, 2, by_length)
+    quiet_trainer([Watch()], tmp_path).fit(module, loader)
+    assert seen == list(loader.sampler) == ([[0, 2], [4, 1], [3]] if by_length else [[0, 1], [2, 3], [4]])

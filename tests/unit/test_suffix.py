@@ -258,7 +258,6 @@ def test_the_choice_leaves_nothing_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.xfail(reason="rows without a prefix try no cache, and the choice stands for all that follow")
 def test_rows_that_need_no_cache_decide_nothing():
     engine = engine_of(ForgetfulCache())
     with KeepFloat64():
@@ -266,7 +265,18 @@ def test_rows_that_need_no_cache_decide_nothing():
         assert_right(engine)
 
 
-@pytest.mark.xfail(reason="rows of one length need no padding, and the choice stands for all that follow")
+def test_whole_rows_without_a_prefix_need_no_cache():
+    """As of a batch of edits whose prompts all open with their subject, where there is no BOS."""
+    engine = engine_of(hybrid("lfm2", **FALLING_BACK["lfm2"]))
+    run = engine.run(ROWS)
+    assert engine.whole_rows is True
+    with KeepFloat64():
+        expected = plain_answers(engine.model, engine.site, NO_PREFIX)
+        for made in (run.select([3]), engine.run(NO_PREFIX)):
+            for got, wanted in zip(answers(made), expected, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_rows_that_need_no_padding_decide_nothing():
     engine = engine_of(hybrid("recurrent_gemma", **RECURRENT_GEMMA))
     engine.run(ROWS[:1])
