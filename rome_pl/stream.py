@@ -86,7 +86,7 @@ class EditBatches(DistributedSampler[list[int]]):
     def _share(self, order: list[int]) -> list[list[int]]:
         """This rank's batches."""
         size = self.batch_size
-        batches = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = batches[self.rank :: self.num_replicas]
         return mine + [[] for _ in range(-(-len(batches) // self.num_replicas) - len(mine))]
 
