@@ -163,7 +163,8 @@ class EditBatch:
     """Edits whose values are optimised side by side.
 
     Args:
-        edits: The edits, in the order of the stream; none where another device has one more batch than this one.
+        edits: The edits, in the order in which the loader gave them; none where another device has one more batch than
+            this one.
         objective: Losses of the offsets of :attr:`optimised`, with the prefix pass behind them; freed after use.
         optimised: The edits that could be encoded.
     """

@@ -187,7 +187,7 @@ def _run_columns_before_lookup(
         index, width = torch.tensor(group, device=device), aligned.input_ids.shape[1]
         for layer, made in enumerate(cache.layers):
             if layer == len(joined):
-                joined.append(tuple(_room(tensor, len(rows), prefix) for tensor in (made.keys, made.values)))  # type: ignore[arg-type]
+                joined.append((_room(made.keys, len(rows), prefix), _room(made.values, len(rows), prefix)))
             for whole, part in zip(joined[layer], (made.keys, made.values), strict=True):
                 whole[index, :, prefix - width :] = part
     return joined

@@ -62,16 +62,8 @@ class SuffixEngine:
                 error, largest = self._error(two, whole)
             except torch.OutOfMemoryError:
                 raise
-            except (
-                AttributeError,
-                IndexError,
-                KeyError,
-                NotImplementedError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as e:
-                reasons.append(f"{type(e).__name__}: {e}")  # what a cache of another kind may answer
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
+                reasons.append(f"{type(failure).__name__}: {failure}")  # what a cache of another kind may answer
                 continue
             if error is None:  # these rows overflow in a plain forward too; others will tell
                 return
