@@ -1,4 +1,4 @@
-"""A progress bar that counts edits."""
+"""Progress bars that count what a user counts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
 from rome_pl.edit import EditBatch, session_of
+from rome_pl.moment_pass import MomentPass
 
-__all__ = ["EditProgressBar"]
+__all__ = ["EditProgressBar", "MomentProgressBar"]
 
 
 class EditProgressBar(RichProgressBar):
@@ -40,3 +41,25 @@ class EditProgressBar(RichProgressBar):
     @override
     def _get_train_description(self, current_epoch: int) -> str:
         return "Editing"
+
+
+class MomentProgressBar(RichProgressBar):
+    """Lightning's Rich progress bar, naming what it counts: blocks of text for this process."""
+
+    @property
+    @override
+    def total_predict_batches_current_dataloader(self) -> int | float:
+        """Steps if no pass ends early; the data loader cannot know them."""
+        moments = getattr(self.trainer.lightning_module, "moments", None)
+        if not isinstance(moments, MomentPass):
+            return super().total_predict_batches_current_dataloader
+        blocks = sum(
+            boundaries[-1] - len(done)
+            for boundaries, done in zip(moments.plan.boundaries, moments.plan.done, strict=True)
+        )
+        return blocks // moments.peers.world_size + len(moments.plan.boundaries)
+
+    @property
+    @override
+    def predict_description(self) -> str:
+        return "Summing keys"

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rome_pl.covariance_module import CovarianceModule as CovarianceModule
     from rome_pl.edit_module import RomeModule as RomeModule
     from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
     from rome_pl.language_model import LanguageModel as LanguageModel
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rome_pl.requests import EditRequest as EditRequest
 
 _PUBLIC = {
+    "CovarianceModule": "rome_pl.covariance_module",
     "EditRequest": "rome_pl.requests",
     "KnowledgeEditor": "rome_pl.editor",
     "LanguageModel": "rome_pl.language_model",
@@ -19,7 +21,15 @@ _PUBLIC = {
     "load_language_model": "rome_pl.language_model",
 }
 
-__all__ = ["EditRequest", "KnowledgeEditor", "LanguageModel", "PolyakStep", "RomeModule", "load_language_model"]
+__all__ = [
+    "CovarianceModule",
+    "EditRequest",
+    "KnowledgeEditor",
+    "LanguageModel",
+    "PolyakStep",
+    "RomeModule",
+    "load_language_model",
+]
 
 
 def __getattr__(name: str) -> Any:

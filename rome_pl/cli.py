@@ -3,19 +3,22 @@
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from rome_pl.callbacks import (
     EditCommit,
     EditProgressBar,
+    MomentProgressBar,
+    MomentReport,
     ProbeEvaluation,
     RankOneWriter,
     RepresentationCheck,
@@ -24,7 +27,8 @@ from rome_pl.callbacks import (
     TensorBoardReport,
     Verification,
 )
-from rome_pl.data_modules import RequestDataModule
+from rome_pl.covariance_module import CovarianceModule
+from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer
@@ -42,17 +46,36 @@ class _RunConfig(SaveConfigCallback):
         self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
 
 
-class RomeCLI(LightningCLI):
-    """Parses ``rome-pl VERB``. The callbacks of an edit are named sections, in the order in which they have to run."""
+@dataclass(frozen=True)
+class _Verb:
+    """What a verb of the command line works with.
 
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        return {"edit": {"model", "datamodule"}}
+    Args:
+        model: The LightningModule.
+        data: The LightningDataModule.
+        callbacks: Classes of callbacks with their sections, in the order in which they have to run.
+        progress: Makes the progress bar.
+        trainer: Defaults of the Trainer that differ from Lightning's.
+        defaults: Defaults of other options.
+        links: Options that are set once and used twice.
+    """
 
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for callback, section in (
+    model: type[LightningModule]
+    data: type[LightningDataModule]
+    callbacks: tuple[tuple[type[Callback], str], ...]
+    progress: Callable[[], Callback]
+    trainer: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    links: tuple[tuple[str, str], ...] = ()
+
+
+_TRAINER: dict[str, Any] = {"devices": 1, "enable_checkpointing": False, "enable_model_summary": False}
+
+VERBS = {
+    "edit": _Verb(
+        RomeModule,
+        RequestDataModule,
+        (
             (RepresentationCheck, "representation_check"),
             (RankOneWriter, "rank_one_writer"),
             (Verification, "verification"),
@@ -61,10 +84,51 @@ class RomeCLI(LightningCLI):
             (StateCheck, "state_check"),
             (TensorBoardReport, "tensorboard_report"),
             (RunReport, "run_report"),
-        ):
+        ),
+        lambda: EditProgressBar(leave=True),
+        _TRAINER
+        | {
+            "max_epochs": 1,
+            "default_root_dir": "runs/edit",
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "check_val_every_n_epoch": None,
+        },
+        {"commit.ledger": True},
+        (("model.on_error", "data.on_error"),),
+    ),
+    "covariance": _Verb(
+        CovarianceModule,
+        CorpusDataModule,
+        ((MomentReport, "moment_report"),),
+        lambda: MomentProgressBar(leave=True),
+        _TRAINER | {"default_root_dir": "runs/covariance"},
+    ),
+}
+
+
+class RomeCLI(LightningCLI):
+    """Parses ``rome-pl VERB``; each verb has its module, data module and callbacks."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {verb: {"model", "datamodule"} for verb in VERBS}
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._verb = VERBS[subcommand]
+        self._model_class, self._datamodule_class = self._verb.model, self._verb.data
+        self.trainer_defaults = self._verb.trainer
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for callback, section in self._verb.callbacks:
             parser.add_lightning_class_args(callback, section)
-        parser.set_defaults({"commit.ledger": True})
-        parser.link_arguments("model.on_error", "data.on_error")
+        parser.set_defaults(self._verb.defaults)
+        for source, target in self._verb.links:
+            parser.link_arguments(source, target)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -79,6 +143,8 @@ class RomeCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.subcommand is not None
+        self.trainer_defaults = {"callbacks": [VERBS[self.subcommand].progress()]}
         trainer = self._get(self.config_init, "trainer")
         if trainer["logger"] in (None, True):
             # Built here and not in a default, because it goes below the run folder.
@@ -107,17 +173,6 @@ def main(args: Sequence[str] | None = None) -> int:
             model_class=RomeModule,
             datamodule_class=RequestDataModule,
             trainer_class=RomeTrainer,
-            trainer_defaults={
-                "max_epochs": 1,
-                "devices": 1,
-                "default_root_dir": "runs/edit",
-                "enable_checkpointing": False,
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1,
-                "check_val_every_n_epoch": None,
-                "callbacks": [EditProgressBar(leave=True)],
-            },
             save_config_callback=_RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=False,
@@ -146,12 +201,12 @@ def _quieten() -> None:
         "Found .* module.s. in eval mode",  # the language model is frozen
         "You have overridden `.*` in `LightningModule`",  # the module encodes requests: it holds the tokenizer
         "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning's own use of torch
-        "The 'train_dataloader' does not have many workers",  # requests are text in memory
+        "The '.*_dataloader' does not have many workers",  # requests are text in memory; tokenising text takes little
     ):
         warnings.filterwarnings("ignore", message)
 
 
-_FLAGS = {"--dry_run": "--dry_run", "--dry-run": "--dry_run", "--overwrite": "--overwrite"}
+_FLAGS = {"--dry_run": "--dry_run", "--dry-run": "--dry_run", "--overwrite": "--overwrite", "--list": "--list"}
 
 
 def _normalised(args: Sequence[str]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["gather", "independent_gradients", "leave_to_each_process", "one_after_the_other"]
+__all__ = ["Peers", "gather", "independent_gradients", "leave_to_each_process", "one_after_the_other"]
 
 T = TypeVar("T")
 
@@ -48,3 +50,43 @@ def independent_gradients(trainer: Any) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those that share a job; alone by default, and then every method is at hand at no cost.
+
+    Args:
+        rank: This process.
+        world_size: Number of processes.
+        device: Where tensors have to be for a collective.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+
+    def sum_on_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the processes' tensors, on the first; elsewhere nothing of use. The argument is used up."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device)
+        torch.distributed.reduce(total, 0)
+        return total.to(tensor.device)
+
+    def from_first(self, item: T) -> T:
+        """What the first process gives, on every one."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        torch.distributed.broadcast_object_list(items, 0)
+        return items[0]
+
+    def gather(self, item: T) -> list[T]:
+        """What every process gives, by rank, on every one."""
+        return [item] if self.world_size == 1 else gather([item])
+
+    def wait(self) -> None:
+        """Return once every process is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()

@@ -23,6 +23,7 @@ __all__ = [
     "run_from_layer",
     "seeded",
     "stopped_after",
+    "stopped_before",
 ]
 
 
@@ -245,11 +246,23 @@ class _ReachedError(Exception):
 @contextmanager
 def stopped_after(module: nn.Module) -> Iterator[None]:
     """End the forward inside once ``module`` has run; the rest of the block is skipped."""
+    with _stopped(module.register_forward_hook):
+        yield
 
+
+@contextmanager
+def stopped_before(module: nn.Module) -> Iterator[None]:
+    """End the forward inside when ``module`` is about to run; hooks registered on its input earlier still do."""
+    with _stopped(module.register_forward_pre_hook):
+        yield
+
+
+@contextmanager
+def _stopped(register: Callable[..., Any]) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _ReachedError
 
-    handle = module.register_forward_hook(stop)
+    handle = register(stop)
     try:
         yield
     except _ReachedError:

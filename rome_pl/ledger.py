@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from rome_pl.files import whole_file
 from rome_pl.weights import Written
 
 __all__ = ["Ledger", "plain"]
@@ -78,8 +79,5 @@ class Ledger:
             "left": written.update.left,
             "right": written.update.right,
         }
-        work = path.with_suffix(".tmp")
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)
-        with work.open("rb") as file:
-            os.fsync(file.fileno())
-        work.replace(path)
+        with whole_file(path) as work:
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.edit import Edit, EditSession, EditStatus
+from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import InvalidRecord
@@ -79,13 +79,8 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_suffix(".tmp")
-    with work.open("w", encoding="utf-8") as file:
+    with whole_file(path) as work, work.open("w", encoding="utf-8") as file:
         json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
 
 
 def edit_table(edits: Sequence[Edit]) -> Table:

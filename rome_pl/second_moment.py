@@ -5,10 +5,7 @@ ties it to the model, layer and corpus it was computed from.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rome_pl.errors import RomeError
+from rome_pl.files import whole_file
 
-__all__ = ["RIDGE", "MomentAccumulator", "MomentInfo", "SecondMoment", "StatisticsError", "library_versions"]
+__all__ = [
+    "NULL_SPACE",
+    "RIDGE",
+    "MomentInfo",
+    "SecondMoment",
+    "Spectrum",
+    "StatisticsError",
+    "library_versions",
+    "pack_upper",
+    "unpack_upper",
+]
 
 RIDGE = 1e-6
 """Ridge of every solve, as a fraction of the mean diagonal of C. It bounds the condition number by 1e6 · d_key, and is
 of the order of what float32 storage can resolve."""
 
-BLOCK_TOKENS = 1024
-"""Keys per float32 product before the sum goes on in float64."""
+NULL_SPACE = 2e-2
+"""Eigenvalues of C below this count as its null space (Fang et al. 2025, AlphaEdit: ``nullspace_threshold``)."""
 
 
 class StatisticsError(RomeError):
@@ -46,6 +54,10 @@ class MomentInfo:
         corpus: Fingerprint (or description) of the text.
         model: Name of the model, for a reader.
         versions: Versions of the libraries used, for a reader.
+        dtype: Precision of the stored matrix.
+        date: When it was computed, ISO 8601, for a reader.
+        source: Name of the corpus, for a reader.
+        agreement: Mean cosine of ``C⁻¹k`` from two halves of the text over probe keys, where it was measured.
     """
 
     weights: str
@@ -55,6 +67,42 @@ class MomentInfo:
     corpus: str
     model: str = ""
     versions: str = ""
+    dtype: str = "float32"
+    date: str = ""
+    source: str = ""
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigenvalues of a second moment and what they say about solves with it.
+
+    Args:
+        eigenvalues: Falling; float64, ``[d_key]``.
+    """
+
+    eigenvalues: Tensor
+
+    @property
+    def ridge(self) -> float:
+        """What solves add to the diagonal."""
+        return RIDGE * float(self.eigenvalues.mean())
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue of the matrix that solves use, ridge included."""
+        # A singular matrix has eigenvalues that rounding made slightly negative.
+        return (float(self.eigenvalues[0]) + self.ridge) / (max(0.0, float(self.eigenvalues[-1])) + self.ridge)
+
+    @property
+    def effective_rank(self) -> float:
+        """Participation ratio, ``(Σλ)² / Σλ²``: how many directions share the keys' energy."""
+        return float(self.eigenvalues.sum() ** 2 / self.eigenvalues.square().sum())
+
+    @property
+    def null_dimensions(self) -> int:
+        """Eigenvalues below :data:`NULL_SPACE`."""
+        return int((self.eigenvalues < NULL_SPACE).sum())
 
 
 @dataclass(frozen=True)
@@ -92,18 +140,41 @@ class SecondMoment:
         factor = self._factor
         return torch.cholesky_solve(keys.double().to(factor.device).T, factor).T.to(keys.device)
 
+    def spectrum(self) -> Spectrum:
+        """The eigenvalues, in float64."""
+        return Spectrum(torch.linalg.eigvalsh(self.matrix).flip(0).cpu())
+
+    def null_space(self, threshold: float = NULL_SPACE) -> Tensor:
+        """Projector onto the directions that keys of ordinary text hardly have (Fang et al. 2025, Eq. 5-7).
+
+        Args:
+            threshold: Eigenvalues below it belong to the null space.
+
+        Returns:
+            ``[d_key, d_key]``, float64, symmetric and idempotent.
+        """
+        values, vectors = torch.linalg.eigh(self.matrix)
+        kept = vectors[:, values < threshold]
+        projector: Tensor = kept @ kept.T
+        return projector
+
     def save(self, path: Path) -> None:
-        """Write the artefact; an older one stays whole until the new one is complete."""
-        rows, columns = torch.triu_indices(len(self.matrix), len(self.matrix))
-        packed = self.matrix.cpu()[rows, columns].float()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file({"second_moment": packed}, name, metadata={"rome_pl": json.dumps(vars(self.info))})
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        """Write the artefact; an older one stays whole until the new one is complete.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; nothing is changed then.
+        """
+        packed = pack_upper(self.matrix).float().cpu()
+        with whole_file(path) as work:
+            try:
+                save_file({"second_moment": packed}, work, metadata={"rome_pl": json.dumps(asdict(self.info))})
+            except SafetensorError as error:  # how a full disk shows
+                raise OSError(None, f"cannot be written: {error}", str(path)) from error
+
+    @classmethod
+    def read_info(cls, path: Path) -> MomentInfo:
+        """What an artefact says of itself, without its matrix; raises as :meth:`load` does."""
+        return _open(path)[0]
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoment":
@@ -112,23 +183,11 @@ class SecondMoment:
         Raises:
             StatisticsError: If the file is missing, truncated, or no artefact of this project.
         """
-        if not path.is_file():
-            raise StatisticsError(f"{path}: no such statistics file")
+        info, packed = _open(path, matrix=True)
         try:
-            with safe_open(path, framework="pt") as file:
-                info = MomentInfo(**json.loads(file.metadata()["rome_pl"]))
-                packed = file.get_tensor("second_moment")
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise StatisticsError(
-                f"{path}: damaged, or no second moment of this project ({error}); compute it again"
-            ) from error
-        size = int((2 * packed.numel()) ** 0.5)
-        rows, columns = torch.triu_indices(size, size)
-        if rows.numel() != packed.numel():
-            raise StatisticsError(f"{path}: {packed.numel()} entries are no symmetric half; compute it again")
-        matrix = torch.zeros(size, size, dtype=torch.float64)
-        matrix[rows, columns] = packed.double()
-        return cls(matrix + matrix.triu(1).T, info)
+            return cls(unpack_upper(packed), info)
+        except ValueError as error:
+            raise StatisticsError(f"{path}: {error}; compute it again") from error
 
     def check(self, *, weights: str, layer: int, where: str) -> None:
         """Refuse statistics of another layer or model.
@@ -145,37 +204,45 @@ class SecondMoment:
             )
 
 
-class MomentAccumulator:
-    """Sums ``k kᵀ``: float32 products of blocks, float64 sums, exact counts.
+def _open(path: Path, matrix: bool = False) -> tuple[MomentInfo, Tensor]:
+    if not path.is_file():
+        raise StatisticsError(f"{path}: no such statistics file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = MomentInfo(**json.loads(file.metadata()["rome_pl"]))
+            return info, file.get_tensor("second_moment") if matrix else torch.empty(0)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StatisticsError(
+            f"{path}: damaged, or no second moment of this project ({error}); compute it again"
+        ) from error
 
-    Args:
-        d_key: Length of a key.
-        device: Where the sum is kept.
+
+def pack_upper(matrix: Tensor) -> Tensor:
+    """The upper triangle of ``[d, d]``, row after row, ``[d (d + 1) / 2]``."""
+    return torch.cat([row[index:] for index, row in enumerate(matrix)])
+
+
+def unpack_upper(packed: Tensor) -> Tensor:
+    """The symmetric float64 matrix whose upper triangle is ``packed``.
+
+    Raises:
+        ValueError: If its length is that of no triangle.
     """
+    size = int((2 * packed.numel()) ** 0.5)
+    if size * (size + 1) // 2 != packed.numel():
+        raise ValueError(f"{packed.numel()} entries are no symmetric half")
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    start = 0
+    for index in range(size):
+        matrix[index, index:] = packed[start : start + size - index]
+        start += size - index
+    return symmetric(matrix)
 
-    def __init__(self, d_key: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(d_key, d_key, dtype=torch.float64, device=device)
-        self.count = 0
 
-    def add(self, keys: Tensor) -> None:
-        """Add keys ``[n, d_key]``.
-
-        Raises:
-            StatisticsError: If a key is not finite.
-        """
-        for block in torch.split(keys, BLOCK_TOKENS):
-            block = block.to(torch.promote_types(block.dtype, torch.float32))
-            product = block.T @ block
-            if not bool(product.diagonal().isfinite().all()):
-                raise StatisticsError("a key of the corpus is not finite; load the model in float32 or bfloat16")
-            self.total += product
-            self.count += len(block)
-
-    def finish(self, describe: Callable[[int], MomentInfo]) -> SecondMoment:
-        """Divide by the count."""
-        if self.count == 0:
-            raise StatisticsError("the corpus gave no keys: it is empty")
-        return SecondMoment(self.total / self.count, describe(self.count))
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrix with the upper triangle of ``upper``."""
+    matrix = upper.triu()
+    return matrix + matrix.triu(1).T
 
 
 def library_versions() -> dict[str, Any]:

@@ -1,59 +1,70 @@
-"""Finding the second moment that an edit needs: configured, shipped, cached, or computed from text on first use."""
+"""Where second moments are kept, and finding the one that an edit needs: configured, shipped, cached, or computed."""
 
-import hashlib
-import itertools
-import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rome_pl.architecture import RewriteSite, decoder_layers
-from rome_pl.hooks import capture_columns, frozen, hash_seed, seeded, stopped_after
+from rome_pl.architecture import RewriteSite
+from rome_pl.corpus import Corpus, GeneratedCorpus
+from rome_pl.files import content_key
 from rome_pl.language_model import LanguageModel, cache_folder
-from rome_pl.second_moment import MomentAccumulator, MomentInfo, SecondMoment, StatisticsError, library_versions
+from rome_pl.moment_pass import KEYS_PER_DIMENSION, BusyError, MomentPass, PassOptions
+from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
 
-__all__ = ["accumulate", "corpus_fingerprint", "generated_texts", "read_corpus", "resolve_second_moment"]
+__all__ = [
+    "artefact_path",
+    "compute",
+    "kept_statistics",
+    "resolve_second_moment",
+    "statistics_folder",
+    "unfinished_folder",
+]
 
-KEYS_PER_DIMENSION = 30
-"""Default number of key vectors, as a multiple of d_key."""
-
-BLOCK = 256
-"""Tokens per row of the statistics forward."""
-
-ROWS = 8
-"""Rows per statistics forward."""
-
-GENERATED_LENGTH = 128
-"""Tokens per text that a model generates as its own corpus."""
-
-OPENERS = (
-    "The",
-    "In",
-    "When",
-    "It is",
-    "A",
-    "She",
-    "He",
-    "They",
-    "This",
-    "According to",
-    "On",
-    "We",
-    "There",
-    "Many",
-    "At",
-)
-"""What generated texts open with: common openings of English sentences."""
-
-OWN_DISTRIBUTION = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Sampling options that undo what a model's generation config may set."""
+WAIT = 5.0
+"""Seconds between looks at whether another run has ended."""
 
 log = logging.getLogger(__name__)
+
+
+def statistics_folder() -> Path:
+    """Where second moments are kept unless told otherwise: below ``ROME_PL_CACHE``, else the user's cache."""
+    return cache_folder() / "statistics"
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where the unfinished sums for artefacts in ``folder`` are."""
+    return folder / "unfinished"
+
+
+def artefact_path(
+    folder: Path, language_model: LanguageModel, site: RewriteSite, corpus: Corpus, options: PassOptions
+) -> Path:
+    """The file for a second moment; its name depends on all that its content depends on.
+
+    Memory options change nothing but rounding and are left out.
+    """
+    key = content_key(
+        language_model.fingerprint_below(site),
+        language_model.tokenizer_fingerprint,
+        site.layer,
+        corpus.fingerprint,
+        [options.tokens or KEYS_PER_DIMENSION * site.d_key, options.block_length],
+        options.stop_agreement if options.split_half else None,
+    )
+    model = Path(language_model.source.replace(":", "/")).stem.replace(" ", "-")
+    return folder / f"{model}.layer{site.layer}.{key}.safetensors"
+
+
+def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentInfo | None]]:
+    """The artefacts in a folder with what they say of themselves; nothing for one that cannot be read."""
+    for path in sorted((folder or statistics_folder()).glob("*.safetensors")):
+        try:
+            yield path, SecondMoment.read_info(path)
+        except StatisticsError:
+            yield path, None
 
 
 def resolve_second_moment(
@@ -67,218 +78,122 @@ def resolve_second_moment(
 ) -> SecondMoment:
     """The second moment of the site's keys, on the model's device.
 
-    In this order: the configured artefact; computed from the configured corpus; shipped with the package for these
-    very weights, unless a number of keys is asked for; computed from text that the model generates itself. What is
-    computed is cached for these weights, text and number of keys.
+    In this order: the configured artefact; that of the configured corpus, computed on first use; unless a number of
+    keys is asked for, the one shipped with the package for these very weights, or else the one in the cache that was
+    computed from most keys; one computed from text that the model writes itself. What is computed is cached for these
+    weights, text and number of keys.
 
     Args:
         language_model: The model.
         site: The projection whose input is the key.
         statistics: Path of an artefact.
-        corpus: Text file, or hub name of a data set with a ``text`` column.
+        corpus: Text, as in :class:`Corpus`.
         wanted: Number of key vectors to compute from; ``None`` takes 30 per dimension.
         seed: Seed of a generated corpus.
 
     Raises:
-        StatisticsError: If configured statistics are damaged or belong to another model or layer, or the corpus
-            cannot be read.
+        StatisticsError: If configured statistics are damaged or belong to another model or layer.
+        CorpusError: If the corpus cannot be read.
     """
     weights = language_model.fingerprint_below(site)
     if statistics is not None:
         moment = SecondMoment.load(Path(statistics))
         moment.check(weights=weights, layer=site.layer, where=statistics)
         return _to(moment, language_model)
-    count = wanted or KEYS_PER_DIMENSION * site.d_key
     if corpus is None and wanted is None:
-        for path in sorted((Path(__file__).parent / "assets").glob("*.safetensors")):
-            moment = SecondMoment.load(path)
-            if moment.info.layer == site.layer and moment.info.weights == weights:
-                return _to(moment, language_model)
-    origin = corpus or f"generated, seed {seed}"
-    fingerprint = corpus_fingerprint(corpus) if corpus else origin
-    key = json.dumps([weights, language_model.tokenizer_fingerprint, site.layer, fingerprint, count])
-    cached = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    if cached.is_file():
-        moment = SecondMoment.load(cached)
-        moment.check(weights=weights, layer=site.layer, where=str(cached))
-        return _to(moment, language_model)
-    if corpus is None:
-        texts = generated_texts(language_model, count, seed)
-        log.warning(
-            "No statistics or corpus configured for layer %d: the model writes its own corpus of %d tokens first "
-            "(once; kept in %s). A text file given as 'corpus' is quicker and closer to real text",
-            site.layer,
-            count,
-            cached,
-        )
-    else:
-        texts = read_corpus(corpus)
-        log.warning(
-            "Computing the second moment of layer %d from %s (%d keys; once, kept in %s)",
-            site.layer,
-            corpus,
-            count,
-            cached,
-        )
-    started = time.monotonic()
-    moment = accumulate(language_model, site, texts, count, fingerprint)
-    log.warning(
-        "Second moment of layer %d: %d keys in %.0f s", site.layer, moment.info.count, time.monotonic() - started
+        shipped = kept_statistics(Path(__file__).parent / "assets")
+        kept = sorted(kept_statistics(), key=lambda pair: pair[1].count if pair[1] is not None else 0, reverse=True)
+        for path, info in (*shipped, *kept):
+            if info is not None and info.layer == site.layer and info.weights == weights:
+                log.info("Second moment of layer %d: %d keys, from %s", site.layer, info.count, path)
+                return _to(SecondMoment.load(path), language_model)
+    text = (
+        Corpus(corpus)
+        if corpus is not None
+        else GeneratedCorpus.of(language_model, wanted or KEYS_PER_DIMENSION * site.d_key, seed)
     )
-    moment.save(cached)
-    return _to(SecondMoment.load(cached), language_model)  # what every later run will read
+    options = PassOptions(tokens=wanted)
+    path = artefact_path(statistics_folder(), language_model, site, text, options)
+    if not path.is_file():
+        compute(language_model, [site], text, options)
+    moment = SecondMoment.load(path)  # what every later run will read
+    moment.check(weights=weights, layer=site.layer, where=str(path))
+    return _to(moment, language_model)
 
 
-@torch.no_grad()
-def accumulate(
-    language_model: LanguageModel, site: RewriteSite, texts: Iterable[str], wanted: int, corpus: str
-) -> SecondMoment:
-    """Sum ``k kᵀ`` over text, stopping each forward after the site's layer.
+def compute(
+    language_model: LanguageModel,
+    sites: Sequence[RewriteSite],
+    corpus: Corpus,
+    options: PassOptions | None = None,
+    folder: Path | None = None,
+) -> dict[int, Path]:
+    """Compute second moments in this process, and keep them; those that are there already stay.
 
-    Texts are packed into rows of full length; attention may look across the border of two texts in a row. Special
-    tokens are not added, so none is counted.
+    Waits where another process is at it.
 
     Args:
         language_model: The model.
-        site: The projection whose input is the key.
-        texts: Pieces of text.
-        wanted: Number of keys after which to stop; the corpus may hold fewer.
-        corpus: What the texts are, for the artefact's description.
+        sites: The projections whose input is the key.
+        corpus: The text.
+        options: How; the defaults of :class:`PassOptions`.
+        folder: Where to keep them; the cache.
+
+    Returns:
+        The artefact of each layer.
     """
-    accumulator = MomentAccumulator(site.d_key, language_model.device)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} keys"),
-        TimeRemainingColumn(),
-    )
-    with frozen(language_model.model), Progress(*columns, transient=True) as progress:
-        task = progress.add_task(f"second moment, layer {site.layer}", total=wanted)
-        for rows in _packed(language_model, texts, wanted):
-            accumulator.add(
-                _keys(language_model.model, site, rows.to(language_model.device))[: wanted - accumulator.count]
-            )
-            progress.update(task, completed=accumulator.count)
-            if accumulator.count >= wanted:
-                break
-    if accumulator.count < site.d_key:
+    options, folder = options or PassOptions(), folder or statistics_folder()
+    layers = ", ".join(str(site.layer) for site in sites)
+    if isinstance(corpus, GeneratedCorpus) and not corpus.written:
         log.warning(
-            "The corpus gave %d keys for a dimension of %d: the second moment is singular, and only the ridge makes it "
-            "solvable. At least %d more are needed, better %d in all",
-            accumulator.count,
-            site.d_key,
-            site.d_key - accumulator.count,
-            KEYS_PER_DIMENSION * site.d_key,
+            "No statistics or corpus configured for layer %s: the model writes its own corpus of %d tokens first "
+            "(once; kept in %s). A text file given as 'corpus' is quicker and closer to real text",
+            layers,
+            corpus.tokens,
+            corpus.source,
         )
-    versions = json.dumps(library_versions())
-    return accumulator.finish(
-        lambda count: MomentInfo(
-            weights=language_model.fingerprint_below(site),
-            tokenizer=language_model.tokenizer_fingerprint,
-            layer=site.layer,
-            count=count,
-            corpus=corpus,
-            model=language_model.source,
-            versions=versions,
+        corpus.write(language_model)
+    started = time.monotonic()
+    moments = _when_free(
+        lambda: MomentPass(
+            language_model,
+            sites,
+            corpus,
+            options,
+            lambda site: artefact_path(folder, language_model, site, corpus, options),
+            unfinished_folder(folder),
         )
     )
-
-
-def _keys(model: Any, site: RewriteSite, input_ids: torch.Tensor) -> torch.Tensor:
-    with (
-        capture_columns(site.projection, len(input_ids), slice(None)) as kept,
-        stopped_after(decoder_layers(model)[1][site.layer]),
-    ):
-        model(input_ids=input_ids, use_cache=False)
-    return kept["input"].flatten(0, 1)
-
-
-def _packed(language_model: LanguageModel, texts: Iterable[str], wanted: int) -> Iterator[torch.Tensor]:
-    """Batches ``[rows, length]`` of ids without padding; the last one is shorter, so no token is lost."""
-    block = min(BLOCK, language_model.encoder.max_length)
-    buffer: list[int] = []
-    produced = 0
-    for text in texts:
-        buffer += language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        while len(buffer) >= ROWS * block and produced < wanted:
-            yield torch.tensor(buffer[: ROWS * block]).reshape(ROWS, block)
-            buffer = buffer[ROWS * block :]
-            produced += ROWS * block
-        if produced >= wanted:
-            return
-    rows = len(buffer) // block
-    if rows:
-        yield torch.tensor(buffer[: rows * block]).reshape(rows, block)
-    if buffer[rows * block :]:
-        yield torch.tensor(buffer[rows * block :]).unsqueeze(0)
-
-
-def read_corpus(corpus: str) -> Iterator[str]:
-    """Texts of a plain text file (one a line), or of a hub data set, streamed.
-
-    Raises:
-        StatisticsError: If the file is empty or not UTF-8, or the data set cannot be loaded or has no ``text`` column.
-    """
-    path = Path(corpus)
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise StatisticsError(f"{corpus}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-        if not text.strip():
-            raise StatisticsError(f"{corpus}: is empty")
-        yield from (line + "\n" for line in text.splitlines() if line.strip())
-        return
-    import datasets
-
+    log.warning(
+        "Computing the second moment of layer %s from %s (%d keys; once, kept in %s)",
+        layers,
+        corpus.source,
+        moments.wanted,
+        folder,
+    )
+    columns = (TextColumn("second moment"), BarColumn(), TextColumn("{task.completed}/{task.total} keys"))
     try:
-        stream = datasets.load_dataset(corpus, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds, from many layers
-        raise StatisticsError(
-            f"corpus '{corpus}': no such file, and no data set of that name could be loaded: {error}"
-        ) from error
-    for record in stream:
-        if "text" not in record:
-            raise StatisticsError(f"corpus '{corpus}': has no 'text' column, but {sorted(record)}")
-        yield record["text"]
+        with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+            task = progress.add_task("", total=moments.wanted * len(moments.groups))
+            for block in moments.blocks():
+                moments.step(block.to(language_model.device))
+                progress.update(task, advance=moments.packer.size)
+    finally:
+        moments.close()
+    log.warning("Second moment of layer %s: %.0f s", layers, time.monotonic() - started)
+    return {finished.layer: finished.path for finished in moments.finished}
 
 
-def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> Iterator[str]:
-    """Text that the model samples from its own distribution, seeded; at least ``tokens`` tokens of it."""
-    tokenizer, model = language_model.tokenizer, language_model.model
-    length = min(GENERATED_LENGTH, language_model.encoder.max_length)
-    produced = 0
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    for batch in itertools.count():
-        opener = OPENERS[batch % len(OPENERS)]
-        ids = torch.tensor(tokenizer(opener, add_special_tokens=False)["input_ids"], device=language_model.device)
-        ids = ids.expand(4 * ROWS, -1)
-        with seeded(hash_seed(seed, batch), language_model.device), frozen(model), torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                **OWN_DISTRIBUTION,
-                max_new_tokens=max(1, length - ids.shape[1]),
-                pad_token_id=language_model.encoder.pad_id,
-            )
-        produced += out.numel()
-        rows = [_until(row, ends) for row in out.tolist()]
-        yield from (text + "\n" for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
-        if produced >= 2 * tokens:  # a model that ends its texts early gives fewer tokens than were sampled
-            return
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    """Ids before the first end of text: what ``generate`` fills a finished row with is no text."""
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-
-
-def corpus_fingerprint(corpus: str) -> str:
-    """Hash of a text file; the name itself of a hub data set."""
-    path = Path(corpus)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else corpus
+def _when_free(begin: Callable[[], MomentPass]) -> MomentPass:
+    waiting = False
+    while True:
+        try:
+            return begin()
+        except BusyError as error:
+            if not waiting:
+                log.warning("Waiting: %s", error)
+            waiting = True
+            time.sleep(WAIT)
 
 
 def _to(moment: SecondMoment, language_model: LanguageModel) -> SecondMoment:

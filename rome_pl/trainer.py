@@ -10,19 +10,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rome_pl.data_modules import RequestDataModule
+from rome_pl.architecture import RewriteSite
+from rome_pl.covariance_module import CovarianceModule
+from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.language_model import load_encoder
+from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
+from rome_pl.second_moment import SecondMoment
+from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "RomeTrainer", "RunFolderError"]
 
 APPLIED, BAD_CONFIGURATION, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 """Exit codes: all edits applied; bad configuration; some skipped, rejected or rolled back; interrupted."""
 
-_RUN_FILES = ("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard")
+_RUN_FILES = ("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard", "figures")
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +91,49 @@ class RomeTrainer(Trainer):
         complete = applied == len(datamodule.requests) + len(datamodule.invalid)
         self.exit_code = INTERRUPTED if interrupted else APPLIED if complete else SOME_FAILED
 
+    def covariance(
+        self,
+        model: LightningModule,
+        datamodule: CorpusDataModule,
+        overwrite: bool = False,
+        list: bool = False,
+        import_npz: str | None = None,
+        export_npz: str | None = None,
+    ) -> None:
+        """Compute the second moments of keys that edits need, for any layers, in one pass over text.
+
+        Args:
+            model: The module.
+            datamodule: The text.
+            overwrite: Whether a run folder that holds an earlier run's report may be replaced.
+            list: Show the second moments in the cache, and compute nothing.
+            import_npz: File that kmeng01/rome published, to be kept as the second moment of the one layer asked for.
+            export_npz: Folder in which the second moments are also written in that form.
+
+        Raises:
+            RunFolderError: If the run folder holds an earlier run.
+        """
+        if not isinstance(model, CovarianceModule):
+            raise TypeError(f"expected a CovarianceModule, got {type(model).__name__}")
+        folder = Path(model.hparams["folder"]).expanduser() if model.hparams["folder"] else statistics_folder()
+        if list:
+            _show_statistics(folder)
+            return
+        if import_npz is not None:
+            _import(model, Path(import_npz), folder)
+            return
+        if self.is_global_zero:
+            _claim_run_folder(Path(self.default_root_dir), overwrite)
+        try:
+            self.predict(model, datamodule=datamodule, return_predictions=False)
+        except SystemExit:  # how Lightning leaves after Ctrl-C
+            if self.state.status is not TrainerStatus.INTERRUPTED:
+                raise
+            self.exit_code = INTERRUPTED
+            return
+        if export_npz is not None and self.is_global_zero:
+            _export(model, Path(export_npz))
+
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()
         encoder = load_encoder(model.hparams["pretrained"])
@@ -143,3 +191,50 @@ def _claim_run_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _show_statistics(folder: Path) -> None:
+    table = Table(title=f"Second moments in {folder}")
+    for name in ("model", "layer", "keys", "halves agree", "corpus", "date", "file"):
+        table.add_column(name, overflow="fold")
+    for path, info in kept_statistics(folder):
+        if info is None:
+            table.add_row(*("?",) * 6, f"{path.name} (damaged: delete it)")
+            continue
+        agreement = f"{info.agreement:.3f}" if info.agreement is not None else ""
+        cells = (info.model, str(info.layer), str(info.count), agreement, info.source or info.corpus, info.date)
+        table.add_row(*(escape(cell) for cell in (*cells, path.name)))
+    console = Console()
+    console.print(table)
+    unfinished = sorted(unfinished_folder(folder).glob("*/process-*.safetensors"))
+    if unfinished:
+        console.print(f"{len({path.parent for path in unfinished})} unfinished; the same command goes on with them")
+
+
+def _loaded_sites(model: CovarianceModule) -> list[RewriteSite]:
+    model.load()
+    return model.sites()
+
+
+def _import(model: CovarianceModule, path: Path, folder: Path) -> None:
+    sites = _loaded_sites(model)
+    if len(sites) != 1:
+        raise OptionError(f"import_npz: one file is of one layer; give model.layers one layer, not {len(sites)}")
+    assert model.language_model is not None
+    moment = import_npz(path, model.language_model, sites[0])
+    target = folder / f"{path.stem}.layer{sites[0].layer}.{moment.info.weights[:12]}.safetensors"
+    moment.save(target)
+    log.warning(
+        "%s: taken for layer %d of %s, which the file itself does not say. Kept as %s; edits of this model find it",
+        path,
+        sites[0].layer,
+        model.language_model.source,
+        target,
+    )
+
+
+def _export(model: CovarianceModule, folder: Path) -> None:
+    sites = {site.layer: site for site in model.sites()}
+    for done in model.finished:
+        path = export_npz(SecondMoment.load(done.path), folder, sites[done.layer])
+        log.info("Layer %d: %s", done.layer, path)

@@ -1,0 +1,125 @@
+"""How well second moments are known: whether two halves of the text agree on what an edit takes from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from rome_pl.architecture import RewriteSite
+from rome_pl.hooks import frozen
+from rome_pl.language_model import LanguageModel
+from rome_pl.moment_sums import keys_of
+from rome_pl.packing import leading_tokens
+from rome_pl.records import parse_records, read_records
+from rome_pl.requests import RequestError
+from rome_pl.second_moment import MomentInfo, SecondMoment
+
+__all__ = ["Check", "agreement_of_halves", "keeps_documents_apart", "probe_keys"]
+
+PROBES = 32
+"""Subjects whose keys show whether two halves of the text agree."""
+
+LEAK = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""Largest relative change of keys by another document in the row, if none leaks; half precisions round by more."""
+
+LEAK_HALF = 5e-2
+
+DOCUMENTS = ("Nobody had seen the keeper of the light since the storm.", "Bread needs time more than it needs flour.")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found where all processes met.
+
+    Args:
+        blocks: Blocks of the corpus summed so far.
+        keys: Keys in them.
+        agreement: Mean cosine over probe keys ``k`` of ``C⁻¹k`` from two halves, by layer; empty where the text was
+            not told apart.
+        enough: Whether the pass ends here because the halves agree.
+    """
+
+    blocks: int
+    keys: int
+    agreement: dict[int, float]
+    enough: bool = False
+
+
+def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
+    """Mean cosine of ``C⁻¹k`` under the second moments of two halves: of the direction that an edit writes along.
+
+    A half that is far from what more text would give points elsewhere, even where both matrices look alike, because
+    the inverse is ruled by the directions that text hardly has. The mean of both halves is known better than either.
+
+    Args:
+        first: Second moment, or sum, of one half, ``[d_key, d_key]``; only the direction counts, so any scale will do.
+        second: Of the other.
+        probes: Keys, ``[n, d_key]``.
+
+    Returns:
+        At most 1; 0 if a half is empty.
+    """
+    if not (float(first.trace()) and float(second.trace())):
+        return 0.0
+    unnamed = MomentInfo(weights="", tokenizer="", layer=-1, count=0, corpus="")
+    one, other = (SecondMoment(half, unnamed).solve(probes) for half in (first, second))
+    return float(cosine_similarity(one, other, dim=-1).mean())
+
+
+@torch.no_grad()
+def probe_keys(language_model: LanguageModel, sites: Sequence[RewriteSite]) -> dict[int, Tensor]:
+    """Keys that edits would have: at the last subject token of the package's sample requests, by layer.
+
+    Returns:
+        For each site ``[n, d_key]`` in float64; nothing where no sample fits the model's longest text.
+    """
+    path = Path(str(files("rome_pl") / "assets" / "sample_records.json"))
+    requests, _ = parse_records(read_records(path)[:PROBES], str(path), None)
+    found: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
+    for request in requests:
+        try:
+            row = language_model.encoder.edit(request).rows[0]
+        except RequestError:  # longer than the model reads
+            continue
+        ids = torch.tensor([row.ids[: row.lookup + 1]], device=language_model.device)
+
+        def take(layer: int, keys: Tensor) -> None:
+            found[layer].append(keys[-1].double())
+
+        with frozen(language_model.model), keys_of(sites, take):
+            language_model.model(input_ids=ids, use_cache=False)
+    return {layer: torch.stack(keys) for layer, keys in found.items() if keys}
+
+
+@torch.no_grad()
+def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> bool:
+    """Whether positions that start again keep a family's attention from looking into the document before.
+
+    Tried, not known by name: keys of a document with another one before it in the row against those without.
+
+    Args:
+        language_model: The model.
+        site: The deepest projection whose keys are wanted.
+    """
+    lead = leading_tokens(language_model.tokenizer)
+    pieces = [[*lead, *language_model.tokenizer(text, add_special_tokens=False)["input_ids"]] for text in DOCUMENTS]
+    alone = [list(range(len(piece))) for piece in pieces]
+    rows = [(pieces[1], alone[1]), (pieces[0] + pieces[1], alone[0] + alone[1])]
+    kept: list[Tensor] = []
+    try:
+        for ids, positions in rows:
+            with frozen(language_model.model), keys_of([site], lambda _, keys: kept.append(keys.double())):
+                language_model.model(
+                    input_ids=torch.tensor([ids], device=language_model.device),
+                    position_ids=torch.tensor([positions], device=language_model.device),
+                    use_cache=False,
+                )
+    except TypeError:  # takes no positions
+        return False
+    without, within = kept[0], kept[1][-len(pieces[1]) :]
+    tolerance = LEAK.get(next(language_model.model.parameters()).dtype, LEAK_HALF)
+    return float((within - without).norm()) <= tolerance * float(without.norm())

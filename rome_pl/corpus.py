@@ -1,0 +1,252 @@
+"""Ordinary text to compute statistics from: files, data sets of the hub, or what the model itself writes."""
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from rome_pl.errors import RomeError
+from rome_pl.files import content_key, whole_file
+from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.language_model import LanguageModel, cache_folder
+
+__all__ = ["GENERATED", "Corpus", "CorpusError", "GeneratedCorpus", "generated_texts"]
+
+GENERATED = "generated"
+"""Name of the corpus that a model writes itself."""
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+"""Builder of the datasets library for each kind of file; every other file is plain text."""
+
+GENERATED_LENGTH = 128
+"""Tokens per text that a model generates as its own corpus."""
+
+GENERATED_ROWS = 32
+"""Texts generated side by side."""
+
+OPENERS = (
+    "The",
+    "In",
+    "When",
+    "It is",
+    "A",
+    "She",
+    "He",
+    "They",
+    "This",
+    "According to",
+    "On",
+    "We",
+    "There",
+    "Many",
+    "At",
+)
+"""What generated texts open with: common openings of English sentences."""
+
+OWN_DISTRIBUTION = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""Sampling options that undo what a model's generation config may set."""
+
+
+class CorpusError(RomeError):
+    """Text that cannot be read, with the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts, read one after the other.
+
+    In a plain text file a document ends at a blank line; in a file without blank lines each line is a document.
+
+    Args:
+        source: File, pattern of files (``data/*.jsonl``), or name of a data set on the hub.
+        column: Column that holds the text, where there are columns.
+        split: Split of a hub data set.
+        subset: Configuration of a hub data set, such as ``20231101.en`` of ``wikimedia/wikipedia``.
+    """
+
+    source: str
+    column: str = "text"
+    split: str = "train"
+    subset: str | None = None
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files, in order of their names; none if the source names a data set on the hub."""
+        path = Path(self.source).expanduser()
+        if path.is_file():
+            return [path]
+        names = sorted(glob.glob(str(path)))  # noqa: PTH207  # Path.glob takes no absolute patterns
+        return [Path(name) for name in names if Path(name).is_file()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files' bytes; for a hub data set what names it."""
+        if not self.files:
+            return "/".join(part for part in (self.source, self.subset, self.split, self.column) if part)
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        if any(path.suffix.lower() in BUILDERS for path in self.files):
+            digest.update(self.column.encode())
+        return digest.hexdigest()
+
+    def texts(self) -> Iterator[str]:
+        """The documents.
+
+        Raises:
+            CorpusError: If there is no such file or data set, no text in it, no such column, or a file is not UTF-8.
+        """
+        empty = True
+        for path in self.files:
+            builder = BUILDERS.get(path.suffix.lower())
+            for text in _plain(path) if builder is None else self._records(builder, path):
+                empty = False
+                yield text
+        if not self.files:
+            for text in self._records(None, None):
+                empty = False
+                yield text
+        if empty:
+            raise CorpusError(f"corpus {self.source}: is empty; give a file with text in it")
+
+    def _records(self, builder: str | None, path: Path | None) -> Iterator[str]:
+        import datasets
+
+        where = f"corpus {path or self.source}"
+        try:
+            if builder is not None:
+                stream = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+            else:
+                stream = datasets.load_dataset(self.source, self.subset, split=self.split, streaming=True)
+            for number, record in enumerate(stream):
+                text = record.get(self.column)
+                if not isinstance(text, str):
+                    raise CorpusError(
+                        f"{where}, record {number}: column '{self.column}' holds no text; columns: {sorted(record)}. "
+                        "Name the column that does (data.column)"
+                    )
+                if text.strip():
+                    yield text
+        except CorpusError:
+            raise
+        except Exception as error:  # the library raises many kinds, from many layers
+            kind = "cannot be read" if builder else "no such file, and no data set of that name could be loaded"
+            cause = error.__cause__ or error
+            raise CorpusError(f"{where}: {kind} (offline?): {cause}") from error
+
+
+def _plain(path: Path) -> Iterator[str]:
+    try:
+        blank = _has_paragraphs(path)
+        lines: list[str] = []
+        with path.open(encoding="utf-8") as file:
+            for line in itertools.chain(file, [""]):
+                if line.strip():
+                    lines.append(line)
+                if lines and not (blank and line.strip()):
+                    yield "".join(lines)
+                    lines = []
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"corpus {path}: not UTF-8 (byte {error.object[error.start]:#04x}); save the file as UTF-8"
+        ) from error
+
+
+def _has_paragraphs(path: Path) -> bool:
+    """Whether a blank line stands between two lines of text."""
+    gap = text = False
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.strip():
+                gap = text
+            elif gap:
+                return True
+            else:
+                text = True
+    return False
+
+
+@dataclass(frozen=True)
+class GeneratedCorpus(Corpus):
+    """A corpus that a model writes, kept as a file in the cache.
+
+    Args:
+        identity: What the text depends on: model, seed, size.
+        tokens: Least number of tokens.
+        seed: Seed of the sampling.
+    """
+
+    identity: str = ""
+    tokens: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, language_model: LanguageModel, tokens: int, seed: int) -> "GeneratedCorpus":
+        """The corpus that an unedited model would write."""
+        identity = f"generated by {language_model.fingerprint[:16]}, seed {seed}, {tokens} tokens"
+        path = cache_folder() / "corpora" / f"{content_key(identity)}.jsonl"
+        return cls(str(path), identity=identity, tokens=tokens, seed=seed)
+
+    @cached_property
+    @override
+    def fingerprint(self) -> str:
+        """What the text depends on."""
+        return self.identity
+
+    @property
+    def written(self) -> bool:
+        """Whether the text is there already."""
+        return Path(self.source).is_file()
+
+    def write(self, language_model: LanguageModel) -> None:
+        """Let the model write the text; text that is there already stays."""
+        if self.written:
+            return
+        with whole_file(Path(self.source)) as work, work.open("w", encoding="utf-8") as file:
+            for text in generated_texts(language_model, self.tokens, self.seed):
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> Iterator[str]:
+    """Texts that the model samples from its own distribution, seeded; at least ``tokens`` tokens of them."""
+    tokenizer, model = language_model.tokenizer, language_model.model
+    length = min(GENERATED_LENGTH, language_model.encoder.max_length)
+    eos = model.generation_config.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [eos])
+    produced = sampled = 0
+    for batch in itertools.count():
+        ids = torch.tensor(_opening(tokenizer, batch), device=language_model.device).expand(GENERATED_ROWS, -1)
+        with seeded(hash_seed(seed, batch), language_model.device), frozen(model), torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                **OWN_DISTRIBUTION,
+                max_new_tokens=max(1, length - ids.shape[1]),
+                pad_token_id=language_model.encoder.pad_id,
+            )
+        rows = [_until(row, ends) for row in out.tolist()]
+        sampled += out.numel()
+        produced += sum(len(row) for row in rows)
+        yield from (text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip())
+        # A model that ends every text at once would never get there.
+        if produced >= tokens or sampled >= 20 * tokens:
+            return
+
+
+def _opening(tokenizer: Any, batch: int) -> list[int]:
+    return list(tokenizer(OPENERS[batch % len(OPENERS)])["input_ids"])
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids before the first end of text after the opening: what ``generate`` fills a finished row with is no text."""
+    return ids[: next((i for i, token in enumerate(ids) if i and token in ends), len(ids))]

@@ -1,0 +1,51 @@
+"""Writing files whole or not at all, and naming them by what they hold."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["content_key", "whole_file"]
+
+
+def content_key(*parts: Any) -> str:
+    """A short name that depends on every part and on nothing else; parts are what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; synced and renamed to ``path`` afterwards, removed after an exception.
+
+    Whatever happens, also a full disk or a killed process, an older file of that name stays whole until the new one is.
+
+    Args:
+        path: The file; its folder is created if missing.
+
+    Raises:
+        OSError: If it cannot be written, naming the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    work = Path(name)
+    try:
+        yield work
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
+        work.chmod(0o666 & ~_umask())  # a temporary file is private
+        work.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error} (nothing was changed)", str(path)) from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

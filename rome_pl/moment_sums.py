@@ -1,0 +1,176 @@
+"""Sums of ``k kᵀ`` for several layers, and their unfinished state on disk.
+
+Products of at most 1,024 keys are taken in float32 and summed in float64: float64 products would cost as much as the
+model, float32 sums would lose what late text adds. The text is summed in two halves, so that a run can tell how well
+it knows the result.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rome_pl.architecture import RewriteSite
+from rome_pl.files import whole_file
+from rome_pl.hooks import stopped_before
+from rome_pl.second_moment import StatisticsError, pack_upper, symmetric, unpack_upper
+
+__all__ = ["MomentSums", "PartialSums", "half_of", "keys_of"]
+
+PRODUCT_KEYS = 1024
+"""Most keys in one float32 product."""
+
+PANELS = 6
+"""Products are taken panel by panel, leaving out what lies below the diagonal: 7/12 of the whole square."""
+
+HALF_RUN = 4
+"""Consecutive blocks that go to one half before the other half's turn: neighbours share documents."""
+
+
+def half_of(block: int, halves: int, blocks: int) -> int:
+    """Which half of the text a block belongs to.
+
+    Args:
+        block: Its number.
+        halves: 2, or 1 where the text is not told apart.
+        blocks: Number of blocks in all; of few, fewer go to one half in a row.
+    """
+    run = min(HALF_RUN, max(1, blocks // (4 * halves)))
+    return (block // run) % halves
+
+
+class MomentSums:
+    """Sums of ``k kᵀ`` of several layers.
+
+    Args:
+        sizes: Length of a key, by layer.
+        halves: 2 to tell two halves of the text apart, 1 to spare the memory.
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, sizes: Mapping[int, int], halves: int, device: torch.device | str = "cpu") -> None:
+        self.totals = {
+            layer: [torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(halves)]
+            for layer, size in sizes.items()
+        }
+        self.counts = [0] * halves
+        self.blocks: set[int] = set()
+
+    @property
+    def halves(self) -> int:
+        """Number of parts that the text is told apart in."""
+        return len(self.counts)
+
+    def add(self, layer: int, half: int, keys: Tensor) -> Tensor:
+        """Add keys ``[n, d_key]`` to a layer's sum; counts and blocks are the caller's.
+
+        Returns:
+            Whether all keys were finite, a scalar on their device.
+        """
+        total = self.totals[layer][half]
+        size = len(total)
+        width = -(-size // PANELS)
+        finite = torch.ones((), dtype=torch.bool, device=keys.device)
+        for block in torch.split(keys, PRODUCT_KEYS):
+            block = block.to(torch.promote_types(block.dtype, torch.float32))
+            # A key that is not finite, or whose square is not, shows in the sum of squares.
+            finite = finite & block.square().sum().isfinite()
+            for start in range(0, size, width):
+                panel = block[:, start : start + width].T @ block[:, start:]
+                total[start : start + width, start:] += panel.to(total.device)
+        return finite
+
+    def matrix(self, layer: int, half: int) -> Tensor:
+        """A copy of one half's sum, ``[d_key, d_key]``, symmetric."""
+        return symmetric(self.totals[layer][half])
+
+    def merge(self, other: "PartialSums") -> None:
+        """Add what an earlier run has left.
+
+        Raises:
+            StatisticsError: If a block would be counted twice.
+        """
+        if overlap := self.blocks & other.blocks:
+            raise StatisticsError(
+                f"{other.path}: holds block {min(overlap)}, as another file there does; delete {other.path.parent} and "
+                "start again"
+            )
+        first = not self.blocks
+        for (layer, half), tensor in other.sums():
+            total = self.totals[layer][half]
+            # Taken over as it is, so that a resumed sum goes on with the very bits of the interrupted one.
+            total.copy_(tensor) if first else total.add_(tensor.to(total.device))
+        self.counts = [count + more for count, more in zip(self.counts, other.counts, strict=True)]
+        self.blocks |= other.blocks
+
+
+@contextmanager
+def keys_of(sites: Sequence[RewriteSite], take: Any) -> Iterator[None]:
+    """Hand the keys of each site to ``take(layer, keys)`` while a model runs; the forward ends at the deepest site.
+
+    Args:
+        sites: The projections, by rising layer.
+        take: Called with the layer and the projection's input, ``[tokens, d_key]``.
+    """
+
+    def hook(site: RewriteSite) -> Any:
+        def hand_over(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            take(site.layer, inputs[0].reshape(-1, site.d_key))
+
+        return hand_over
+
+    handles = [site.projection.register_forward_pre_hook(hook(site)) for site in sites]
+    try:
+        with stopped_before(sites[-1].projection):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class PartialSums:
+    """The sums that one process had when it last saved, on disk.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StatisticsError: If it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.notes: dict[str, Any] = json.loads(file.metadata()["rome_pl"])
+                self.counts: list[int] = file.get_tensor("counts").tolist()
+                self.blocks: set[int] = set(file.get_tensor("blocks").tolist())
+                self._names = [name for name in file.keys() if name.startswith("sum.")]  # noqa: SIM118  # no mapping
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise StatisticsError(f"{path}: damaged partial sums ({error}); delete the file and start again") from error
+
+    def sums(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Layer and half, and the sum's upper triangle as a matrix, one after the other."""
+        with safe_open(self.path, framework="pt") as file:
+            for name in self._names:
+                _, layer, half = name.split(".")
+                yield (int(layer), int(half)), unpack_upper(file.get_tensor(name))
+
+    @staticmethod
+    def save(path: Path, sums: MomentSums, notes: Mapping[str, Any]) -> None:
+        """Write sums and notes; an older file stays whole until the new one is complete."""
+        tensors = {
+            f"sum.{layer}.{half}": pack_upper(total).cpu()
+            for layer, totals in sums.totals.items()
+            for half, total in enumerate(totals)
+        }
+        tensors["counts"] = torch.tensor(sums.counts, dtype=torch.int64)
+        tensors["blocks"] = torch.tensor(sorted(sums.blocks), dtype=torch.int64)
+        with whole_file(path) as work:
+            save_file(tensors, work, metadata={"rome_pl": json.dumps(dict(notes))})
