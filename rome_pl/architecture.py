@@ -1,7 +1,7 @@
 """Where a decoder keeps its layers and its MLPs' second projections, found by looking at the modules.
 
-No family is recognised by name. A decoder layer's MLP is what is left of it beside attention, and the projection
-that ROME rewrites is the last dense map there that gives back the model's hidden size.
+No family is recognised by name. A decoder layer's MLP is what is left of it beside attention or another mixer of
+tokens, and the projection that ROME rewrites is the last dense map there that gives back the model's hidden size.
 """
 
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         )
     block = layers[layer]
     where = f"layer {layer} of {type(model).__name__}"
-    outside = [(name, module) for name, module in block.named_modules() if not _inside_attention(block, name)]
+    outside = [(name, module) for name, module in block.named_modules() if not _inside_mixer(block, name)]
     if any(_is_expert_part(name, module) for name, module in outside):
         raise UnsupportedModelError(
             f"{where} is a mixture of experts: a key reaches only the experts that the router picks, "
@@ -129,13 +129,15 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _inside_attention(block: nn.Module, name: str) -> bool:
+def _inside_mixer(block: nn.Module, name: str) -> bool:
+    """Whether a module belongs to what mixes tokens: attention, or a recurrence with its short convolution."""
     parts = name.split(".")
-    return any(
-        "attention" in type(block.get_submodule(".".join(parts[: depth + 1]))).__name__.lower()
-        for depth in range(len(parts))
-        if name
-    )
+    return any(_is_mixer(block.get_submodule(".".join(parts[: depth + 1]))) for depth in range(len(parts)) if name)
+
+
+def _is_mixer(module: nn.Module) -> bool:
+    convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return convolves or "attention" in type(module).__name__.lower()
 
 
 def _is_expert_part(name: str, module: nn.Module) -> bool:

@@ -283,7 +283,6 @@ def test_padding_is_tried_even_if_the_first_rows_need_none():
         engine.run(ROWS[:1])
 
 
-@pytest.mark.xfail(reason="find_site takes the 3-d weight of a convolution for experts", raises=UnsupportedModelError)
 @pytest.mark.parametrize(
     ("family", "options", "name"),
     [
