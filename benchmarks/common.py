@@ -175,7 +175,7 @@ def warm_run(module: RomeModule, requests: Sequence[EditRequest], batch_size: in
 
 def scores(measured: Iterable[ProbeScores]) -> dict[str, Any]:
     """ES, PS and NS with their intervals."""
-    summary = summarise(list(measured))
+    summary = summarise({str(place): record for place, record in enumerate(measured)})
     return {name: summary[name] for name in ("ES", "PS", "NS", "EM", "PM", "NM")}
 
 

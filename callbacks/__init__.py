@@ -12,6 +12,7 @@ from rome_pl.callbacks.progress import EditProgressBar as EditProgressBar
 from rome_pl.callbacks.progress import MomentProgressBar as MomentProgressBar
 from rome_pl.callbacks.rank_one_writer import RankOneWriter as RankOneWriter
 from rome_pl.callbacks.representation_check import RepresentationCheck as RepresentationCheck
+from rome_pl.callbacks.retention import RetentionCheck as RetentionCheck
 from rome_pl.callbacks.run_report import RunReport as RunReport
 from rome_pl.callbacks.state_check import StateCheck as StateCheck
 from rome_pl.callbacks.tensorboard_report import TensorBoardReport as TensorBoardReport
@@ -20,4 +21,12 @@ from rome_pl.callbacks.verification import Verification as Verification
 
 def default_callbacks() -> list[Callback]:
     """Check, write, verify, evaluate, commit and watch the state: what every run needs, in the order that works."""
-    return [RepresentationCheck(), RankOneWriter(), Verification(), ProbeEvaluation(), EditCommit(), StateCheck()]
+    return [
+        RepresentationCheck(),
+        RankOneWriter(),
+        Verification(),
+        ProbeEvaluation(),
+        EditCommit(),
+        StateCheck(),
+        RetentionCheck(),
+    ]

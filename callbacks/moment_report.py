@@ -1,7 +1,7 @@
 """Shows a computation of second moments where people look: scalars, pictures, results.json and a table."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing_extensions import override
 from rome_pl.convergence import Check
 from rome_pl.moment_pass import Finished
 from rome_pl.report import write_json
-from rome_pl.second_moment import library_versions
+from rome_pl.second_moment import SecondMoment, Spectrum, library_versions
 
 __all__ = ["MomentReport"]
 
@@ -26,10 +26,15 @@ class MomentReport(Callback):
 
     Scalars to every logger: ``agreement/layer_…`` and ``keys_per_second`` where halves are compared; at the end
     ``condition/…``, ``ridge/…`` and ``effective_rank/…``. Pictures of the spectra and of the agreement go to
-    TensorBoard and to ``figures/`` under the Trainer's ``default_root_dir``, beside ``manifest.json`` and ``results.json``.
+    TensorBoard and, beside ``manifest.json`` and ``results.json``, below the Trainer's ``default_root_dir``.
+
+    Args:
+        largest_spectrum: Longest key whose eigenvalues are computed: they take a second a layer at 1,536, but minutes
+            beyond 8,192.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, largest_spectrum: int = 8192) -> None:
+        self.largest_spectrum = largest_spectrum
         self._started = 0.0
 
     @override
@@ -60,52 +65,56 @@ class MomentReport(Callback):
         module: Any = pl_module
         finished: Sequence[Finished] = module.finished
         history: Sequence[Sequence[Check]] = module.history
+        seconds = time.monotonic() - self._started
+        spectra = self._spectra(finished)
         for done in finished:
-            if done.spectrum is not None:
+            if (spectrum := spectra.get(done.layer)) is not None:
                 scalars = {
-                    f"condition/layer_{done.layer}": done.spectrum.condition,
-                    f"ridge/layer_{done.layer}": done.spectrum.ridge,
-                    f"effective_rank/layer_{done.layer}": done.spectrum.effective_rank,
+                    f"condition/layer_{done.layer}": spectrum.condition,
+                    f"ridge/layer_{done.layer}": spectrum.ridge,
+                    f"effective_rank/layer_{done.layer}": spectrum.effective_rank,
                 }
                 for logger in trainer.loggers:
                     logger.log_metrics(scalars, step=done.info.count)
         folder = Path(trainer.default_root_dir)
-        self._draw(trainer, folder / "figures", finished, history)
-        seconds = time.monotonic() - self._started
-        write_json(folder / "results.json", _results(finished, history, seconds))
+        figures = {}
+        if spectra:
+            figures["spectrum"] = spectrum_figure(spectra)
+        if any(check.agreement for checks in history for check in checks):
+            figures["agreement"] = agreement_figure(history)
+        for name, figure in figures.items():
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(name, figure, max(done.info.count for done in finished))
+        write_json(folder / "results.json", _results(finished, spectra, history, seconds))
         write_json(folder / "manifest.json", _manifest(module))
-        Console().print(_table(finished))
+        Console().print(_table(finished, spectra))
         where = ", ".join(sorted({str(done.path.parent) for done in finished}))
         Console().print(
             f"{len(finished)} second moments in {where}, {seconds:.0f} s. Report in {folder}", soft_wrap=True
         )
 
-    @staticmethod
-    def _draw(trainer: Trainer, folder: Path, finished: Sequence[Finished], history: Sequence[Sequence[Check]]) -> None:
-        figures = {}
-        if any(done.spectrum is not None for done in finished):
-            figures["spectrum"] = spectrum_figure(finished)
-        if any(check.agreement for checks in history for check in checks):
-            figures["agreement"] = agreement_figure(history)
-        for name, figure in figures.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=120)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(name, figure, max(done.info.count for done in finished))
+    def _spectra(self, finished: Sequence[Finished]) -> dict[int, Spectrum]:
+        """Eigenvalues of what is stored, by layer: of what solves will use."""
+        spectra = {}
+        for done in finished:
+            moment = SecondMoment.load(done.path)
+            if len(moment.matrix) <= self.largest_spectrum:
+                spectra[done.layer] = moment.spectrum()
+        return spectra
 
 
-def spectrum_figure(finished: Sequence[Finished]) -> Any:
-    """Eigenvalues of each second moment, falling, with the ridge that solves add."""
+def spectrum_figure(spectra: Mapping[int, Spectrum]) -> Any:
+    """Eigenvalues of the second moment of each layer, falling, with the ridge that solves add."""
     figure, axes = _figure()
-    shown = [done for done in finished if done.spectrum is not None]
-    for done, colour in zip(shown, _colours(len(shown)), strict=True):
-        assert done.spectrum is not None
-        values = done.spectrum.eigenvalues
-        axes.plot(range(1, len(values) + 1), values.clamp(min=1e-12), color=colour, label=f"layer {done.layer}")
-        axes.axhline(done.spectrum.ridge, color=colour, linestyle=":", linewidth=0.8)
+    for (layer, spectrum), colour in zip(spectra.items(), _colours(len(spectra)), strict=True):
+        values = spectrum.eigenvalues
+        axes.plot(range(1, len(values) + 1), values.clamp(min=1e-12), color=colour, label=f"layer {layer}")
+        axes.axhline(spectrum.ridge, color=colour, linestyle=":", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue of C (dotted: ridge)")
-    return _with_legend(figure, len(shown))
+    return _with_legend(figure, len(spectra))
 
 
 def agreement_figure(history: Sequence[Sequence[Check]]) -> Any:
@@ -139,26 +148,31 @@ def _with_legend(figure: Any, number: int) -> Any:
     return figure
 
 
-def _results(finished: Sequence[Finished], history: Sequence[Sequence[Check]], seconds: float) -> dict[str, Any]:
+def _results(
+    finished: Sequence[Finished],
+    spectra: Mapping[int, Spectrum],
+    history: Sequence[Sequence[Check]],
+    seconds: float,
+) -> dict[str, Any]:
+    layers = []
+    for done in finished:
+        entry: dict[str, Any] = {
+            "layer": done.layer,
+            "path": str(done.path),
+            "cached": done.cached,
+            "count": done.info.count,
+            "agreement": done.info.agreement,
+        }
+        spectrum = spectra.get(done.layer)
+        for name in ("ridge", "condition", "effective_rank", "null_dimensions"):
+            entry[name] = getattr(spectrum, name) if spectrum is not None else None
+        entry["eigenvalues"] = spectrum.eigenvalues.tolist() if spectrum is not None else None
+        layers.append(entry)
     return {
         "seconds": seconds,
         "n_layers": len(finished),
         "n_cached": sum(done.cached for done in finished),
-        "layers": [
-            {
-                "layer": done.layer,
-                "path": str(done.path),
-                "cached": done.cached,
-                "count": done.info.count,
-                "agreement": done.info.agreement,
-                "ridge": done.spectrum.ridge if done.spectrum is not None else None,
-                "condition": done.spectrum.condition if done.spectrum is not None else None,
-                "effective_rank": done.spectrum.effective_rank if done.spectrum is not None else None,
-                "null_dimensions": done.spectrum.null_dimensions if done.spectrum is not None else None,
-                "eigenvalues": done.spectrum.eigenvalues.tolist() if done.spectrum is not None else None,
-            }
-            for done in finished
-        ],
+        "layers": layers,
         "meetings": [[asdict(check) for check in checks] for checks in history],
     }
 
@@ -180,19 +194,19 @@ def _manifest(module: Any) -> dict[str, Any]:
     }
 
 
-def _table(finished: Sequence[Finished]) -> Table:
+def _table(finished: Sequence[Finished], spectra: Mapping[int, Spectrum]) -> Table:
     table = Table(title="Second moments of keys", box=box.SIMPLE_HEAD)
     for name in ("layer", "keys", "halves agree", "condition", "effective rank"):
         table.add_column(name, justify="right")
     table.add_column("file", overflow="fold")
     for done in finished:
-        spectrum = done.spectrum
+        spectrum = spectra.get(done.layer)
         table.add_row(
             str(done.layer),
             str(done.info.count),
             f"{done.info.agreement:.4f}" if done.info.agreement is not None else "",
-            f"{spectrum.condition:.1e}" if spectrum is not None else "cached" if done.cached else "",
+            f"{spectrum.condition:.1e}" if spectrum is not None else "",
             f"{spectrum.effective_rank:.0f}" if spectrum is not None else "",
-            done.path.name,
+            done.path.name + " (cached)" * done.cached,
         )
     return table

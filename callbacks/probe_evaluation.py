@@ -2,8 +2,8 @@
 
 import logging
 import time
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,13 +11,11 @@ from typing_extensions import override
 
 from rome_pl.distributed import gather
 from rome_pl.edit import EditBatch, EditSession, edits_of, session_of
-from rome_pl.errors import OptionError
-from rome_pl.metrics import ProbeScores, perplexity, probe_scores
+from rome_pl.language_model import LanguageModel
+from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
+from rome_pl.stream import MEASURED_TOGETHER
 
 __all__ = ["ProbeEvaluation"]
-
-REQUESTS = 16
-"""Requests measured at once."""
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +27,9 @@ class ProbeEvaluation(Callback):
     count with whatever the model then says. On several devices each measures its share.
 
     Args:
-        held_out_text: UTF-8 text for perplexity before and after a sequential stream; nothing takes the one shipped.
-        measure_perplexity: Whether to measure perplexity at all.
+        held_out_text: UTF-8 text for perplexity before and after a sequential stream, and for the divergence of the
+            final model from the unedited one; nothing takes the one shipped.
+        measure_perplexity: Whether to measure these at all.
     """
 
     def __init__(self, held_out_text: str | None = None, measure_perplexity: bool = True) -> None:
@@ -41,18 +40,15 @@ class ProbeEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.measure_perplexity:
             return
-        source = Path(self.held_out_text) if self.held_out_text else files("rome_pl") / "assets" / "held_out_text.txt"
-        try:
-            self._text = source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"held_out_text: {source} cannot be read as UTF-8 text: {error}") from error
+        self._text = held_out_text(self.held_out_text)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         log.info("Measuring %d records on the unedited model", len(session.requests))
         session.base_scores = self._measure_all(trainer, session)
-        self._measure_perplexity(session, "base")
+        if self.measure_perplexity:
+            session.perplexity["base"] = perplexity(session.language_model, self._text)
 
     @override
     def on_train_batch_end(
@@ -81,19 +77,23 @@ class ProbeEvaluation(Callback):
         for edit in session.edits:
             if edit.name in session.final_scores:
                 edit.scores["final"] = session.final_scores[edit.name]
-        self._measure_perplexity(session, "final")
+        if self.measure_perplexity:
+            measure = measure_text(session.language_model, self._text, lambda: _unedited(session))
+            session.perplexity["final"], session.divergence = measure.perplexity, measure.divergence
 
     @staticmethod
     def _measure_all(trainer: Trainer, session: EditSession) -> dict[str, ProbeScores]:
         """Every request's scores under the weights as they are."""
         mine = session.requests[trainer.global_rank :: trainer.world_size]
         measured: list[tuple[str, ProbeScores]] = []
-        for start in range(0, len(mine), REQUESTS):
-            part = mine[start : start + REQUESTS]
-            scores = probe_scores(session.language_model, part)
+        for start in range(0, len(mine), MEASURED_TOGETHER):
+            part = mine[start : start + MEASURED_TOGETHER]
+            scores = session.probe(part)
             measured += zip((str(request.case_id) for request in part), scores, strict=True)
         return dict(gather(measured) if trainer.world_size > 1 else measured)
 
-    def _measure_perplexity(self, session: EditSession, moment: str) -> None:
-        if self.measure_perplexity:
-            session.perplexity[moment] = perplexity(session.language_model, self._text)
+
+@contextmanager
+def _unedited(session: EditSession) -> Iterator[LanguageModel]:
+    with session.weight.unedited():
+        yield session.language_model

@@ -48,7 +48,7 @@ class TensorBoardReport(Callback):
         for edit in edits_of(outputs):
             scalars = _scalars(edit) | {"stream/weight_change": change}
             if "immediate" in edit.scores:
-                self._running.update(edit.scores["immediate"])
+                self._running.update(edit.scores["immediate"], edit.scores.get("base"))
             scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=edit.index)
@@ -61,10 +61,9 @@ class TensorBoardReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer)
         session = session_of(pl_module)
-        final = [edit.scores["final"] for edit in session.edits if "final" in edit.scores]
-        scalars = {
-            f"final/{name}": entry["value"] for name, entry in summarise(final).items() if entry["value"] is not None
-        }
+        final = {edit.name: edit.scores["final"] for edit in session.edits if "final" in edit.scores}
+        table = summarise(final, session.base_scores)
+        scalars = {f"final/{name}": entry["value"] for name, entry in table.items() if entry["value"] is not None}
         scalars |= {f"perplexity/{moment}": value for moment, value in session.perplexity.items()}
         if scalars:
             for logger in trainer.loggers:

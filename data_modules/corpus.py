@@ -50,7 +50,7 @@ class CorpusDataModule(LightningDataModule):
         Raises:
             TypeError: If the Trainer's module is none that sums blocks.
         """
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if not hasattr(module, "begin"):
             raise TypeError("CorpusDataModule belongs to a Trainer that runs predict() on a CovarianceModule")
         return DataLoader(
@@ -60,3 +60,13 @@ class CorpusDataModule(LightningDataModule):
             # A generator of its own: a loader would otherwise draw from the global one.
             generator=torch.Generator(),
         )
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Let other runs have the job: after an exception Lightning does not call the module's ``teardown``."""
+        if self._module is not None:
+            self._module.teardown("predict")
+
+    @property
+    def _module(self) -> Any:
+        return self.trainer.lightning_module if self.trainer is not None else None

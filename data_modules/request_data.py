@@ -13,7 +13,7 @@ from typing_extensions import override
 from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
-from rome_pl.stream import EditBatches, RequestList
+from rome_pl.stream import EditBatches, RequestList, RetentionSample
 
 __all__ = ["RequestDataModule", "request_loader"]
 
@@ -30,9 +30,12 @@ class RequestDataModule(LightningDataModule):
     Args:
         path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` for the records shipped with the package.
         limit: Most records to use, from the first on; nothing uses all.
-        form: Form of the records: ``counterfact``, ``flat`` or ``short``; nothing recognises it from the first record.
+        form: Form of the records: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; nothing recognises it
+            from the first record.
         split: Split of a hub data set.
         on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        retention_sample: Earlier edits that are measured again every ``val_check_interval`` batches of a sequential
+            stream: a seeded sample of so many; 0 measures none.
         batch_size: Edits optimised side by side. Nothing takes 8 where edits are independent, with requests of similar
             length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch.
     """
@@ -41,12 +44,16 @@ class RequestDataModule(LightningDataModule):
         self,
         path: str = SAMPLES,
         limit: int | None = None,
-        form: Literal["counterfact", "flat", "short"] | None = None,
+        form: Literal["counterfact", "zsre", "knowedit", "flat", "short"] | None = None,
         split: str = "train",
         on_error: Literal["skip", "stop"] = "skip",
         batch_size: int | None = None,
+        retention_sample: int = 0,
     ) -> None:
         super().__init__()
+        if retention_sample < 0:
+            raise ValueError(f"retention_sample: expected a number from 0 on, got {retention_sample}")
+        self.retention_sample = retention_sample
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected a number from 1 on, got {batch_size}")
         self.batch_size = batch_size
@@ -83,6 +90,21 @@ class RequestDataModule(LightningDataModule):
             by_length=independent,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[EditRequest] | list[Any]:
+        """A sample of the edits begun so far, whenever it is asked for; nothing unless edits accumulate."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        session = getattr(module, "session", None)
+        if not self.retention_sample or not isinstance(session, EditSession) or not session.sequential:
+            return []
+        return DataLoader(
+            RequestList(self.requests),  # type: ignore[arg-type]  # as in request_loader
+            batch_size=None,
+            sampler=RetentionSample(self.requests, lambda: module.session, self.retention_sample),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
         )
 
     def _records(self) -> Sequence[Any]:

@@ -79,10 +79,16 @@ class Corpus:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files, in order of their names; none if the source names a data set on the hub."""
+        """The files, in order of their names; none if the source names a data set on the hub.
+
+        Raises:
+            CorpusError: If it is a folder.
+        """
         path = Path(self.source).expanduser()
         if path.is_file():
             return [path]
+        if path.is_dir():
+            raise CorpusError(f"corpus {self.source}: is a folder; give a pattern of its files, such as {path}/*.txt")
         names = sorted(glob.glob(str(path)))  # noqa: PTH207  # Path.glob takes no absolute patterns
         return [Path(name) for name in names if Path(name).is_file()]
 
@@ -107,6 +113,8 @@ class Corpus:
         """
         empty = True
         for path in self.files:
+            if not path.stat().st_size:
+                continue
             builder = BUILDERS.get(path.suffix.lower())
             for text in _plain(path) if builder is None else self._records(builder, path):
                 empty = False
@@ -139,16 +147,17 @@ class Corpus:
         except CorpusError:
             raise
         except Exception as error:  # the library raises many kinds, from many layers
-            kind = "cannot be read" if builder else "no such file, and no data set of that name could be loaded"
-            cause = error.__cause__ or error
-            raise CorpusError(f"{where}: {kind} (offline?): {cause}") from error
+            kind = (
+                "cannot be read" if builder else "no such file, and no data set of that name could be loaded (offline?)"
+            )
+            raise CorpusError(f"{where}: {kind}: {error.__cause__ or error}") from error
 
 
 def _plain(path: Path) -> Iterator[str]:
     try:
         blank = _has_paragraphs(path)
         lines: list[str] = []
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line in itertools.chain(file, [""]):
                 if line.strip():
                     lines.append(line)
@@ -164,7 +173,7 @@ def _plain(path: Path) -> Iterator[str]:
 def _has_paragraphs(path: Path) -> bool:
     """Whether a blank line stands between two lines of text."""
     gap = text = False
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line in file:
             if not line.strip():
                 gap = text

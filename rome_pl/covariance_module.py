@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from rome_pl.architecture import RewriteSite, decoder_layers, find_site
 from rome_pl.convergence import Check
@@ -16,7 +16,7 @@ from rome_pl.moment_pass import KEYS_PER_DIMENSION, Finished, MomentPass, PassOp
 from rome_pl.packing import Block, BlockStream
 from rome_pl.statistics import artefact_path, statistics_folder, unfinished_folder
 
-__all__ = ["CovarianceModule", "parse_layers"]
+__all__ = ["CovarianceModule", "check_trainer", "parse_layers"]
 
 
 class CovarianceModule(LightningModule):
@@ -76,7 +76,7 @@ class CovarianceModule(LightningModule):
 
     @property
     def finished(self) -> list[Finished]:
-        """The second moments that were found or computed so far, on the first process, by layer."""
+        """The second moments that were found or computed so far, by layer."""
         return sorted(self.moments.finished, key=lambda done: done.layer) if self.moments is not None else []
 
     @property
@@ -104,12 +104,7 @@ class CovarianceModule(LightningModule):
         """
         if stage != "predict":
             raise OptionError(f"second moments are computed by Trainer.predict, not by {stage}")
-        if self.trainer.precision != "32-true":
-            raise OptionError(
-                f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
-            )
-        if self.trainer.strategy.root_device.type == "mps":
-            raise OptionError("Apple's MPS has no float64, in which keys are summed; use Trainer(accelerator='cpu')")
+        check_trainer(self.trainer)
 
     def begin(self, corpus: Corpus | None, seed: int = 0) -> BlockStream:
         """Prepare the pass over a corpus; the data module asks for it.
@@ -189,6 +184,26 @@ class CovarianceModule(LightningModule):
         self.language_model = language_model
         self.model = language_model.model  # so that the Trainer moves it
         language_model.digests  # noqa: B018  # taken before anything can change the weights
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check how a Trainer is set.
+
+    Raises:
+        OptionError: With the setting that works.
+    """
+    if trainer.precision != "32-true":
+        raise OptionError(
+            f"precision is {trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
+        )
+    limit = trainer.limit_predict_batches
+    if isinstance(limit, int) or limit != 1.0:
+        raise OptionError(
+            "limit_predict_batches (which fast_dev_run also sets) would end the pass before anything is known; for "
+            "a quick try set model.tokens"
+        )
+    if trainer.strategy.root_device.type == "mps":
+        raise OptionError("Apple's MPS has no float64, in which keys are summed; use Trainer(accelerator='cpu')")
 
 
 def parse_layers(layers: list[int] | str, depth: int) -> list[int]:

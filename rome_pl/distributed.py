@@ -66,13 +66,17 @@ class Peers:
     world_size: int = 1
     device: torch.device | str = "cpu"
 
-    def sum_on_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of the processes' tensors, on the first; elsewhere nothing of use. The argument is used up."""
+    def sum_on(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the processes' tensors, on one; elsewhere nothing of use. The argument is used up."""
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device)
-        torch.distributed.reduce(total, 0)
+        torch.distributed.reduce(total, rank)
         return total.to(tensor.device)
+
+    def mine(self, index: int) -> bool:
+        """Whether a piece of work that one process does alone is this one's; they take turns."""
+        return index % self.world_size == self.rank
 
     def from_first(self, item: T) -> T:
         """What the first process gives, on every one."""

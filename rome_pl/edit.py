@@ -24,7 +24,7 @@ from rome_pl.second_moment import SecondMoment
 from rome_pl.value_search import Step
 from rome_pl.weights import EditedWeight, Written
 
-__all__ = ["Edit", "EditBatch", "EditError", "EditSession", "EditStatus", "edits_of", "session_of"]
+__all__ = ["Edit", "EditBatch", "EditError", "EditSession", "EditStatus", "Retention", "edits_of", "session_of"]
 
 
 class EditError(RuntimeError):
@@ -174,6 +174,23 @@ class EditBatch:
     optimised: list[Edit] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Retention:
+    """What the edits of a sequential stream are worth after some of it.
+
+    Args:
+        edits: Edits begun so far.
+        perplexity: Held-out perplexity then, if it was measured.
+        weight_change: Norm of the weight's change, relative to the original.
+        scores: The probe scores of a sample of them, by name.
+    """
+
+    edits: int
+    perplexity: float | None
+    weight_change: float
+    scores: dict[str, ProbeScores]
+
+
 @dataclass
 class EditSession:
     """What the edits of a run share.
@@ -191,7 +208,11 @@ class EditSession:
         edits: The edits begun so far, those of other devices once their batch is done.
         base_scores: Every valid request's probes before the stream, by name of the edit.
         final_scores: The same after a sequential stream.
+        touched: For each request which of its neighbourhood prompts are about a subject that another request edits; by
+            name of the edit, only where there is one, and only where edits accumulate.
         perplexity: Held-out perplexity, by moment (``base``, ``final``).
+        divergence: ``KL(unedited ‖ final)`` of the next token on the same text, in nats; nothing in single mode.
+        retention: What the edits so far are worth at points of a sequential stream; see :class:`Retention`.
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
@@ -209,7 +230,10 @@ class EditSession:
     edits: list[Edit] = field(default_factory=list)
     base_scores: dict[str, ProbeScores] = field(default_factory=dict)
     final_scores: dict[str, ProbeScores] = field(default_factory=dict)
+    touched: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
+    divergence: float | None = None
+    retention: list[Retention] = field(default_factory=list)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
     flops_per_edit: float | None = None
@@ -281,7 +305,15 @@ class EditSession:
 
     def measure_probes(self, edits: Sequence[Edit]) -> list[ProbeScores]:
         """The probe scores of edits, each with its own write."""
-        return probe_scores(self.language_model, [edit.request for edit in edits], self._changes(edits))
+        return self.probe([edit.request for edit in edits], self._changes(edits))
+
+    def probe(self, requests: Sequence[EditRequest], changes: Changes | None = None) -> list[ProbeScores]:
+        """The probe scores of requests under the weights as they are, or under a change of them for each."""
+        measured = probe_scores(self.language_model, requests, changes)
+        return [
+            replace(scores, touched=self.touched.get(str(request.case_id), ()))
+            for request, scores in zip(requests, measured, strict=True)
+        ]
 
     def in_force(self, edit: Edit) -> bool:
         """Whether the edit's own write is in what is measured now."""

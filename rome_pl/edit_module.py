@@ -23,6 +23,7 @@ from rome_pl.errors import OptionError
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective, edit_rows
 from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_trainer, prepare_session
@@ -142,6 +143,11 @@ class RomeModule(LightningModule):
             )
             self._adopt(loaded)
 
+    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, ProbeScores]:
+        """Measure requests under the weights as they are now; the scores by name of the edit."""
+        scores = self._session.probe(batch)
+        return {str(request.case_id): found for request, found in zip(batch, scores, strict=True)}
+
     def configure_optimizers(self) -> Optimizer:
         """The value optimiser, with ``v_lr`` as its learning rate; every batch gives it parameters of its own."""
         optimizer = self.optimizer_class(cast(Iterable[Any], [self.delta]))
@@ -176,7 +182,10 @@ class RomeModule(LightningModule):
             edits=[],
             base_scores={},
             final_scores={},
+            touched={},
             perplexity={},
+            divergence=None,
+            retention=[],
             state_checks=[],
             ledger=None,
             flops_per_edit=self.session.flops_per_edit if self.session is not None else None,
@@ -200,13 +209,15 @@ class RomeModule(LightningModule):
         """Requests are text and stay as they are."""
         return batch
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> EditBatch:
-        """Turn requests into an :class:`EditBatch` with its prefix pass, under the weights as they are now."""
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> EditBatch | list[EditRequest]:
+        """Turn requests to edit into an :class:`EditBatch` with its prefix pass, under the weights as they are now."""
         requests = [batch] if isinstance(batch, EditRequest) else batch
         if not isinstance(requests, list) or not all(isinstance(request, EditRequest) for request in requests):
             raise TypeError(
                 f"expected an EditRequest or a list of them, got {type(batch).__name__}; see request_loader"
             )
+        if not self.trainer.training:
+            return requests
         session = self._session
         if session.sequential and len(requests) > 1:
             self._warn_of_joint_solve(session, len(requests))

@@ -218,6 +218,9 @@ class TextEncoder:
             for field in ("paraphrases", "neighbours"):
                 for prompt in getattr(request, field):
                     self.continuation(prompt, target, request, field)
+        for field in ("locality", "portability"):
+            for probe in getattr(request, field):
+                self.continuation(probe.prompt, probe.answer, request, field)
 
     def describe(self, request: EditRequest, fact_token: FactToken) -> tuple[str, str]:
         """The lookup token and the target of the bare prompt, as pieces of text for a reader."""

@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and naming them by what they hold."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 __all__ = ["content_key", "whole_file"]
 
@@ -41,6 +44,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         work.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error} (nothing was changed)", str(path)) from error
+    except SafetensorError as error:  # how a full disk shows there
+        raise OSError(errno.EIO, f"{error} (nothing was changed)", str(path)) from error
     finally:
         work.unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 from rome_pl.moment_sums import MomentSums, PartialSums, half_of, keys_of
 from rome_pl.packing import Block, BlockStream, Packer, Plan
-from rome_pl.second_moment import MomentInfo, SecondMoment, Spectrum, StatisticsError, library_versions
+from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError, library_versions
 
 __all__ = ["KEYS_PER_DIMENSION", "BusyError", "Finished", "MomentPass", "PassOptions", "Place"]
 
@@ -37,9 +37,6 @@ KEYS_PER_DIMENSION = 30
 
 MEETINGS = (0.25, 0.5, 1.0)
 """Where halves are compared, as parts of the wanted number of keys."""
-
-SPECTRUM_SIZE = 8192
-"""Largest key length whose eigenvalues are reported: beyond, they take minutes a layer."""
 
 SAVING_SHARE = 0.05
 """Largest share of the time that goes into saving, unless a number of tokens between saves is asked for."""
@@ -86,14 +83,12 @@ class Finished:
         path: The artefact.
         info: What it says of itself.
         cached: Whether it had been there before.
-        spectrum: Its eigenvalues, if it was computed now and they are cheap enough.
     """
 
     layer: int
     path: Path
     info: MomentInfo
     cached: bool = False
-    spectrum: Spectrum | None = None
 
 
 class BusyError(StatisticsError):
@@ -189,6 +184,10 @@ class MomentPass:
         Raises:
             StatisticsError: If a key is not finite, or the corpus gave none.
         """
+        if len(self.plan.finished) == len(self.groups):
+            return None  # what workers of a data loader have read ahead
+        if block.error is not None:
+            raise block.error
         if block.group in self.plan.finished:
             return None
         if block.group != self._group:
@@ -249,46 +248,47 @@ class MomentPass:
         if partials:
             log.info("Going on with %d blocks that an earlier run has summed", sum(len(p.blocks) for p in partials))
         self._group = group
-        if self.peers.rank == 0 and self._halves > 1:
+        if self._halves > 1:
             self._probes = probe_keys(self.language_model, sites)
         self._saved_at, self._saving, self._unsaved = time.monotonic(), 0.0, 0
 
     def _compare(self, block: Block) -> Check:
         assert self._sums is not None
         sums = self._sums
-        keys = int(self.peers.sum_on_first(torch.tensor(sum(sums.counts))))
-        agreement: dict[int, float] = {}
-        if self._halves > 1:
-            for site in self.groups[block.group]:
-                halves = [self.peers.sum_on_first(sums.matrix(site.layer, half)) for half in range(2)]
-                if site.layer in self._probes:  # on the first process
-                    agreement[site.layer] = agreement_of_halves(halves[0], halves[1], self._probes[site.layer])
+        peers = self.peers
+        found: dict[int, float] = {}
+        if self._halves > 1 and self._probes:
+            for index, site in enumerate(self.groups[block.group]):
+                one, other = (
+                    peers.sum_on(index % peers.world_size, sums.matrix(site.layer, half)) for half in range(2)
+                )
+                if peers.mine(index):
+                    found[site.layer] = agreement_of_halves(one, other, self._probes[site.layer])
+        agreement = {layer: value for part in peers.gather(found) for layer, value in part.items()}
         enough = bool(agreement) and min(agreement.values()) >= self.options.stop_agreement
-        return self.peers.from_first(Check(block.seen, keys, agreement, enough))
+        return Check(block.seen, sum(peers.gather(sum(sums.counts))), dict(sorted(agreement.items())), enough)
 
     def _finish(self, group: int) -> None:
         assert self._sums is not None
-        sums, rank = self._sums, self.peers.rank
-        count = self.peers.from_first(int(self.peers.sum_on_first(torch.tensor(sum(sums.counts)))))
+        sums, peers = self._sums, self.peers
+        count = sum(peers.gather(sum(sums.counts)))
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
         last = self.history[group][-1]
-        for site in self.groups[group]:
+        for index, site in enumerate(self.groups[group]):
             total = sums.matrix(site.layer, 0)
             for half in range(1, self._halves):
                 total += sums.matrix(site.layer, half)
-            total = self.peers.sum_on_first(total)
-            if rank == 0:
-                moment = SecondMoment(total / count, self._describe(site, count, last))
-                path = self._target(site)
-                moment.save(path)
-                spectrum = moment.spectrum() if site.d_key <= SPECTRUM_SIZE else None
-                self.finished.append(Finished(site.layer, path, moment.info, spectrum=spectrum))
+            total = peers.sum_on(index % peers.world_size, total)
+            path, info = self._target(site), self._describe(site, count, last)
+            if peers.mine(index):
+                SecondMoment(total / count, info).save(path)
+            self.finished.append(Finished(site.layer, path, info))
         _warn_of_little_text(self.groups[group], count)
         self.plan.finished.add(group)
         self._sums = None
-        self.peers.wait()
-        if rank == 0:
+        peers.wait()
+        if peers.rank == 0:
             shutil.rmtree(self._folders[group], ignore_errors=True)
 
     def _describe(self, site: RewriteSite, count: int, last: Check) -> MomentInfo:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from rome_pl.errors import OptionError, RomeError
+
 __all__ = ["Block", "BlockStream", "Packer", "Plan", "leading_tokens"]
 
 TEXTS_AT_ONCE = 64
@@ -31,6 +33,7 @@ class Block:
         closes: Number of the boundary that all processes have reached together once this block is done.
         ends: Whether the pass over the corpus is over with it.
         seen: Blocks of the corpus that some process has been given so far.
+        error: What kept a worker of a data loader from reading on.
     """
 
     group: int
@@ -41,6 +44,7 @@ class Block:
     closes: int | None = None
     ends: bool = False
     seen: int = 0
+    error: RomeError | None = None
 
     def to(self, device: torch.device, **options: Any) -> "Block":
         """The block with its tensors on a device; how Lightning moves batches."""
@@ -82,8 +86,15 @@ class Packer:
         """Ids, positions within the document, and whether a token counts; each ``[rows, length]``.
 
         What is put before a text and what fills the last block does not count.
+
+        Raises:
+            OptionError: If a row has no room for text.
         """
         lead = leading_tokens(self.tokenizer)
+        if self.length <= len(lead):
+            raise OptionError(
+                f"block_length: {self.length} leaves no room for text; the tokenizer puts {len(lead)} tokens before it"
+            )
         # One triple a token: id, position, whether it counts.
         ids: list[int] = []
         positions: list[int] = []
@@ -183,7 +194,8 @@ class BlockStream(IterableDataset[Block]):
         worker = get_worker_info()
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         steps = (step for group in range(len(self.plan.boundaries)) for step in self._pass(group))
-        return itertools.islice(steps, first, None, every)
+        own = itertools.islice(steps, first, None, every)
+        return own if worker is None else _with_errors(own)
 
     def _pass(self, group: int) -> Iterator[Block]:
         boundaries, done = self.plan.boundaries[group], self.plan.done[group]
@@ -205,3 +217,11 @@ class BlockStream(IterableDataset[Block]):
 
     def _own(self, group: int, waiting: list[Block]) -> Block:
         return waiting[self.rank] if self.rank < len(waiting) else Block(group)
+
+
+def _with_errors(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The blocks; an error of this package as the last one, as a data loader would make a traceback its message."""
+    try:
+        yield from blocks
+    except RomeError as error:
+        yield Block(group=0, error=error)

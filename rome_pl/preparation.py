@@ -1,5 +1,6 @@
 """What all edits of a run share, made once: statistics, contexts, the weight's master, and how to run suffixes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,27 @@ def admit_requests(
         except RequestError as error:
             refused[name] = error
     session.requests, session.num_refused = tuple(valid), len(refused)
+    session.touched = _touched(valid) if session.sequential else {}
     return places, refused, lengths
+
+
+def _touched(requests: Sequence[EditRequest]) -> dict[str, tuple[bool, ...]]:
+    """Which neighbourhood prompts name a subject that another request of the stream edits, by name of the edit."""
+    subjects = {request.subject for request in requests}
+    found: dict[str, tuple[bool, ...]] = {}
+    for request in requests:
+        others = subjects - {request.subject}
+        marks = tuple(
+            any(subject in prompt and _names(prompt, subject) for subject in others) for prompt in request.neighbours
+        )
+        if any(marks):
+            found[str(request.case_id)] = marks
+    return found
+
+
+def _names(prompt: str, subject: str) -> bool:
+    """Whether a subject stands in a prompt as whole words."""
+    return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) is not None
 
 
 def _identity(keys: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Second moments in the form in which kmeng01/rome publishes and reads them: ``.npz`` files."""
 
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 import torch
@@ -31,9 +33,9 @@ def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> 
         StatisticsError: If it cannot be read, is of another form, or sums keys of another length.
     """
     try:
-        with numpy.load(path, allow_pickle=False) as file:
-            total, count = torch.from_numpy(file[TOTAL]).double(), int(file[COUNT])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
+            total, count = torch.from_numpy(arrays[TOTAL]).double(), int(arrays[COUNT])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise StatisticsError(f"{path}: no statistics in the published form ({error})") from error
     if total.shape != (site.d_key, site.d_key) or count < 1:
         raise StatisticsError(

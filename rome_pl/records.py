@@ -1,6 +1,7 @@
 """Files of edit requests: reading them, recognising their form, turning each record into an :class:`EditRequest`.
 
-Three forms are known: CounterFact as published (Meng et al. 2022, section 3.2), EasyEdit's flat form, and a short list.
+Known are CounterFact as published (Meng et al. 2022, section 3.2), zsRE's evaluation form (Mitchell et al. 2022),
+KnowEdit's (Zhang et al. 2024), EasyEdit's flat form, and a short list.
 A record that cannot be used becomes an :class:`InvalidRecord`; the others are not lost.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from rome_pl.errors import RomeError
-from rome_pl.requests import EditRequest, RequestError
+from rome_pl.requests import EditRequest, Probe, RequestError
 
 __all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
 
@@ -109,7 +110,8 @@ def parse_records(
     Args:
         records: Mappings, as :func:`read_records` or a ``datasets`` data set gives them.
         source: File or data set name, for error messages.
-        form: ``counterfact``, ``flat`` or ``short``; ``None`` recognises it from the first record.
+        form: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; ``None`` recognises it from the first
+            record.
 
     Returns:
         The valid requests in order, and the records that were refused with the field and reason.
@@ -154,11 +156,16 @@ _FLAT_ONLY = {"ground_truth", "rephrase_prompt", "locality_prompt", "locality_gr
 def _recognise(record: Mapping[str, Any], source: str) -> str:
     if "requested_rewrite" in record:
         return "counterfact"
+    if {"src", "alt", "subject"} <= set(record):
+        return "zsre"
     if {"prompt", "subject", "target_new"} <= set(record):
+        if any(isinstance(record.get(name), Mapping) for name in ("locality", "portability")):
+            return "knowedit"
         return "flat" if _FLAT_ONLY & set(record) else "short"
     raise DataError(
         f"{source}: unknown form of record, with the fields {sorted(map(str, record))}. Known forms: CounterFact "
-        "('requested_rewrite', …), EasyEdit's flat form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
+        "('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), EasyEdit's flat "
+        "form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
         "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
     )
 
@@ -222,6 +229,69 @@ def _from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _from_zsre(record: Mapping[str, Any]) -> dict[str, Any]:
+    new = _required(record, "alt")
+    portability = record.get("portability")
+    follow_up = portability if isinstance(portability, Mapping) else {}
+    return {
+        "prompt": _required(record, "src"),
+        "subject": _required(record, "subject"),
+        "target_new": new,
+        "target_true": _other_than(new, record.get("answers")),
+        "paraphrases": _prompts(record, "rephrase"),
+        "locality": _probes([{"prompt": record.get("loc"), "answer": record.get("loc_ans")}], "answer", "locality"),
+        "portability": _probes(
+            [{"prompt": follow_up.get("New Question"), "answer": follow_up.get("New Answer")}], "answer", "portability"
+        ),
+    }
+
+
+def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
+    new = _required(record, "target_new")
+    probes: dict[str, tuple[Probe, ...]] = {}
+    for name in ("locality", "portability"):
+        kinds = record.get(name) or {}
+        if not isinstance(kinds, Mapping):
+            raise RequestError(name, f"expected kinds with lists of prompts, got {type(kinds).__name__}")
+        probes[name] = tuple(
+            probe
+            for kind, entries in kinds.items()
+            for probe in _probes(entries or (), "ground_truth", f"{name}.{kind}", kind)
+        )
+    return {
+        "prompt": _required(record, "prompt"),
+        "subject": _required(record, "subject"),
+        "target_new": new,
+        "target_true": _other_than(new, record.get("ground_truth")),
+        "paraphrases": _prompts(record, "rephrase_prompt") or _prompts(record, "rephrase"),
+        **probes,
+    }
+
+
+def _other_than(new: Any, answers: Any) -> str | None:
+    """The first of several accepted answers that is not the new one."""
+    accepted = [answers] if isinstance(answers, str) else answers or []
+    if not isinstance(accepted, Sequence) or not all(isinstance(answer, str) for answer in accepted):
+        raise RequestError("target_true", f"expected text or a list of texts, got {answers!r}")
+    return next((answer for answer in accepted if answer.strip() and answer.strip() != str(new).strip()), None)
+
+
+def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple[Probe, ...]:
+    """Prompts with answers; of several accepted answers the first. An entry without both is none."""
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise RequestError(field, f"expected a list of prompts, got {type(entries).__name__}")
+    probes = []
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise RequestError(field, f"expected a prompt with its answer, got {type(entry).__name__}")
+        prompt, answer = entry.get("prompt"), entry.get(answer_name)
+        while isinstance(answer, list) and answer:
+            answer = answer[0]
+        if isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip():
+            probes.append(Probe(prompt, answer, kind))
+    return tuple(probes)
+
+
 def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
     unknown = set(map(str, record)) - _SHORT_FIELDS
     if unknown:
@@ -242,9 +312,13 @@ _WRITTEN = {
         "neighbours": "neighborhood_prompts",
     },
     "flat": {"target_true": "ground_truth", "neighbours": "locality_prompt"},
+    "zsre": {"prompt": "src", "target_new": "alt", "target_true": "answers", "paraphrases": "rephrase"},
+    "knowedit": {"target_true": "ground_truth", "paraphrases": "rephrase_prompt"},
 }
 _FORMS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "counterfact": _from_counterfact,
     "flat": _from_flat,
+    "knowedit": _from_knowedit,
+    "zsre": _from_zsre,
     "short": _from_short,
 }

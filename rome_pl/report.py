@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from rome_pl.edit import Edit, EditSession, EditStatus
+from rome_pl.edit import Edit, EditSession, EditStatus, Retention
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
@@ -33,17 +33,19 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     """
     counts = Counter(edit.status for edit in session.edits)
     edits = sorted(session.edits, key=lambda edit: edit.index)  # batches may come in another order
-    immediate = [edit.scores["immediate"] for edit in edits if "immediate" in edit.scores]
+    immediate = {edit.name: edit.scores["immediate"] for edit in edits if "immediate" in edit.scores}
     seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps]
     records = [_edit_record(edit) for edit in edits]
     records += [_invalid_record(record) for record in invalid]
     return {
         "mode": "sequential" if session.sequential else "single",
         "interrupted": interrupted,
-        "base": summarise(list(session.base_scores.values())),
-        "immediate": summarise(immediate),
-        "final": summarise(list(session.final_scores.values())) if session.final_scores else None,
+        "base": summarise(session.base_scores, session.base_scores),
+        "immediate": summarise(immediate, session.base_scores),
+        "final": summarise(session.final_scores, session.base_scores) if session.final_scores else None,
         "perplexity": {moment: session.perplexity.get(moment) for moment in ("base", "final")},
+        "divergence": session.divergence,
+        "retention": [_retention(point, session) for point in session.retention],
         "n_requested": len(session.requests) + session.num_refused + len(invalid),
         "n_applied": counts[EditStatus.APPLIED],
         "n_rejected": counts[EditStatus.REJECTED],
@@ -114,6 +116,8 @@ def score_table(content: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
     for score in content["base"]:
         entries = [content[moment][score] for moment in moments]
+        if not any(entry["n"] for entry in entries):
+            continue
         table.add_row(score, *(_interval(entry) for entry in entries), str(entries[-1]["n"]))
     if content["perplexity"]["base"] is not None:
         values = {"base": content["perplexity"]["base"], "final": content["perplexity"]["final"]}
@@ -125,6 +129,30 @@ def score_table(content: dict[str, Any]) -> Table:
 def _edit_record(edit: Edit) -> dict[str, Any]:
     scores = {moment: asdict(value) for moment, value in edit.scores.items()}
     return edit.record() | {"scores": scores, "seconds": edit.seconds}
+
+
+def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
+    """Scores of the edits so far, and which of those that had taken are lost by now."""
+    taken = {edit.name for edit in session.edits if _prefers(edit.scores.get("immediate"))}
+    ages = {edit.name: point.edits - edit.index for edit in session.edits}
+    return {
+        "edits": point.edits,
+        "perplexity": point.perplexity,
+        "weight_change": point.weight_change,
+        "scores": summarise(point.scores, session.base_scores),
+        "held": [
+            {"case_id": name, "age": ages[name], "held": _prefers(scores)} for name, scores in point.scores.items()
+        ],
+        "lost": [name for name, scores in point.scores.items() if name in taken and not _prefers(scores)],
+    }
+
+
+def _prefers(scores: ProbeScores | None) -> bool:
+    """Whether the new answer is the likelier one, or, where no true one is known, the likeliest of all."""
+    if scores is None:
+        return False
+    new, true = scores.rewrite
+    return new > true if true is not None else all(answer.generated for answer in scores.answers.get("rewrite", ()))
 
 
 def _invalid_record(record: InvalidRecord) -> dict[str, Any]:

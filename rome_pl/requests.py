@@ -4,12 +4,13 @@ Nothing here knows tokens, tensors or files. Braces in any text are plain text; 
 (see :mod:`rome_pl.records`) has a placeholder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rome_pl.errors import RomeError
 
-__all__ = ["EditRequest", "RequestError", "locate_subject"]
+__all__ = ["EditRequest", "Probe", "RequestError", "locate_subject"]
 
 
 class RequestError(RomeError):
@@ -41,6 +42,21 @@ class RequestError(RomeError):
         return f"{place}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with an answer of its own.
+
+    Args:
+        prompt: Text that ends right before the answer.
+        answer: What is wanted after it.
+        kind: What it tests, such as KnowEdit's ``Reasoning``, for reports.
+    """
+
+    prompt: str
+    answer: str
+    kind: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
     """One fact to rewrite.
@@ -52,6 +68,8 @@ class EditRequest:
         target_true: The answer before the edit; scores ES, PS and NS need it.
         paraphrases: Other prompts about the same fact, expected to give ``target_new`` too.
         neighbours: Prompts about other subjects, expected to keep ``target_true``.
+        locality: Unrelated prompts with their answers, expected to stay as the unedited model has them.
+        portability: Prompts whose answers follow from the new fact.
         subject_span: Character span of the subject in the prompt; overrides the search.
         target_space: Whether a space joins a prompt and a target; ``None`` decides from text and tokenizer.
         case_id: Identifier that results and ledger carry.
@@ -68,6 +86,8 @@ class EditRequest:
     target_true: str | None = None
     paraphrases: Sequence[str] = ()
     neighbours: Sequence[str] = ()
+    locality: Sequence[Probe] = ()
+    portability: Sequence[Probe] = ()
     subject_span: tuple[int, int] | None = None
     target_space: bool | None = None
     case_id: str | int = 0
@@ -82,12 +102,12 @@ class EditRequest:
             if self.target_true.strip() == self.target_new.strip():
                 raise self.error("target_new", "equals target_true: there is nothing to change")
         for name in ("paraphrases", "neighbours"):
-            prompts = getattr(self, name)
-            if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-                raise self.error(name, f"expected a list of prompts, got {type(prompts).__name__}")
+            prompts = self._list(name)
             for prompt in prompts:
                 self._check_text(name, prompt)
             object.__setattr__(self, name, tuple(prompts))
+        for name in ("locality", "portability"):
+            object.__setattr__(self, name, tuple(self._probe(name, probe) for probe in self._list(name)))
         if self.target_space is not None and not isinstance(self.target_space, bool):
             raise self.error("target_space", f"expected true, false or nothing, got {self.target_space!r}")
         object.__setattr__(self, "subject_span", self._resolve_span())
@@ -101,6 +121,23 @@ class EditRequest:
     def error(self, field: str, message: str) -> RequestError:
         """An error that carries this request's identity."""
         return RequestError(field, message, case_id=self.case_id, source=self.source)
+
+    def _list(self, name: str) -> Sequence[Any]:
+        prompts = getattr(self, name)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise self.error(name, f"expected a list of prompts, got {type(prompts).__name__}")
+        return prompts
+
+    def _probe(self, name: str, probe: object) -> Probe:
+        if isinstance(probe, Mapping):
+            if unknown := set(map(str, probe)) - {"prompt", "answer", "kind"}:
+                raise self.error(name, f"unknown field '{min(unknown)}'; a probe has prompt, answer and kind")
+            probe = Probe(probe.get("prompt", ""), probe.get("answer", ""), probe.get("kind", ""))
+        if not isinstance(probe, Probe):
+            raise self.error(name, f"expected prompts with answers, got {type(probe).__name__}")
+        self._check_text(f"{name}.prompt", probe.prompt)
+        self._check_text(f"{name}.answer", probe.answer)
+        return probe
 
     def _check_text(self, name: str, value: object) -> None:
         if not isinstance(value, str):

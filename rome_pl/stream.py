@@ -1,19 +1,26 @@
 """How a stream of requests is cut into batches, and shared among devices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
+from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from rome_pl.edit import EditSession
 from rome_pl.errors import OptionError
+from rome_pl.hooks import hash_seed
 from rome_pl.requests import EditRequest
 
-__all__ = ["WINDOW", "EditBatches", "RequestList", "check_shared"]
+__all__ = ["MEASURED_TOGETHER", "WINDOW", "EditBatches", "RequestList", "RetentionSample", "check_shared"]
 
 WINDOW = 8
 """Batches of similar length are formed within so many batches of the stream, so that a run that ends early has done its
 beginning."""
+
+
+MEASURED_TOGETHER = 16
+"""Requests whose probes are measured at once."""
 
 
 class RequestList(Sequence[EditRequest]):
@@ -39,6 +46,30 @@ class RequestList(Sequence[EditRequest]):
         if isinstance(index, list):
             return [self._requests[i] for i in index]
         return self._requests[index]
+
+
+class RetentionSample(Sampler[list[int]]):
+    """Lists of indices of edits begun so far: a seeded sample, which only grows or gives way to later edits.
+
+    Args:
+        requests: The stream.
+        session: Gives the run's session.
+        size: Most edits.
+    """
+
+    def __init__(self, requests: Sequence[EditRequest], session: Callable[[], EditSession], size: int) -> None:
+        self._places = {str(request.case_id): place for place, request in enumerate(requests)}
+        self._session, self._size = session, size
+
+    @override
+    def __iter__(self) -> Iterator[list[int]]:
+        session = self._session()
+        valid = {str(request.case_id) for request in session.requests}
+        begun = [edit.name for edit in session.edits if edit.name in valid]
+        chosen = sorted(begun, key=lambda name: hash_seed("retention", name))[: self._size]
+        places = sorted(self._places[name] for name in chosen)
+        for start in range(0, len(places), MEASURED_TOGETHER):
+            yield places[start : start + MEASURED_TOGETHER]
 
 
 class EditBatches(DistributedSampler[list[int]]):

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.architecture import RewriteSite
-from rome_pl.covariance_module import CovarianceModule
+from rome_pl.covariance_module import CovarianceModule, check_trainer
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
@@ -123,6 +123,12 @@ class RomeTrainer(Trainer):
             _import(model, Path(import_npz), folder)
             return
         if self.is_global_zero:
+            # Whatever may be wrong comes to light before an earlier report is replaced.
+            check_trainer(self)
+            if datamodule.corpus is not None:
+                next(datamodule.corpus.texts())
+            model.load()
+            model.sites()
             _claim_run_folder(Path(self.default_root_dir), overwrite)
         try:
             self.predict(model, datamodule=datamodule, return_predictions=False)

@@ -5,7 +5,8 @@ A subset is undone by replaying the closed form for the others: dropping one upd
 solved against a weight that still held it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -113,6 +114,19 @@ class EditedWeight:
         self.written.append(written)
         self._store()
         return written
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The original weight inside; the edited one after, whatever happens."""
+        weight = self.site.weight
+        edited = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.copy_(self._original)
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(edited)
 
     @property
     def names(self) -> list[str]:

@@ -1,8 +1,9 @@
 """Length-normalised log-probabilities of targets after prompts: what every probe score is made of."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from rome_pl.rank_one import Update
 from rome_pl.requests import EditRequest
 
 __all__ = [
+    "Answer",
     "Changes",
     "ProbeScores",
     "TargetMeasure",
+    "measure_answers",
     "measure_target",
     "measure_targets",
     "next_tokens",
-    "perplexity",
     "probe_scores",
     "target_log_probs",
 ]
@@ -49,6 +51,26 @@ class Changes:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """An answer after a prompt.
+
+    Args:
+        log_prob: Mean log-probability of its tokens.
+        accuracy: Share of its tokens that are the likeliest, each after those before it in the answer.
+        predicted: The likeliest token at each of its positions.
+    """
+
+    log_prob: float
+    accuracy: float
+    predicted: tuple[int, ...]
+
+    @property
+    def generated(self) -> bool:
+        """Whether greedy generation gives the answer: it does exactly if every token is the likeliest in its turn."""
+        return self.accuracy == 1.0
+
+
+@dataclass(frozen=True)
 class ProbeScores:
     """Log-probabilities ``(new, true)`` of the two targets after each kind of prompt, means over target tokens.
 
@@ -56,11 +78,16 @@ class ProbeScores:
         rewrite: After the rewrite prompt; the second is ``None`` where the request has no true target.
         paraphrases: After each paraphrase.
         neighbours: After each neighbourhood prompt.
+        touched: For each neighbourhood prompt whether its own subject was edited too; nothing if none was.
+        answers: The answers that are wanted, by kind of prompt: ``rewrite`` and ``paraphrase`` (the new target),
+            ``neighbour`` (the true one), ``locality`` and ``portability`` (the probes' own).
     """
 
     rewrite: tuple[float, float | None]
     paraphrases: tuple[tuple[float, float], ...] = ()
     neighbours: tuple[tuple[float, float], ...] = ()
+    answers: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
+    touched: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,10 +112,9 @@ def measure_targets(
     language_model: LanguageModel, rows: Sequence[EncodedRow], changes: Changes | None = None
 ) -> list[TargetMeasure]:
     """Measure targets under the model's current weights, or under a change of them for each row."""
-    log_probs, greedy = _measure(language_model, rows, changes)
     return [
-        TargetMeasure(float(probability), bool(best))
-        for probability, best in zip(log_probs.exp().tolist(), greedy.tolist(), strict=True)
+        TargetMeasure(math.exp(answer.log_prob), answer.generated)
+        for answer in measure_answers(language_model, rows, changes)
     ]
 
 
@@ -106,24 +132,26 @@ def target_log_probs(
         Shape ``[rows]``, float64, on the CPU. Rows whose text is the beginning of another row's are read off that one;
         batches are made of rows of similar length. Neither changes anything but rounding.
     """
-    return _measure(language_model, rows, changes)[0]
+    answers = measure_answers(language_model, rows, changes)
+    return torch.tensor([answer.log_prob for answer in answers], dtype=torch.float64)
 
 
-def _measure(
+def measure_answers(
     language_model: LanguageModel, rows: Sequence[EncodedRow], changes: Changes | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean log-probability of each row's target, and whether each of its tokens is the likeliest."""
-    log_probs, greedy = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.bool)
+) -> list[Answer]:
+    """What the model makes of each row's target; arguments as those of :func:`target_log_probs`."""
+    answers: dict[int, Answer] = {}
     groups = sorted(_shared(rows, changes), key=lambda group: len(rows[group[0]].ids))
     for start in range(0, len(groups), ROWS):
         batch = groups[start : start + ROWS]
         members = [member for group in batch for member in group]
-        log_probs[members], greedy[members] = _measure_batch(
+        measured = _measure_batch(
             language_model,
             [[rows[member] for member in group] for group in batch],
             changes and changes.of([group[0] for group in batch]),
         )
-    return log_probs, greedy
+        answers.update(zip(members, measured, strict=True))
+    return [answers[index] for index in range(len(rows))]
 
 
 def _shared(rows: Sequence[EncodedRow], changes: Changes | None) -> list[list[int]]:
@@ -149,17 +177,17 @@ def _shared(rows: Sequence[EncodedRow], changes: Changes | None) -> list[list[in
 @torch.no_grad()
 def _measure_batch(
     language_model: LanguageModel, groups: Sequence[Sequence[EncodedRow]], changes: Changes | None
-) -> tuple[Tensor, Tensor]:
+) -> list[Answer]:
     """Measure the targets of groups that share a row each, in the groups' order."""
     model: Any = language_model.model
     aligned = align([group[0] for group in groups], language_model.encoder.pad_id, language_model.device)
-    wanted, count = [], 0
+    wanted, lengths = [], []
     for index, group in enumerate(groups):
         shift = aligned.prefix - group[0].lookup
         for row in group:
-            wanted += [(index, shift + row.first + step, label, count) for step, label in enumerate(row.target)]
-            count += 1
-    at_row, at_column, labels, owner = torch.tensor(wanted, device=language_model.device).unbind(1)
+            wanted += [(index, shift + row.first + step, label) for step, label in enumerate(row.target)]
+            lengths.append(len(row.target))
+    at_row, at_column, labels = torch.tensor(wanted, device=language_model.device).unbind(1)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(clean_padding(model, aligned.attention_mask))
@@ -172,11 +200,15 @@ def _measure_batch(
             **forward_masks(model, aligned.attention_mask, aligned.position_ids),
         ).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double()
-    missed = (log_probs.argmax(-1) != labels).double()
-    sums = torch.zeros(2, count, dtype=torch.float64, device=picked.device)
-    sums.index_add_(1, owner, torch.stack([picked, missed]))
-    return (sums[0] / owner.bincount(minlength=count)).cpu(), (sums[1] == 0).cpu()
+    picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double().cpu()
+    likeliest = log_probs.argmax(-1).cpu()
+    hits = (likeliest == labels.cpu()).double()
+    return [
+        Answer(float(values.mean()), float(right.mean()), tuple(tokens.tolist()))
+        for values, right, tokens in zip(
+            picked.split(lengths), hits.split(lengths), likeliest.split(lengths), strict=True
+        )
+    ]
 
 
 def _stacked(updates: Sequence[Update | None]) -> tuple[Tensor, Tensor]:
@@ -198,46 +230,53 @@ def probe_scores(
     encode = language_model.encoder.continuation
     rows: list[EncodedRow] = []
     owners: list[int] = []
-    for index, request in enumerate(requests):
-        targets = [target for target in (request.target_new, request.target_true) if target is not None]
-        probes = [*request.paraphrases, *request.neighbours] if len(targets) == 2 else []
-        rows += [encode(prompt, target, request) for prompt in (request.prompt, *probes) for target in targets]
-        owners += [index] * (len(rows) - len(owners))
-    measured = iter(target_log_probs(language_model, rows, changes and changes.of(owners)).tolist())
-    scores = []
-    for request in requests:
-        if request.target_true is None:
-            scores.append(ProbeScores(rewrite=(next(measured), None)))
-            continue
-        count = len(request.paraphrases) + len(request.neighbours)
-        pairs = [(next(measured), next(measured)) for _ in range(1 + count)]
-        border = 1 + len(request.paraphrases)
-        scores.append(ProbeScores(pairs[0], tuple(pairs[1:border]), tuple(pairs[border:])))
-    return scores
+    wanted = [list(_wanted(request)) for request in requests]
+    for index, (request, probes) in enumerate(zip(requests, wanted, strict=True)):
+        rows += [encode(prompt, answer, request, name) for name, prompt, answer, _ in probes]
+        owners += [index] * len(probes)
+    measured = iter(measure_answers(language_model, rows, changes and changes.of(owners)))
+    return [_assemble(probes, [next(measured) for _ in probes]) for probes in wanted]
 
 
-@torch.no_grad()
-def perplexity(language_model: LanguageModel, text: str, window: int = 256) -> float:
-    """Perplexity per token of a text, read in windows of ``window`` tokens without overlap.
+def _wanted(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
+    """Field, prompt, answer and role of everything that is measured for a request."""
+    new, true = request.target_new, request.target_true
+    for name, prompts in (
+        ("prompt", [request.prompt]),
+        ("paraphrases", request.paraphrases),
+        ("neighbours", request.neighbours if true is not None else ()),
+    ):
+        for prompt in prompts:
+            yield name, prompt, new, "new"
+            if true is not None:
+                yield name, prompt, true, "true"
+    for name in ("locality", "portability"):
+        for probe in getattr(request, name):
+            yield name, probe.prompt, probe.answer, "own"
 
-    Raises:
-        ValueError: If the text has fewer than two tokens.
-    """
-    model: Any = language_model.model
-    ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    window = min(window, language_model.encoder.max_length)
-    total, count = 0.0, 0
-    pieces = [piece for piece in torch.split(ids, window) if len(piece) > 1]
-    if not pieces:
-        raise ValueError("the text for perplexity needs at least two tokens")
-    with frozen(model):
-        for piece in pieces:
-            row = piece.unsqueeze(0).to(language_model.device)
-            logits = model(input_ids=row, use_cache=False).logits[0, :-1]
-            log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            total -= float(log_probs.gather(1, row[0, 1:].unsqueeze(1)).double().sum())
-            count += len(piece) - 1
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+_KINDS = {"prompt": "rewrite", "paraphrases": "paraphrase", "neighbours": "neighbour"}
+
+
+def _assemble(wanted: Sequence[tuple[str, str, str, str]], measured: Sequence[Answer]) -> ProbeScores:
+    log_probs: dict[tuple[str, str], list[float]] = {}
+    answers: dict[str, list[Answer]] = {}
+    for (name, _, _, role), answer in zip(wanted, measured, strict=True):
+        log_probs.setdefault((name, role), []).append(answer.log_prob)
+        if role == ("true" if name == "neighbours" else "own" if name not in _KINDS else "new"):
+            answers.setdefault(_KINDS.get(name, name), []).append(answer)
+
+    def pairs(name: str) -> tuple[tuple[float, float], ...]:
+        new, true = log_probs.get((name, "new"), []), log_probs.get((name, "true"), [])
+        return tuple(zip(new, true, strict=True)) if true else ()
+
+    both = pairs("prompt")
+    return ProbeScores(
+        rewrite=both[0] if both else (log_probs["prompt", "new"][0], None),
+        paraphrases=pairs("paraphrases"),
+        neighbours=pairs("neighbours"),
+        answers={kind: tuple(found) for kind, found in answers.items()},
+    )
 
 
 @torch.no_grad()

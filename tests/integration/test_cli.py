@@ -247,11 +247,15 @@ def test_ctrl_c_saves_what_was_done(arguments, tmp_path, monkeypatch):
     assert (tmp_path / "saved" / "config.json").is_file()
 
 
-def test_statistics_from_a_corpus_are_computed_once_and_used(arguments, tmp_path, short_text):
-    (tmp_path / "corpus.txt").write_text("\n".join([short_text.read_text(encoding="utf-8")] * 30), encoding="utf-8")
+def test_statistics_from_a_corpus_are_computed_once_and_used(arguments, tmp_path, short_text, monkeypatch):
+    (tmp_path / "corpus.txt").write_text("\n".join([short_text.read_text(encoding="utf-8")] * 90), encoding="utf-8")
     options = {"model__preset": "r_rome", "model__corpus": tmp_path / "corpus.txt", "model__mom2_n_samples": 400}
     assert main(arguments(**options)) == 0
-    assert read(tmp_path, "manifest.json")["second_moment"]["count"] == 400
+    kept = read(tmp_path, "manifest.json")["second_moment"]
+    assert kept["count"] == 1024  # one block
+    monkeypatch.setattr("rome_pl.statistics.compute", lambda *_, **__: pytest.fail("is kept"))
+    assert main(arguments(overwrite="true", **options)) == 0
+    assert read(tmp_path, "manifest.json")["second_moment"] == kept
 
 
 @pytest.mark.parametrize(
@@ -308,10 +312,11 @@ def test_the_method_s_options_have_their_published_names():
     assert set(inspect.signature(RomeModule).parameters) == METHOD_OPTIONS | beside_the_method
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_parses(config, capsys):
+    verb = "covariance" if config.parent.name == "covariance" else "edit"
     with pytest.raises(SystemExit) as exit_:
-        main(["edit", "--config", str(config), "--print_config"])
+        main([verb, "--config", str(config), "--print_config"])
     assert exit_.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     written = yaml.safe_load(config.read_text(encoding="utf-8"))

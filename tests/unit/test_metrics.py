@@ -5,7 +5,7 @@ import torch
 
 from rome_pl.architecture import find_site
 from rome_pl.metrics import CounterFactScores, ProbeScores, RunningScores, perplexity, probe_scores, summarise
-from rome_pl.metrics.counterfact import wilson_interval
+from rome_pl.metrics.intervals import wilson_interval
 from rome_pl.metrics.probes import Changes, measure_target, measure_targets, next_tokens
 from rome_pl.rank_one import Update
 from rome_pl.requests import EditRequest
@@ -93,11 +93,20 @@ def test_a_change_that_nobody_writes_is_measured_as_if_it_were_written(family):
         assert target.greedy == measure.greedy
 
 
+def named(records):
+    return {str(place): record for place, record in enumerate(records)}
+
+
+def counterfact(records):
+    """CounterFact's part of all scores."""
+    return {name: entry for name, entry in summarise(named(records)).items() if name in CounterFactScores.names}
+
+
 def test_scores_of_records_worked_out_by_hand():
     half, quarter = math.log(0.5), math.log(0.25)
     first = ProbeScores((half, quarter), ((half, quarter), (quarter, half)), ((quarter, half),))
     second = ProbeScores((quarter, half), ((half, quarter), (half, quarter)), ((half, quarter),))
-    table = summarise([first, second])
+    table = counterfact([first, second])
     values = {name: entry["value"] for name, entry in table.items()}
     assert values == pytest.approx(
         {"ES": 0.5, "EM": 0.0, "PS": 0.75, "PM": 0.125, "NS": 0.5, "NM": 0.0, "S": 3 / (1 / 0.5 + 1 / 0.75 + 1 / 0.5)}
@@ -108,19 +117,19 @@ def test_scores_of_records_worked_out_by_hand():
 
 def test_a_tie_counts_for_neither_answer():
     tie = ProbeScores((-1.0, -1.0), ((-1.0, -1.0),), ((-1.0, -1.0),))
-    table = summarise([tie])
+    table = counterfact([tie])
     assert [table[name]["value"] for name in ("ES", "PS", "NS", "S")] == [0.0, 0.0, 0.0, 0.0]
 
 
 def test_records_without_probes_are_scored_on_what_they_have():
-    table = summarise(
+    table = counterfact(
         [ProbeScores((-1.0, -2.0)), ProbeScores((-1.0, None)), ProbeScores((-1.0, -2.0), ((-1.0, -2.0),))]
     )
     assert {name: entry["n"] for name, entry in table.items()} == {
         "ES": 2, "EM": 2, "PS": 1, "PM": 1, "NS": 0, "NM": 0, "S": 0,
     }  # fmt: skip
     assert table["NS"]["value"] is None
-    assert summarise([])["ES"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert summarise({})["ES"] == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_metric_objects_merge_like_one_stream():
@@ -129,12 +138,12 @@ def test_metric_objects_merge_like_one_stream():
     for record in records:
         whole.update(record)
         part.update(record)
-    assert part.compute() == whole.compute() == summarise(records)
+    assert part.compute() == whole.compute() == counterfact(records)
     running = RunningScores()
     for record in [*records, ProbeScores((-1.0, None))]:
         running.update(record)
     assert running.compute() == pytest.approx(
-        {name: entry["value"] for name, entry in summarise(records).items() if name != "S"}
+        {name: entry["value"] for name, entry in counterfact(records).items() if name != "S"}
     )
     part.reset()
     assert part.compute()["ES"]["n"] == 0

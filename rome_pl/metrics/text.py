@@ -1,0 +1,107 @@
+"""What a model makes of ordinary text, beside what the unedited model makes of it: the global measures of damage."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rome_pl.errors import OptionError
+from rome_pl.hooks import frozen
+from rome_pl.language_model import LanguageModel
+
+__all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
+
+WINDOW = 256
+"""Tokens that are read together."""
+
+
+@dataclass(frozen=True)
+class TextMeasure:
+    """What was found on a text.
+
+    Args:
+        perplexity: Per token.
+        divergence: ``KL(unedited ‖ model)`` of the next token, in nats, mean over positions; ``None`` if the unedited
+            model was not at hand.
+        n: Number of tokens predicted.
+    """
+
+    perplexity: float
+    divergence: float | None
+    n: int
+
+
+def held_out_text(path: str | None = None) -> str:
+    """The text that perplexity is measured on: a file's, or the one shipped with the package.
+
+    Raises:
+        OptionError: If the file cannot be read as UTF-8.
+    """
+    source = Path(path) if path else files("rome_pl") / "assets" / "held_out_text.txt"
+    try:
+        return source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"held_out_text: {source} cannot be read as UTF-8 text: {error}") from error
+
+
+def perplexity(language_model: LanguageModel, text: str, window: int = WINDOW) -> float:
+    """Perplexity per token of a text, read in windows of ``window`` tokens without overlap.
+
+    Raises:
+        ValueError: If the text has fewer than two tokens.
+    """
+    return measure_text(language_model, text, window=window).perplexity
+
+
+@torch.no_grad()
+def measure_text(
+    language_model: LanguageModel,
+    text: str,
+    unedited: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
+    window: int = WINDOW,
+) -> TextMeasure:
+    """Perplexity of a text, and how far the next-token distributions are from the unedited model's.
+
+    Args:
+        language_model: The model, with its current weights.
+        text: Ordinary text.
+        unedited: Gives the unedited model for as long as the context lasts; it may be the same one with its original
+            weight put back.
+        window: Tokens that are read together, without overlap.
+
+    Raises:
+        ValueError: If the text has fewer than two tokens.
+    """
+    surprise, divergence, count = 0.0, 0.0, 0
+    for row in _windows(language_model, text, window):
+        now = _log_probs(language_model, row)
+        surprise -= float(now.gather(1, row[0, 1:].unsqueeze(1)).double().sum())
+        count += len(now)
+        if unedited is not None:
+            with unedited() as other:
+                then = _log_probs(other, row)
+            divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
+    if not count:
+        raise ValueError("the text for perplexity needs at least two tokens")
+    mean = torch.tensor(surprise / count, dtype=torch.float64)
+    return TextMeasure(float(mean.exp()), divergence / count if unedited is not None else None, count)
+
+
+def _windows(language_model: LanguageModel, text: str, window: int) -> Iterator[Tensor]:
+    ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    for piece in torch.split(ids.long(), min(window, language_model.encoder.max_length)):
+        if len(piece) > 1:
+            yield piece.unsqueeze(0).to(language_model.device)
+
+
+def _log_probs(language_model: LanguageModel, row: Tensor) -> Tensor:
+    """Log-probabilities of the next token at every position but the last, ``[length - 1, vocabulary]``."""
+    model: Any = language_model.model
+    with frozen(model):
+        logits: Tensor = model(input_ids=row.to(language_model.device), use_cache=False).logits[0, :-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -1,0 +1,121 @@
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from rome_pl.files import content_key, whole_file
+
+OLD = b"what was there before"
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "result.bin"
+    path.write_bytes(OLD)
+    return path
+
+
+def disk_full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def write(path, then=lambda: None):
+    with whole_file(path) as work:
+        work.write_bytes(b"new")
+        then()
+
+
+def raised(error):
+    raise error
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_and_nothing_else_stays(tmp_path):
+    path = tmp_path / "new" / "folder" / "result.bin"
+    with whole_file(path) as work:
+        work.write_bytes(b"new")
+        assert not path.exists()
+        assert work.parent == path.parent  # a rename from elsewhere might have to copy
+    assert path.read_bytes() == b"new"
+    assert names(path.parent) == ["result.bin"]
+
+
+def test_an_older_file_stays_until_the_new_one_is_complete(target):
+    with whole_file(target) as work:
+        work.write_bytes(b"new")
+        assert target.read_bytes() == OLD
+    assert target.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_older_file_and_no_other(error, target):
+    with pytest.raises(error, match="half way"):
+        write(target, lambda: raised(error("half way")))
+    assert target.read_bytes() == OLD
+    assert names(target.parent) == ["result.bin"]
+
+
+@pytest.mark.parametrize(("owner", "function"), [(os, "fsync"), (Path, "replace"), (Path, "chmod")])
+def test_a_full_disk_leaves_the_older_file_and_is_named(owner, function, target, monkeypatch):
+    monkeypatch.setattr(owner, function, disk_full)
+    with pytest.raises(OSError, match=r"No space left.*nothing was changed.*result\.bin") as caught:
+        write(target)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(target)
+    assert target.read_bytes() == OLD
+    assert names(target.parent) == ["result.bin"]
+
+
+def test_a_write_that_fails_is_named_by_the_file_it_was_meant_for(target):
+    with pytest.raises(OSError, match=r"nothing was changed.*result\.bin'$"):
+        write(target, disk_full)
+    assert target.read_bytes() == OLD
+    assert names(target.parent) == ["result.bin"]
+
+
+def test_the_content_is_synced_before_it_gets_its_name(target, monkeypatch):
+    seen = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (seen.append((target.read_bytes(), os.fstat(handle).st_size)), sync(handle))
+    )
+    with whole_file(target) as work:
+        work.write_bytes(b"new!")
+    assert seen == [(OLD, 4)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_permissions_follow_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with whole_file(tmp_path / "file") as work:
+            work.write_bytes(b"")
+        assert os.umask(mask) == mask  # left as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_key_depends_on_every_part_and_on_nothing_else():
+    parts = ["weights", 3, [1, 2.5], None, {"a": True}]
+    changed = [
+        ["Weights", 3, [1, 2.5], None, {"a": True}],
+        ["weights", 4, [1, 2.5], None, {"a": True}],
+        ["weights", 3, [1, 2.25], None, {"a": True}],
+        ["weights", 3, [1, 2.5], 0, {"a": True}],
+        ["weights", 3, [1, 2.5], None, {"a": False}],
+        ["weights", 3, 1, 2.5, None, {"a": True}],
+        ["weights3", [1, 2.5], None, {"a": True}],
+        parts[:-1],
+    ]
+    keys = {content_key(*some) for some in [parts, *changed]}
+    assert len(keys) == 1 + len(changed)
+    assert content_key(*parts) == content_key("weights", 3, [1, 2.5], None, {"a": True})
+    assert content_key("a", "b") == "3554d2b8a1e34099"  # in every process and version: caches are found by it
