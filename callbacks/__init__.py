@@ -6,9 +6,11 @@ if __name__ != "rome_pl.callbacks":
 from lightning.pytorch import Callback
 
 from rome_pl.callbacks.commit import EditCommit as EditCommit
+from rome_pl.callbacks.evaluation_report import EvaluationReport as EvaluationReport
 from rome_pl.callbacks.moment_report import MomentReport as MomentReport
 from rome_pl.callbacks.probe_evaluation import ProbeEvaluation as ProbeEvaluation
 from rome_pl.callbacks.progress import EditProgressBar as EditProgressBar
+from rome_pl.callbacks.progress import EvaluationProgressBar as EvaluationProgressBar
 from rome_pl.callbacks.progress import MomentProgressBar as MomentProgressBar
 from rome_pl.callbacks.rank_one_writer import RankOneWriter as RankOneWriter
 from rome_pl.callbacks.representation_check import RepresentationCheck as RepresentationCheck

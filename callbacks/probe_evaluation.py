@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from rome_pl.distributed import gather
 from rome_pl.edit import EditBatch, EditSession, edits_of, session_of
+from rome_pl.evaluation import KnownScores
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
 from rome_pl.stream import MEASURED_TOGETHER
@@ -46,7 +47,9 @@ class ProbeEvaluation(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         log.info("Measuring %d records on the unedited model", len(session.requests))
-        session.base_scores = self._measure_all(trainer, session)
+        # Unless an earlier fit has edited the model, what other runs have measured of it holds.
+        known = None if session.weight.written else KnownScores(session.language_model)
+        session.base_scores = self._measure_all(trainer, session, known)
         if self.measure_perplexity:
             session.perplexity["base"] = perplexity(session.language_model, self._text)
 
@@ -82,14 +85,18 @@ class ProbeEvaluation(Callback):
             session.perplexity["final"], session.divergence = measure.perplexity, measure.divergence
 
     @staticmethod
-    def _measure_all(trainer: Trainer, session: EditSession) -> dict[str, ProbeScores]:
-        """Every request's scores under the weights as they are."""
+    def _measure_all(
+        trainer: Trainer, session: EditSession, known: KnownScores | None = None
+    ) -> dict[str, ProbeScores]:
+        """Every request's scores under the weights as they are; ``known`` if these are the original ones."""
         mine = session.requests[trainer.global_rank :: trainer.world_size]
-        measured: list[tuple[str, ProbeScores]] = []
-        for start in range(0, len(mine), MEASURED_TOGETHER):
-            part = mine[start : start + MEASURED_TOGETHER]
-            scores = session.probe(part)
-            measured += zip((str(request.case_id) for request in part), scores, strict=True)
+        scores: list[ProbeScores] = []
+        if known is not None:
+            scores = session.mark(mine, known.measure(mine))
+        else:
+            for start in range(0, len(mine), MEASURED_TOGETHER):
+                scores += session.probe(mine[start : start + MEASURED_TOGETHER])
+        measured = [(str(request.case_id), found) for request, found in zip(mine, scores, strict=True)]
         return dict(gather(measured) if trainer.world_size > 1 else measured)
 
 

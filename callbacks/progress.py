@@ -10,7 +10,7 @@ from typing_extensions import override
 from rome_pl.edit import EditBatch, session_of
 from rome_pl.moment_pass import MomentPass
 
-__all__ = ["EditProgressBar", "MomentProgressBar"]
+__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar"]
 
 
 class EditProgressBar(RichProgressBar):
@@ -63,3 +63,12 @@ class MomentProgressBar(RichProgressBar):
     @override
     def predict_description(self) -> str:
         return "Summing keys"
+
+
+class EvaluationProgressBar(RichProgressBar):
+    """Lightning's Rich progress bar, naming what it counts: lists of requests."""
+
+    @property
+    @override
+    def predict_description(self) -> str:
+        return "Measuring"

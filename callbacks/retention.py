@@ -15,7 +15,8 @@ class RetentionCheck(Callback):
     """Keeps the scores of earlier edits, measured every ``val_check_interval`` batches of the Trainer.
 
     The data module's ``retention_sample`` says how many edits are looked at. Scalars ``retention/…`` go to every
-    logger, with the number of edits as the x axis; results.json gets the scores, the ages, and which edits were lost by when.
+    logger, with the number of edits as the x axis; results.json gets the scores, the ages, and which edits were lost
+    by when.
 
     Args:
         measure_perplexity: Whether held-out perplexity is measured too.

@@ -13,7 +13,7 @@ from typing_extensions import override
 from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
-from rome_pl.stream import EditBatches, RequestList, RetentionSample
+from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, RetentionSample
 
 __all__ = ["RequestDataModule", "request_loader"]
 
@@ -90,6 +90,27 @@ class RequestDataModule(LightningDataModule):
             by_length=independent,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
+        )
+
+    @override
+    def predict_dataloader(self) -> DataLoader[EditRequest]:
+        """This rank's share of the requests, some at a time, for an :class:`rome_pl.EvaluationModule`.
+
+        Raises:
+            TypeError: If the Trainer's module is none that evaluates.
+        """
+        trainer = self.trainer
+        module: Any = trainer.lightning_module if trainer is not None else None
+        if trainer is None or not hasattr(module, "begin"):
+            raise TypeError("requests are evaluated by a Trainer that runs predict() on an EvaluationModule")
+        requests = module.begin(self.requests)[trainer.global_rank :: trainer.world_size]
+        places = range(len(requests))
+        return DataLoader(
+            RequestList(requests),  # type: ignore[arg-type]  # as in request_loader
+            batch_size=None,
+            sampler=[list(places[start : start + MEASURED_TOGETHER]) for start in places[::MEASURED_TOGETHER]],
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
         )
 
     @override

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from rome_pl.covariance_module import CovarianceModule as CovarianceModule
     from rome_pl.edit_module import RomeModule as RomeModule
     from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
+    from rome_pl.evaluation_module import EvaluationModule as EvaluationModule
     from rome_pl.language_model import LanguageModel as LanguageModel
     from rome_pl.language_model import load_language_model as load_language_model
     from rome_pl.optimizers import PolyakStep as PolyakStep
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CovarianceModule": "rome_pl.covariance_module",
     "EditRequest": "rome_pl.requests",
+    "EvaluationModule": "rome_pl.evaluation_module",
     "KnowledgeEditor": "rome_pl.editor",
     "LanguageModel": "rome_pl.language_model",
     "PolyakStep": "rome_pl.optimizers",
@@ -24,6 +26,7 @@ _PUBLIC = {
 __all__ = [
     "CovarianceModule",
     "EditRequest",
+    "EvaluationModule",
     "KnowledgeEditor",
     "LanguageModel",
     "PolyakStep",

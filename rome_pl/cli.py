@@ -17,6 +17,8 @@ from typing_extensions import override
 from rome_pl.callbacks import (
     EditCommit,
     EditProgressBar,
+    EvaluationProgressBar,
+    EvaluationReport,
     MomentProgressBar,
     MomentReport,
     ProbeEvaluation,
@@ -32,6 +34,7 @@ from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
+from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
@@ -99,6 +102,13 @@ VERBS = {
         },
         {"commit.ledger": True},
         (("model.on_error", "data.on_error"),),
+    ),
+    "evaluate": _Verb(
+        EvaluationModule,
+        RequestDataModule,
+        ((EvaluationReport, "evaluation_report"),),
+        lambda: EvaluationProgressBar(leave=True),
+        _TRAINER | {"default_root_dir": "runs/evaluate"},
     ),
     "covariance": _Verb(
         CovarianceModule,

@@ -309,7 +309,10 @@ class EditSession:
 
     def probe(self, requests: Sequence[EditRequest], changes: Changes | None = None) -> list[ProbeScores]:
         """The probe scores of requests under the weights as they are, or under a change of them for each."""
-        measured = probe_scores(self.language_model, requests, changes)
+        return self.mark(requests, probe_scores(self.language_model, requests, changes))
+
+    def mark(self, requests: Sequence[EditRequest], measured: Sequence[ProbeScores]) -> list[ProbeScores]:
+        """Scores that know which of their prompts are about subjects that other requests edit."""
         return [
             replace(scores, touched=self.touched.get(str(request.case_id), ()))
             for request, scores in zip(requests, measured, strict=True)

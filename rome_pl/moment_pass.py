@@ -151,7 +151,12 @@ class MomentPass:
         self._place = self._choose_place()
         self._folders = [unfinished / self._key(group) for group in self.groups]
         self._locks = self._lock()
-        self._partials = [self._resume(folder) for folder in self._folders]
+        self._names: list[str] = []
+        try:
+            self._partials = [self._resume(folder) for folder in self._folders]
+        except BaseException:
+            self.close()  # whoever keeps the error keeps this object
+            raise
         self.plan = self._plan()
         self._group = -1
         self._sums: MomentSums | None = None
@@ -316,11 +321,10 @@ class MomentPass:
         assert self._sums is not None
         started = time.monotonic()
         folder = self._folders[self._group]
-        path = folder / f"process-{self.peers.rank}-of-{self.peers.world_size}.safetensors"
-        absorbed = [name for name in self._absorbed if name != path.name]
-        notes = {"absorbed": absorbed, "history": [asdict(check) for check in self.history[self._group]]}
+        path = folder / self._names[self._group]
+        notes = {"absorbed": self._absorbed, "history": [asdict(check) for check in self.history[self._group]]}
         PartialSums.save(path, self._sums, notes)
-        for name in absorbed:
+        for name in self._absorbed:
             (folder / name).unlink(missing_ok=True)
         self._saved_at, self._unsaved = time.monotonic(), 0
         self._saving = self._saved_at - started
@@ -328,6 +332,9 @@ class MomentPass:
     def _resume(self, folder: Path) -> list[PartialSums]:
         """Unfinished sums of an earlier run, the same list on all processes."""
         paths = sorted(folder.glob("process-*.safetensors"))
+        # A name that no earlier run has used: whichever process took over the sums in a file may delete that name.
+        run = 1 + max((int(path.stem.partition(".")[2] or 0) for path in paths), default=-1)
+        self._names.append(f"process-{self.peers.rank}-of-{self.peers.world_size}{f'.{run}' * (run > 0)}.safetensors")
         partials = [PartialSums(path) for path in paths]
         # A process that took over the sums of others may have been killed before it could delete their files.
         absorbed = {name for partial in partials for name in partial.notes["absorbed"]}

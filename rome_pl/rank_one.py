@@ -164,6 +164,15 @@ class Update:
     left: Tensor
     right: Tensor
 
+    @classmethod
+    def joint(cls, updates: Sequence["Update"]) -> "Update":
+        """Several updates as one."""
+        return cls(torch.cat([update.left for update in updates]), torch.cat([update.right for update in updates]))
+
+    def to(self, device: torch.device) -> "Update":
+        """The same update on a device."""
+        return Update(self.left.to(device), self.right.to(device))
+
     @property
     def norm(self) -> float:
         """Frobenius norm of the change, from the factors alone."""

@@ -210,6 +210,7 @@ def _from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
         "subject_span": (len(head), len(head) + len(subject)),
         "paraphrases": _prompts(record, "paraphrase_prompts"),
         "neighbours": _prompts(record, "neighborhood_prompts"),
+        "generation_prompts": _prompts(record, "generation_prompts"),
         "relation": rewrite.get("relation_id"),
         **targets,
     }
@@ -300,7 +301,9 @@ def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("prompt", "subject", "target_new"):
         _required(record, name)
     values = {name: value for name, value in record.items() if name != "case_id" and value is not None}
-    return values | {name: _prompts(record, name) for name in ("paraphrases", "neighbours")}
+    return values | {
+        name: _prompts(record, name) for name in ("paraphrases", "neighbours", "generation_prompts", "references")
+    }
 
 
 # What the fields of a request are called in the file, where the names differ.
@@ -310,6 +313,7 @@ _WRITTEN = {
         "target_true": "requested_rewrite.target_true",
         "paraphrases": "paraphrase_prompts",
         "neighbours": "neighborhood_prompts",
+        "generation_prompts": "generation_prompts",
     },
     "flat": {"target_true": "ground_truth", "neighbours": "locality_prompt"},
     "zsre": {"prompt": "src", "target_new": "alt", "target_true": "answers", "paraphrases": "rephrase"},

@@ -20,7 +20,7 @@ from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import InvalidRecord
 from rome_pl.second_moment import library_versions
 
-__all__ = ["edit_table", "manifest", "results", "score_table", "write_json"]
+__all__ = ["edit_table", "invalid_record", "manifest", "results", "score_table", "write_json"]
 
 
 def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted: bool = False) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     immediate = {edit.name: edit.scores["immediate"] for edit in edits if "immediate" in edit.scores}
     seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps]
     records = [_edit_record(edit) for edit in edits]
-    records += [_invalid_record(record) for record in invalid]
+    records += [invalid_record(record) for record in invalid]
     return {
         "mode": "sequential" if session.sequential else "single",
         "interrupted": interrupted,
@@ -66,6 +66,7 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
     return {
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
+        "mode": "sequential" if session.sequential else "single",
         "model": {
             "source": language_model.source,
             "fingerprint": language_model.fingerprint,
@@ -155,7 +156,8 @@ def _prefers(scores: ProbeScores | None) -> bool:
     return new > true if true is not None else all(answer.generated for answer in scores.answers.get("rewrite", ()))
 
 
-def _invalid_record(record: InvalidRecord) -> dict[str, Any]:
+def invalid_record(record: InvalidRecord) -> dict[str, Any]:
+    """What results.json says of a record that never became a request."""
     return {
         "index": None,
         "case_id": record.case_id,

@@ -70,6 +70,8 @@ class EditRequest:
         neighbours: Prompts about other subjects, expected to keep ``target_true``.
         locality: Unrelated prompts with their answers, expected to stay as the unedited model has them.
         portability: Prompts whose answers follow from the new fact.
+        generation_prompts: Openings about the subject that the model continues, for fluency.
+        references: Texts about the subject under the new fact, for consistency.
         subject_span: Character span of the subject in the prompt; overrides the search.
         target_space: Whether a space joins a prompt and a target; ``None`` decides from text and tokenizer.
         case_id: Identifier that results and ledger carry.
@@ -88,6 +90,8 @@ class EditRequest:
     neighbours: Sequence[str] = ()
     locality: Sequence[Probe] = ()
     portability: Sequence[Probe] = ()
+    generation_prompts: Sequence[str] = ()
+    references: Sequence[str] = ()
     subject_span: tuple[int, int] | None = None
     target_space: bool | None = None
     case_id: str | int = 0
@@ -101,7 +105,7 @@ class EditRequest:
             self._check_text("target_true", self.target_true)
             if self.target_true.strip() == self.target_new.strip():
                 raise self.error("target_new", "equals target_true: there is nothing to change")
-        for name in ("paraphrases", "neighbours"):
+        for name in ("paraphrases", "neighbours", "generation_prompts", "references"):
             prompts = self._list(name)
             for prompt in prompts:
                 self._check_text(name, prompt)

@@ -16,6 +16,7 @@ from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
+from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.language_model import load_encoder
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
@@ -139,6 +140,31 @@ class RomeTrainer(Trainer):
             return
         if export_npz is not None and self.is_global_zero:
             _export(model, Path(export_npz))
+
+    def evaluate(self, model: LightningModule, datamodule: RequestDataModule, overwrite: bool = False) -> None:
+        """Measure requests on a model: an unedited one, one with a ledger's edits, or a saved one.
+
+        Args:
+            model: The module.
+            datamodule: The requests.
+            overwrite: Whether a run folder that holds an earlier run may be replaced.
+
+        Raises:
+            RunFolderError: If the run folder holds an earlier run.
+        """
+        if not isinstance(model, EvaluationModule):
+            raise TypeError(f"expected an EvaluationModule, got {type(model).__name__}")
+        datamodule.setup()
+        if self.is_global_zero:
+            _claim_run_folder(Path(self.default_root_dir), overwrite)
+        try:
+            self.predict(model, datamodule=datamodule, return_predictions=False)
+        except SystemExit:  # how Lightning leaves after Ctrl-C
+            if self.state.status is not TrainerStatus.INTERRUPTED:
+                raise
+            self.exit_code = INTERRUPTED
+            return
+        self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
 
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()

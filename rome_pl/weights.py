@@ -128,6 +128,13 @@ class EditedWeight:
             with torch.no_grad():
                 weight.copy_(edited)
 
+    def restore(self, written: Written) -> None:
+        """Take up a write that an earlier run has made, without solving it again."""
+        update = written.update.to(self._master.device)
+        self._master = torch.addmm(self._master, update.left.T, update.right)
+        self.written.append(written)
+        self._store()
+
     @property
     def names(self) -> list[str]:
         """Identifiers of the edits in the weight, in order."""

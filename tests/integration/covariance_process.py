@@ -1,7 +1,4 @@
-"""A run of ``rome-pl covariance`` in a process of its own, which can be made to halt anywhere, and be killed there.
-
-Processes are forked from a server that has imported everything, so that a start takes little.
-"""
+"""A run of ``rome-pl covariance`` in a process of its own, which can be made to halt anywhere, and be killed there."""
 
 import os
 import sys
@@ -10,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client reads it when it is imported
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
@@ -29,13 +27,15 @@ class Halt:
     """Where a process stops for good.
 
     Args:
-        before: ``step``, which is the sum of a block, or a pattern of names: a file that is written whole, but does not
-            have its name yet.
+        before: ``step``: the sum of a block; ``name``: the moment when a file that is written gets its name; ``delete``: a
+            file's end.
         number: How often that comes to pass until the process stops, which does not do this one.
+        files: Pattern of the names that count.
     """
 
-    before: str
-    number: int
+    before: Literal["step", "name", "delete"]
+    number: int = 1
+    files: str = "process-*"
 
 
 def run(
@@ -114,14 +114,21 @@ def _halt(halt: Halt, marker: Path) -> None:
             while True:
                 time.sleep(60)
 
+    replace, unlink = Path.replace, Path.unlink
+
+    def halting_replace(self: Path, target: Path) -> Path:
+        if Path(target).match(halt.files):
+            here()
+        return replace(self, target)
+
+    def halting_unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.match(halt.files):
+            here()
+        unlink(self, missing_ok)
+
     if halt.before == "step":
         _before_steps(here)
-        return
-    original = Path.replace
-
-    def replace(self: Path, target: Path) -> Path:
-        if Path(target).match(halt.before):
-            here()
-        return original(self, target)
-
-    Path.replace = replace
+    elif halt.before == "name":
+        Path.replace = halting_replace
+    else:
+        Path.unlink = halting_unlink

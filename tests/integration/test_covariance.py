@@ -2,12 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import random
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,7 +29,7 @@ from rome_pl.cli import main
 from rome_pl.corpus import Corpus
 from rome_pl.data_modules import CorpusDataModule
 from rome_pl.errors import OptionError
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
 from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
 from tests.integration.covariance_process import Halt, run
@@ -430,7 +432,7 @@ def test_a_pass_leaves_the_model_as_it_was(fails, language_model, text, tmp_path
             if batch_idx == 2 and fails:
                 raise RuntimeError("stumbled")
 
-    with pytest.raises(RuntimeError, match="stumbled") if fails else suppress():
+    with pytest.raises(RuntimeError, match="stumbled") if fails else nullcontext():
         predict(language_model, tmp_path, text, callbacks=[Stumbles()])
     if not fails:
         assert {name: module.training for name, module in model.named_modules()} == modes
@@ -462,89 +464,101 @@ def test_a_key_that_is_not_finite_is_named(language_model, text, tmp_path):
 # Processes that share the job, and processes that are killed.
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Where processes come from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.integration.covariance_process"])
-    return context
+class Started:
+    """Processes that share one run of the command line, each in the state that tests leave it in."""
+
+    def __init__(self, folder, processes, halts):
+        self.folder, self.processes, self.halts = folder, processes, halts
+
+    @property
+    def said(self):
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*")))
+
+    def ended(self):
+        """The matrices before they were rounded, by layer, and the results of a run that has to end well."""
+        for process in self.processes:
+            process.join(TIMEOUT)
+            assert process.exitcode == 0, self.said
+        exact = {int(path.stem): load_file(path)["matrix"] for path in (self.folder / "exact").iterdir()}
+        return exact, read(self.folder / "run")
+
+    def killed(self):
+        """SIGKILL all processes once those that are to halt have halted."""
+        deadline = time.monotonic() + TIMEOUT
+        for rank, halt in enumerate(self.halts):
+            while halt is not None and not (self.folder / f"halted-{rank}").exists():
+                assert time.monotonic() < deadline, f"process {rank} never came to {halt}:\n{self.said}"
+                assert all(process.is_alive() for process in self.processes), self.said
+                time.sleep(0.01)
+        self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
 
-@pytest.fixture
-def job(basics, server, tmp_path):
-    """Runs of the command line that share a cache of their own, in processes that can be killed."""
-    started = []
+class Job:
+    """Runs of the command line that share a cache, in processes that can be killed.
 
-    def start(devices=1, halts=(None, None), waits=(None, None), cache="cache", **changes):
-        folder = tmp_path / f"{cache}-run-{len(started)}"
+    Processes come from a server that has imported everything, so that a start takes little.
+    """
+
+    def __init__(self, folder, basics):
+        self.folder, self.basics, self.runs = folder, basics, []
+        self.server = multiprocessing.get_context("forkserver")
+        self.server.set_forkserver_preload(
+            ["rome_pl.cli", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
+        )
+
+    def start(self, devices=1, halts=(None, None), waits=(None, None), cache="cache", **changes):
+        folder = self.folder / f"run-{len(self.runs)}"
         folder.mkdir(parents=True)
-        options = basics | {"--trainer.default_root_dir": folder / "run", "--model.save_every_n_tokens": 1}
-        environment = {"ROME_PL_CACHE": str(tmp_path / cache)}
+        options = self.basics | {"--trainer.default_root_dir": folder / "run", "--model.save_every_n_tokens": 1}
+        environment = {"ROME_PL_CACHE": str(self.folder / cache)}
         if devices > 1:
             options |= {"--trainer.devices": devices, "--trainer.strategy": "ddp"}
-            environment |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            environment |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
         options |= {f"--{name.replace('__', '.')}": value for name, value in changes.items()}
         arguments = ["covariance", *(str(part) for pair in options.items() for part in pair)]
         processes = []
         for rank in range(devices):
             own = environment | ({"LOCAL_RANK": str(rank)} if devices > 1 else {})
-            process = server.Process(target=run, args=(arguments, folder, own, rank, halts[rank], waits[rank]))
+            process = self.server.Process(target=run, args=(arguments, folder, own, rank, halts[rank], waits[rank]))
             process.start()
             processes.append(process)
-        started.append(SimpleNamespace(folder=folder, processes=processes, halts=halts[:devices]))
-        return started[-1]
+        self.runs.append(Started(folder, processes, halts[:devices]))
+        return self.runs[-1]
 
-    yield start
-    for one in started:
-        for process in one.processes:
-            process.kill()
-            process.join()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    def stored(self, cache="cache"):
+        return {
+            info.layer: SecondMoment.load(path) for path, info in kept_statistics(self.folder / cache / "statistics")
+        }
 
 
-def said(started):
-    return "\n".join(path.read_text() for path in sorted(started.folder.glob("log-*")))
+@pytest.fixture
+def job(basics, tmp_path):
+    job = Job(tmp_path, basics)
+    yield job
+    for started in job.runs:
+        started.kill()
 
 
-def ended(started):
-    """The exact matrices, by layer, and the results of a run that has to end well."""
-    for process in started.processes:
-        process.join(TIMEOUT)
-        assert process.exitcode == 0, said(started)
-    exact = {int(path.stem): load_file(path)["matrix"] for path in (started.folder / "exact").iterdir()}
-    return exact, read(started.folder / "run")
+@pytest.fixture(scope="module")
+def uninterrupted(basics, tmp_path_factory):
+    """One process that nothing happens to, over 20 blocks: processes meet after 5, 10 and 20."""
+    job = Job(tmp_path_factory.mktemp("uninterrupted"), basics)
+    return SimpleNamespace(outcome=job.start(model__tokens=20 * BLOCK).ended(), stored=job.stored())
 
 
-def killed(started):
-    """SIGKILL all processes once each that is to halt has halted."""
-    deadline = time.monotonic() + TIMEOUT
-    for rank, halt in enumerate(started.halts):
-        while halt is not None and not (started.folder / f"halted-{rank}").exists():
-            assert time.monotonic() < deadline, f"process {rank} never came to {halt}:\n{said(started)}"
-            assert all(process.is_alive() for process in started.processes), said(started)
-            time.sleep(0.01)
-    for process in started.processes:
-        process.kill()
-    for process in started.processes:
-        process.join()
-
-
-def stored(path, cache="cache"):
-    return {info.layer: SecondMoment.load(file) for file, info in kept_statistics(path / cache / "statistics")}
-
-
-def assert_same(ours, theirs, tolerance=1e-12):
-    """The same matrices, counts and agreements, up to rounding in float64."""
+def assert_same(ours, theirs):
+    """The same matrices, up to rounding in float64, and the same counts."""
     (matrices, results), (expected, reference) = ours, theirs
     assert sorted(matrices) == sorted(expected)
     for layer, matrix in matrices.items():
         assert matrix.dtype == torch.float64
-        assert relative(matrix, expected[layer]) <= tolerance
+        assert relative(matrix, expected[layer]) <= 1e-12
     for entry, other in zip(results["layers"], reference["layers"], strict=True):
         assert entry["count"] == other["count"]
         assert entry["agreement"] == pytest.approx(other["agreement"], abs=1e-9)
@@ -552,14 +566,120 @@ def assert_same(ours, theirs, tolerance=1e-12):
         assert [(check["blocks"], check["keys"]) for check in checks] == [(c["blocks"], c["keys"]) for c in others]
 
 
-@pytest.mark.parametrize("tokens", [11 * BLOCK, 10**6], ids=["odd", "to the end of the text"])
-def test_two_processes_give_what_one_gives(tokens, job):
-    one, two = (ended(job(devices, cache=str(devices), model__tokens=tokens)) for devices in (1, 2))
+def test_two_processes_give_what_one_gives_for_an_even_number_of_blocks(job, uninterrupted):
+    two = job.start(2, model__tokens=20 * BLOCK).ended()
+    assert_same(two, uninterrupted.outcome)
+    assert two[1]["layers"][0]["count"] == 20 * BLOCK
+
+
+def test_two_processes_give_what_one_gives_for_an_odd_number_of_blocks_to_the_end_of_the_text(job, text, tmp_path):
+    lines = text.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "short.txt").write_text("\n".join(lines[:60]), "utf-8")
+    options = {"data__path": tmp_path / "short.txt", "model__tokens": 10**6}
+    one, two = (job.start(devices, cache=f"cache-{devices}", **options).ended() for devices in (1, 2))
     assert_same(two, one)
-    blocks = one[1]["meetings"][0][-1]["blocks"]
-    if tokens == 10**6:
-        assert blocks % 2 == 0
-        assert one[1]["layers"][0]["count"] < blocks * BLOCK  # the last one is not full
-    else:
-        assert blocks == 11
-        assert one[1]["layers"][0]["count"] == tokens
+    blocks = two[1]["meetings"][0][-1]["blocks"]
+    assert blocks % 2 == 1
+    assert (blocks - 1) * BLOCK < two[1]["layers"][0]["count"] < blocks * BLOCK  # the last one is not full
+
+
+def test_processes_that_lightning_starts_end_early_together(basics, job, tmp_path, model_folder):
+    """With workers of data loaders, of which each reads its process's share."""
+    options = {"model__tokens": 20 * BLOCK, "model__stop_agreement": 0.9}
+    one = job.start(cache="one", **options).ended()
+    changes = {
+        "--model.tokens": 20 * BLOCK,
+        "--model.stop_agreement": 0.9,
+        "--trainer.default_root_dir": tmp_path / "run",
+        "--trainer.devices": 2,
+        "--data.num_workers": 1,
+    }
+    command = [str(Path(sys.executable).parent / "rome-pl"), "covariance"]
+    command += [str(part) for pair in (basics | changes).items() for part in pair]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ROME_PL_CACHE": str(tmp_path / "two")}
+    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Second moments of keys") == 1
+    results = read(tmp_path / "run")
+    last = results["meetings"][0][-1]
+    assert last["enough"]
+    assert last["blocks"] == one[1]["meetings"][0][-1]["blocks"] < 20
+    ours, theirs = job.stored("two"), job.stored("one")
+    for layer, moment in ours.items():
+        assert moment.info.count == theirs[layer].info.count == last["blocks"] * BLOCK
+        assert relative(moment.matrix, theirs[layer].matrix) < 1e-7  # stored in float32
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(job, uninterrupted):
+    options = {"model__tokens": 20 * BLOCK, "model__save_every_n_tokens": 3 * BLOCK}
+    moments = (
+        Halt("name", 2),  # the second save is written, but does not have its name yet
+        Halt("step", 6),  # with a block that is not saved
+        Halt("name", 1, "*.layer1.*"),  # one artefact is there, one is written
+    )
+    for halt in moments:
+        job.start(halts=(halt,), **options).killed()
+    assert sorted(job.stored()) == [0]
+    job.start(**options).ended()
+    assert "Going on with 3 blocks" in job.runs[1].said
+    assert "Going on with 6 blocks" in job.runs[2].said
+    ours = job.stored()
+    assert sorted(ours) == sorted(uninterrupted.stored)
+    for layer, moment in ours.items():
+        assert torch.equal(moment.matrix, uninterrupted.stored[layer].matrix)
+        assert replace(moment.info, date="") == replace(uninterrupted.stored[layer].info, date="")
+        for path in job.folder.glob(f"run-*/exact/{layer}.safetensors"):
+            assert torch.equal(load_file(path)["matrix"], uninterrupted.outcome[0][layer])
+    assert not list(job.folder.glob("cache/statistics/unfinished/*/*"))
+
+
+@pytest.mark.slow
+def test_sigkill_at_ten_random_moments_changes_no_bit(job, uninterrupted):
+    draw = random.Random(1)
+    options = {"model__tokens": 20 * BLOCK, "model__save_every_n_tokens": BLOCK}
+    for _ in range(10):
+        started = job.start(**options)
+        time.sleep(draw.uniform(0, 2))
+        started.kill()
+    job.start(**options).ended()
+    for layer, moment in job.stored().items():
+        assert torch.equal(moment.matrix, uninterrupted.stored[layer].matrix)
+
+
+def test_two_processes_killed_go_on_as_two_and_then_as_one(job, uninterrupted):
+    tokens = {"model__tokens": 20 * BLOCK}
+    # The second process has saved a block, the first nothing.
+    job.start(2, halts=(Halt("step", 1), Halt("step", 2)), **tokens).killed()
+    # The first takes over that block, but only after the second has saved another one.
+    job.start(2, halts=(Halt("step", 5), Halt("step", 5)), waits=("process-1-*", None), **tokens).killed()
+    # One process takes over the sums of both, and is killed before it can delete their files.
+    job.start(halts=(Halt("delete"),), **tokens).killed()
+    ours = job.start(**tokens).ended()
+    assert_same(ours, uninterrupted.outcome)
+    for started, blocks in zip(job.runs[1:], (1, 9, 10), strict=True):
+        assert f"Going on with {blocks} blocks" in started.said
+
+
+def test_one_process_killed_goes_on_as_two(job, uninterrupted):
+    tokens = {"model__tokens": 20 * BLOCK}
+    job.start(halts=(Halt("step", 8),), **tokens).killed()
+    # The first process has taken over seven blocks and has saved them with one more; the second has saved two.
+    job.start(2, halts=(Halt("name", 2), Halt("step", 3)), **tokens).killed()
+    assert_same(job.start(2, **tokens).ended(), uninterrupted.outcome)
+    assert "Going on with 7 blocks" in job.runs[1].said
+
+
+def test_two_runs_of_one_job_exclude_each_other(job, command, capsys, monkeypatch):
+    first = job.start(halts=(Halt("step", 2),))
+    while not (first.folder / "halted-0").exists():
+        assert first.processes[0].is_alive(), first.said
+        time.sleep(0.01)
+    monkeypatch.setenv("ROME_PL_CACHE", str(job.folder / "cache"))
+    assert command() == 2
+    err = capsys.readouterr().err
+    assert "rome-pl: another run is computing the same second moments" in err
+    assert str(job.folder / "cache") in err
+    assert "Traceback" not in err
+    first.kill()
+    assert command() == 0
+    assert len(artefacts()) == LAYERS

@@ -1,0 +1,92 @@
+"""Measuring requests on an unedited model, once: what was measured is kept and shared by all runs."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rome_pl.files import content_key, whole_file
+from rome_pl.language_model import LanguageModel, cache_folder
+from rome_pl.metrics import Answer, ProbeScores, probe_scores
+from rome_pl.requests import EditRequest
+from rome_pl.stream import MEASURED_TOGETHER
+
+__all__ = ["KnownScores", "scores_from_json"]
+
+
+class KnownScores:
+    """Probe scores of an unedited model, kept in the cache by the content of the record.
+
+    A file for each model, precision and device kind; a record's entry depends on everything that is measured for it,
+    whatever its number or source.
+
+    Args:
+        language_model: The model, before any edit.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        key = content_key(
+            language_model.fingerprint,
+            language_model.tokenizer_fingerprint,
+            str(next(language_model.model.parameters()).dtype),
+            language_model.device.type,
+        )
+        self.path: Path = cache_folder() / "scores" / f"{key}.json"
+        self._known = self._read()
+
+    def measure(self, requests: Sequence[EditRequest]) -> list[ProbeScores]:
+        """The scores of requests; those that are not known yet are measured and kept.
+
+        Args:
+            requests: The requests. The model has to be as it was loaded.
+        """
+        keys = [_content(request) for request in requests]
+        missing = [place for place, key in enumerate(keys) if key not in self._known]
+        found: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(missing), MEASURED_TOGETHER):
+            places = missing[start : start + MEASURED_TOGETHER]
+            for place, scores in zip(
+                places, probe_scores(self.language_model, [requests[place] for place in places]), strict=True
+            ):
+                found[keys[place]] = asdict(scores)
+        if found:
+            self._keep(found)
+        return [scores_from_json(self._known[key]) for key in keys]
+
+    def _keep(self, found: dict[str, dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):  # other runs may have added to it
+            self._known = self._read() | json.loads(json.dumps(found))
+            with whole_file(self.path) as work:
+                work.write_text(json.dumps(self._known), encoding="utf-8")
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            known: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):  # not there, or of no use: it is measured again
+            return {}
+        return known
+
+
+def scores_from_json(content: dict[str, Any]) -> ProbeScores:
+    """Scores as ``asdict`` and JSON have left them."""
+    return ProbeScores(
+        rewrite=tuple(content["rewrite"]),
+        paraphrases=tuple(tuple(pair) for pair in content["paraphrases"]),
+        neighbours=tuple(tuple(pair) for pair in content["neighbours"]),
+        answers={
+            kind: tuple(replace(Answer(**answer), predicted=tuple(answer["predicted"])) for answer in answers)
+            for kind, answers in content["answers"].items()
+        },
+        touched=tuple(content["touched"]),
+    )
+
+
+def _content(request: EditRequest) -> str:
+    measured = asdict(replace(request, case_id=0, relation=None, source=None))
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,132 @@
+"""Scores of generated text: fluency and consistency (Meng et al. 2022, App. B), and batched generation."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rome_pl.encoding import align
+from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.language_model import LanguageModel
+from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry
+from rome_pl.requests import EditRequest
+
+__all__ = ["Fluency", "consistency", "generate", "measure_fluency", "n_gram_entropy"]
+
+ROWS = 32
+"""Prompts continued at once."""
+
+TOP_K = 5
+"""Continuations are sampled from the likeliest tokens, as in the public evaluation."""
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+"""Weight of the entropy of n-grams, by n."""
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """What generated text is like.
+
+    Args:
+        fluency: Weighted entropy of its 2- and 3-grams, in bits (papers print a hundred times that); a mean over
+            records with its interval. Text that repeats itself has little.
+        consistency: TF-IDF cosine with reference texts; ``n`` is 0 where no record has any.
+        texts: The texts, by record.
+    """
+
+    fluency: Entry
+    consistency: Entry
+    texts: dict[str, list[str]]
+
+
+@torch.no_grad()
+def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int, seed: int | None = None) -> list[str]:
+    """Continuations of prompts, without them.
+
+    Args:
+        language_model: The model, with its current weights.
+        prompts: Texts, of any lengths.
+        tokens: Most tokens of a continuation.
+        seed: Seed of the sampling; ``None`` takes the likeliest token each time.
+    """
+    model: Any = language_model.model
+    encoder = language_model.encoder
+    texts: list[str] = []
+    how: dict[str, Any] = {"do_sample": False}
+    if seed is not None:
+        how = {"do_sample": True, "top_k": TOP_K, "top_p": 1.0, "temperature": 1.0}
+    for start in range(0, len(prompts), ROWS):
+        rows = [encoder.prompt(prompt) for prompt in prompts[start : start + ROWS]]
+        aligned = align(rows, encoder.pad_id, language_model.device)  # the last tokens stand in one column
+        with seeded(hash_seed(seed, start), language_model.device), frozen(model):
+            out = model.generate(
+                input_ids=aligned.input_ids,
+                attention_mask=aligned.attention_mask,
+                max_new_tokens=min(tokens, encoder.max_length - aligned.input_ids.shape[1]),
+                repetition_penalty=1.0,
+                pad_token_id=encoder.pad_id,
+                **how,
+            )
+        texts += language_model.tokenizer.batch_decode(out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def measure_fluency(
+    language_model: LanguageModel, requests: Sequence[EditRequest], tokens: int, seed: int = 0
+) -> Fluency:
+    """Fluency, and consistency with the records' own reference texts, of what a model writes after generation prompts.
+
+    Args:
+        language_model: The model, with its current weights.
+        requests: Records; those without generation prompts do not count.
+        tokens: Most tokens of a text.
+        seed: Seed of the sampling.
+    """
+    chosen = [request for request in requests if request.generation_prompts]
+    prompts = [prompt for request in chosen for prompt in request.generation_prompts]
+    written = iter(generate(language_model, prompts, tokens, seed))
+    texts = {
+        str(request.case_id): [prompt + next(written) for prompt in request.generation_prompts] for request in chosen
+    }
+    entropies = [sum(map(n_gram_entropy, found)) / len(found) for found in texts.values()]
+    likeness = [
+        consistency(texts[str(request.case_id)], request.references) for request in chosen if request.references
+    ]
+    return Fluency(
+        entry(torch.tensor(entropies, dtype=torch.float64), bootstrap_interval),
+        entry(torch.tensor(likeness, dtype=torch.float64), bootstrap_interval),
+        texts,
+    )
+
+
+def n_gram_entropy(text: str) -> float:
+    """Weighted mean of the entropies of a text's 2- and 3-grams, in bits; 0 for a text too short to have any.
+
+    Words and punctuation marks are what counts; no language's tokenizer is asked.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    total = 0.0
+    for n, weight in WEIGHTS.items():
+        counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+        size = sum(counts.values())
+        total -= weight * sum(count / size * math.log2(count / size) for count in counts.values())
+    return total / len(WEIGHTS)
+
+
+def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Cosine of TF-IDF vectors of all texts together and all references together.
+
+    Raises:
+        ImportError: If scikit-learn is not installed (``pip install rome_pl[consistency]``).
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        vectors = TfidfVectorizer().fit_transform([" ".join(texts), " ".join(references)])
+    except ValueError:  # no word in either
+        return 0.0
+    return float((vectors[0] @ vectors[1].T).toarray()[0, 0])

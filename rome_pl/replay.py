@@ -1,0 +1,114 @@
+"""Rebuilding edited weights from the ledger of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rome_pl.architecture import find_site
+from rome_pl.edit import EditStatus
+from rome_pl.errors import RomeError
+from rome_pl.language_model import LanguageModel
+from rome_pl.rank_one import Assertion, Update
+from rome_pl.weights import EditedWeight, Written
+
+__all__ = ["LedgerError", "read_edits", "replay"]
+
+
+class LedgerError(RomeError):
+    """A ledger that is missing, damaged, or of another model."""
+
+
+def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
+    """Put the edits of a sequential run into the unedited model that the run began with, as that run left them.
+
+    Args:
+        language_model: The unedited model.
+        run: The run's folder, with ``manifest.json`` and ``ledger/``.
+
+    Returns:
+        The weight with its edits. Edits can be taken out of it only by a run, which has the metric.
+
+    Raises:
+        LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
+    """
+    manifest = _read_manifest(run)
+    if manifest.get("mode", "sequential") != "sequential":
+        raise LedgerError(f"{run}: a ledger of single edits, each made on the original model; none accumulates")
+    theirs, ours = manifest["model"]["fingerprint"], language_model.fingerprint
+    if theirs != ours:
+        raise LedgerError(
+            f"{run}: a ledger of another model ({manifest['model']['source']}, {theirs[:12]}) than the one loaded "
+            f"({language_model.source}, {ours[:12]}); load the model that the run began with"
+        )
+    weight = EditedWeight(find_site(language_model.model, int(manifest["rewrite"]["layer"])), _no_metric)
+    for group in _groups(read_edits(run)):
+        weight.restore(_written(run, group))
+    return weight
+
+
+def read_edits(run: Path) -> list[dict[str, Any]]:
+    """The ledger's edits, one each, with the status they ended in, in the order of their writes.
+
+    Raises:
+        LedgerError: If there is no ledger, or a line is damaged.
+    """
+    path = run / "ledger" / "edits.jsonl"
+    if not path.is_file():
+        raise LedgerError(f"{run}: holds no ledger (ledger/edits.jsonl); give the folder of a run")
+    edits: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            name = str(record["case_id"])
+            edits[name] = edits.get(name, {}) | record  # a later line about an edit changes what the first said
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise LedgerError(f"{path}, line {number}: damaged ({error})") from error
+    return list(edits.values())
+
+
+def _groups(edits: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Applied edits in groups that were solved together."""
+    groups: list[list[dict[str, Any]]] = []
+    for edit in edits:
+        if edit["status"] != EditStatus.APPLIED or "shard" not in edit:
+            continue
+        if groups and edit.get("joint") is not None and groups[-1][0].get("joint") == edit["joint"]:
+            groups[-1].append(edit)
+        else:
+            groups.append([edit])
+    return groups
+
+
+def _written(run: Path, group: list[dict[str, Any]]) -> Written:
+    parts: list[dict[str, Tensor]] = []
+    for edit in group:
+        path = run / "ledger" / "shards" / edit["shard"]
+        try:
+            parts.append(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise LedgerError(
+                f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt"
+            ) from error
+    updates = [Update(part["left"], part["right"]) for part in parts]
+    assertion = Assertion.joint([Assertion(part["key_shape"], part["key_at"], part["value"]) for part in parts])
+    names = tuple(str(edit["case_id"]) for edit in group)
+    realised = tuple(float(edit["realised"]) for edit in group)
+    return Written(names, assertion, Update.joint(updates), realised)
+
+
+def _read_manifest(run: Path) -> dict[str, Any]:
+    path = run / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest["model"]["fingerprint"], manifest["rewrite"]["layer"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise LedgerError(f"{path}: missing or damaged ({error}); give the folder of a run of rome-pl edit") from error
+    return manifest
+
+
+def _no_metric(keys: Tensor) -> Tensor:
+    raise LedgerError("edits rebuilt from a ledger cannot be solved anew without the run's second moment")
