@@ -213,6 +213,7 @@ class EditSession:
         perplexity: Held-out perplexity, by moment (``base``, ``final``).
         divergence: ``KL(unedited ‖ final)`` of the next token on the same text, in nats; nothing in single mode.
         retention: What the edits so far are worth at points of a sequential stream; see :class:`Retention`.
+        changes: Norm of the weight's change, relative to the original, by number of edits begun; the reports note it.
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
@@ -234,6 +235,7 @@ class EditSession:
     perplexity: dict[str, float] = field(default_factory=dict)
     divergence: float | None = None
     retention: list[Retention] = field(default_factory=list)
+    changes: dict[int, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
     flops_per_edit: float | None = None

@@ -186,6 +186,7 @@ class RomeModule(LightningModule):
             perplexity={},
             divergence=None,
             retention=[],
+            changes={},
             state_checks=[],
             ledger=None,
             flops_per_edit=self.session.flops_per_edit if self.session is not None else None,

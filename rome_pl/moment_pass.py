@@ -280,6 +280,8 @@ class MomentPass:
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
         last = self.history[group][-1]
+        folder = self._folders[group]
+        done: list[Finished] = []
         for index, site in enumerate(self.groups[group]):
             total = sums.matrix(site.layer, 0)
             for half in range(1, self._halves):
@@ -287,14 +289,20 @@ class MomentPass:
             total = peers.sum_on(index % peers.world_size, total)
             path, info = self._target(site), self._describe(site, count, last)
             if peers.mine(index):
-                SecondMoment(total / count, info).save(path)
-            self.finished.append(Finished(site.layer, path, info))
+                # Not in its place before all layers are written: a run killed meanwhile goes on with the sums.
+                SecondMoment(total / count, info).save(folder / path.name)
+            done.append(Finished(site.layer, path, info))
+        peers.wait()
+        for index, one in enumerate(done):
+            if peers.mine(index):
+                (folder / one.path.name).replace(one.path)
+        self.finished += done
         _warn_of_little_text(self.groups[group], count)
         self.plan.finished.add(group)
         self._sums = None
         peers.wait()
         if peers.rank == 0:
-            shutil.rmtree(self._folders[group], ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _describe(self, site: RewriteSite, count: int, last: Check) -> MomentInfo:
         return MomentInfo(

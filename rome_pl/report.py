@@ -18,9 +18,20 @@ from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import InvalidRecord
+from rome_pl.score_tables import COUNTERFACT, MOMENTS, interval_text, measured_moments, measured_scores
 from rome_pl.second_moment import library_versions
 
-__all__ = ["edit_table", "invalid_record", "manifest", "results", "score_table", "write_json"]
+__all__ = [
+    "edit_table",
+    "invalid_record",
+    "manifest",
+    "note_change",
+    "prefers",
+    "results",
+    "score_table",
+    "write_json",
+    "write_text",
+]
 
 
 def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted: bool = False) -> dict[str, Any]:
@@ -86,6 +97,19 @@ def write_json(path: Path, content: Any) -> None:
         json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; characters that UTF-8 cannot hold (lone surrogates) become ``?``."""
+    with whole_file(path) as work:
+        work.write_text(text, encoding="utf-8", errors="replace", newline="")
+
+
+def note_change(session: EditSession) -> float:
+    """The norm of the weight's change now, kept in the session; known for so many edits already, it is no work."""
+    if len(session.edits) not in session.changes:
+        session.changes[len(session.edits)] = session.weight.change
+    return session.changes[len(session.edits)]
+
+
 def edit_table(edits: Sequence[Edit]) -> Table:
     """One line per edit: which answer the model prefers, before and after, as percentages."""
     moments = ["base", "immediate"] + ["final"] * any("final" in edit.scores for edit in edits)
@@ -93,7 +117,7 @@ def edit_table(edits: Sequence[Edit]) -> Table:
     table.add_column("prompt", overflow="fold")
     table.add_column("true → new", overflow="fold")
     for moment in moments:
-        table.add_column(_MOMENTS[moment], justify="right", no_wrap=True)
+        table.add_column(MOMENTS[moment], justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
     for edit in edits:
         request = edit.request
@@ -106,24 +130,25 @@ def edit_table(edits: Sequence[Edit]) -> Table:
     return table
 
 
-_MOMENTS = {"base": "unedited", "immediate": "just edited", "final": "final model"}
-
-
 def score_table(content: dict[str, Any]) -> Table:
-    """The scores of a run with their 95 % intervals."""
-    moments = [moment for moment in ("base", "immediate", "final") if content[moment] is not None]
-    table = Table(title=f"Scores ({content['mode']} mode), 95 % intervals", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ["score", *moments, "n"]:
+    """The scores of a run with their 95 % intervals, CounterFact's first; in per cent, which fits 80 columns."""
+    moments = measured_moments(content)
+    table = Table(
+        title=f"Scores in % ({content['mode']} mode), with 95 % intervals", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name in ["score", *(MOMENTS[moment] for moment in moments), "n"]:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for score in content["base"]:
+    scores = measured_scores(content)
+    for score, following in zip(scores, [*scores[1:], None], strict=True):
         entries = [content[moment][score] for moment in moments]
-        if not any(entry["n"] for entry in entries):
-            continue
-        table.add_row(score, *(_interval(entry) for entry in entries), str(entries[-1]["n"]))
+        ends = following is None or (score in COUNTERFACT) != (following in COUNTERFACT)
+        cells = [interval_text(entry, 0) for entry in entries]
+        table.add_row(score, *cells, str(entries[-1]["n"]), end_section=ends)
     if content["perplexity"]["base"] is not None:
-        values = {"base": content["perplexity"]["base"], "final": content["perplexity"]["final"]}
-        cells = [f"{values[m]:.2f}" if values.get(m) is not None else "" for m in moments]
+        cells = [_number(content["perplexity"].get(moment)) for moment in moments]
         table.add_row("perplexity", *cells, "")
+    if content.get("divergence") is not None:
+        table.add_row("KL (nats)", *[""] * (len(moments) - 1), _number(content["divergence"]), "")
     return table
 
 
@@ -134,7 +159,7 @@ def _edit_record(edit: Edit) -> dict[str, Any]:
 
 def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
     """Scores of the edits so far, and which of those that had taken are lost by now."""
-    taken = {edit.name for edit in session.edits if _prefers(edit.scores.get("immediate"))}
+    taken = {edit.name for edit in session.edits if prefers(edit.scores.get("immediate"))}
     ages = {edit.name: point.edits - edit.index for edit in session.edits}
     return {
         "edits": point.edits,
@@ -142,13 +167,13 @@ def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
         "weight_change": point.weight_change,
         "scores": summarise(point.scores, session.base_scores),
         "held": [
-            {"case_id": name, "age": ages[name], "held": _prefers(scores)} for name, scores in point.scores.items()
+            {"case_id": name, "age": ages[name], "held": prefers(scores)} for name, scores in point.scores.items()
         ],
-        "lost": [name for name, scores in point.scores.items() if name in taken and not _prefers(scores)],
+        "lost": [name for name, scores in point.scores.items() if name in taken and not prefers(scores)],
     }
 
 
-def _prefers(scores: ProbeScores | None) -> bool:
+def prefers(scores: ProbeScores | None) -> bool:
     """Whether the new answer is the likelier one, or, where no true one is known, the likeliest of all."""
     if scores is None:
         return False
@@ -179,5 +204,5 @@ def _pair(scores: ProbeScores | None) -> str:
     return " → ".join(shown)
 
 
-def _interval(entry: dict[str, Any]) -> str:
-    return "" if entry["value"] is None else f"{entry['value']:.3f} [{entry['low']:.2f},{entry['high']:.2f}]"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -54,7 +54,7 @@ def artefact_path(
         [options.tokens or KEYS_PER_DIMENSION * site.d_key, options.block_length],
         options.stop_agreement if options.split_half else None,
     )
-    model = Path(language_model.source.replace(":", "/")).stem.replace(" ", "-")
+    model = Path(language_model.source.replace(":", "/")).name.removesuffix(".gguf").replace(" ", "-")
     return folder / f"{model}.layer{site.layer}.{key}.safetensors"
 
 
@@ -164,6 +164,8 @@ def compute(
             unfinished_folder(folder),
         )
     )
+    if not moments.groups:  # another run was quicker
+        return {finished.layer: finished.path for finished in moments.finished}
     log.warning(
         "Computing the second moment of layer %s from %s (%d keys; once, kept in %s)",
         layers,

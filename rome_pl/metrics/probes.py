@@ -27,6 +27,7 @@ __all__ = [
     "next_tokens",
     "probe_scores",
     "target_log_probs",
+    "wanted_answers",
 ]
 
 ROWS = 64
@@ -230,7 +231,7 @@ def probe_scores(
     encode = language_model.encoder.continuation
     rows: list[EncodedRow] = []
     owners: list[int] = []
-    wanted = [list(_wanted(request)) for request in requests]
+    wanted = [list(wanted_answers(request)) for request in requests]
     for index, (request, probes) in enumerate(zip(requests, wanted, strict=True)):
         rows += [encode(prompt, answer, request, name) for name, prompt, answer, _ in probes]
         owners += [index] * len(probes)
@@ -238,7 +239,7 @@ def probe_scores(
     return [_assemble(probes, [next(measured) for _ in probes]) for probes in wanted]
 
 
-def _wanted(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
+def wanted_answers(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
     """Field, prompt, answer and role of everything that is measured for a request."""
     new, true = request.target_new, request.target_true
     for name, prompts in (

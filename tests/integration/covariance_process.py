@@ -27,8 +27,7 @@ class Halt:
     """Where a process stops for good.
 
     Args:
-        before: ``step``: the sum of a block; ``name``: the moment when a file that is written gets its name; ``delete``: a
-            file's end.
+        before: ``step``: the sum of a block; ``name``: a file that is written gets its name; ``delete``: a file goes.
         number: How often that comes to pass until the process stops, which does not do this one.
         files: Pattern of the names that count.
     """

@@ -314,7 +314,7 @@ def test_the_method_s_options_have_their_published_names():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_parses(config, capsys):
-    verb = "covariance" if config.parent.name == "covariance" else "edit"
+    verb = config.parent.name if config.parent.name != "configs" else "edit"
     with pytest.raises(SystemExit) as exit_:
         main([verb, "--config", str(config), "--print_config"])
     assert exit_.value.code == 0

@@ -10,11 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rome_pl import KnowledgeEditor
 from rome_pl.architecture import find_site
 from rome_pl.cli import main
+from rome_pl.corpus import Corpus
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.defaults import default_layer
 from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import probe_scores
-from rome_pl.statistics import accumulate, read_corpus, resolve_second_moment
+from rome_pl.moment_pass import PassOptions
+from rome_pl.second_moment import SecondMoment
+from rome_pl.statistics import compute, resolve_second_moment
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,11 +58,12 @@ def test_the_shipped_statistics_are_those_of_the_default_model_and_layer(real, c
     assert moment.info.count > 100 * site.d_key
 
 
-def test_the_shipped_statistics_are_those_of_the_corpus(real, data_folder):
+def test_the_shipped_statistics_are_those_of_the_corpus(real, data_folder, tmp_path):
     """A part of the corpus gives nearly the same directions C⁻¹k as all of it."""
     site = find_site(real.model, default_layer(real.model.config))
     shipped = resolve_second_moment(real, site)
-    part = accumulate(real, site, read_corpus(str(data_folder / "wiki_text.txt")), 60_000, "part")
+    corpus = Corpus(str(data_folder / "wiki_text.txt"))
+    part = SecondMoment.load(compute(real, [site], corpus, PassOptions(tokens=60_000), tmp_path)[site.layer])
     keys = torch.randn(20, site.d_key, dtype=torch.float64) @ torch.linalg.cholesky(shipped.matrix).T
     cosine = torch.cosine_similarity(shipped.solve(keys), part.solve(keys), dim=1)
     assert cosine.min() > 0.9

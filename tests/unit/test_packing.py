@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from rome_pl.corpus import Corpus
+from rome_pl.corpus import Corpus, CorpusError
 from rome_pl.errors import OptionError
 from rome_pl.packing import Block, BlockStream, Packer, Plan, leading_tokens
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
@@ -352,3 +352,22 @@ def test_workers_of_a_loader_give_the_same_steps_in_the_same_order(method, tmp_p
     assert alone == [content(step) for step in blocks]
     assert len(alone) > 8
     assert loaded(blocks, num_workers=2, multiprocessing_context=method) == alone
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_text_comes_out_of_a_worker_as_it_is(workers, tmp_path, monkeypatch):
+    """A data loader would make a traceback its message."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"The tide comes in twice a day.\n\n" * 3000 + "Élan".encode("latin-1"))
+    plan = Plan([[10**6]], [set()], [0])
+    blocks = BlockStream(Corpus(str(path)).texts, Packer(tokenizer("byte level"), 8, 128, PAD), plan)
+    with pytest.raises(CorpusError, match="not UTF-8"):
+        list(blocks)
+    loader = DataLoader(blocks, batch_size=None, num_workers=workers, generator=torch.Generator())
+    steps = list(loader)
+    assert steps[0].index == 0
+    errors = [step.error for step in steps if step.error is not None]
+    assert len(errors) == workers
+    assert all(isinstance(error, CorpusError) and "not UTF-8 (byte 0xc9)" in str(error) for error in errors)
+    assert steps[-1].error is not None
