@@ -1,28 +1,50 @@
-"""Writes a run's manifest and results, and prints them."""
+"""Writes what a run leaves behind, and prints it."""
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from rome_pl.edit import EditSession, session_of
-from rome_pl.report import edit_table, manifest, results, score_table, write_json
+from rome_pl.drawing import png
+from rome_pl.edit import EditBatch, EditSession, session_of
+from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
+from rome_pl.figures import draw_figures
+from rome_pl.files import whole_file
+from rome_pl.html_report import html_report
+from rome_pl.report import edit_table, manifest, note_change, results, score_table, write_json, write_text
+from rome_pl.score_tables import csv_table, markdown_table
 
 __all__ = ["RunReport"]
 
+log = logging.getLogger(__name__)
+
 
 class RunReport(Callback):
-    """Writes ``manifest.json`` and ``results.json`` under the Trainer's ``default_root_dir`` and prints the tables.
+    """Writes the files of a run under the Trainer's ``default_root_dir`` and prints the tables; it needs no logger.
 
-    After an exception or Ctrl-C, results.json holds what was done.
+    ``manifest.json`` before the first edit; ``results.json``, ``records.jsonl``, ``table.md`` and ``table.csv`` at the
+    end; then ``figures/`` and ``report.html``, one page that opens without a server. After an exception or Ctrl-C they
+    hold what was done.
 
     Args:
         largest_table: Most edits that are printed one by one; the files hold all.
+        figures: Whether figures and the page are made; they take a second or two at the end.
+        formats: Other projects' shapes in which the records are written too, ``easyedit`` to ``easyedit.json`` and
+            ``kmeng01`` to ``kmeng01.json``.
+
+    Raises:
+        ValueError: If a format is unknown.
     """
 
-    def __init__(self, largest_table: int = 20) -> None:
-        self.largest_table = largest_table
+    def __init__(self, largest_table: int = 20, figures: bool = True, formats: list[FormatName] | None = None) -> None:
+        if unknown := set(formats or ()) - set(FORMATS):
+            raise ValueError(f"formats: expected some of {sorted(FORMATS)}, got {sorted(unknown)}")
+        self.largest_table, self.figures, self.formats = largest_table, figures, tuple(formats or ())
         self._written = False
 
     @override
@@ -36,33 +58,78 @@ class RunReport(Callback):
         )
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
+    ) -> None:
+        session = session_of(pl_module)
+        if session.sequential:
+            note_change(session)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         reached = len(session.edits) == len(session.requests) + session.num_refused
-        self._write(trainer, session, interrupted=not reached)
+        self._write(trainer, pl_module, session, interrupted=not reached)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         session = getattr(pl_module, "session", None)
         if isinstance(session, EditSession) and session.requests and not self._written:
-            self._write(trainer, session, interrupted=True)
+            self._write(trainer, pl_module, session, interrupted=True)
 
-    def _write(self, trainer: Trainer, session: EditSession, interrupted: bool) -> None:
+    def _write(self, trainer: Trainer, module: LightningModule, session: EditSession, interrupted: bool) -> None:
         if not trainer.is_global_zero:
             return
+        folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.fit
         content = results(session, invalid, interrupted)
-        path = Path(trainer.default_root_dir) / "results.json"
-        write_json(path, content)
+        write_json(folder / "results.json", content)
         self._written = True
+        records = detailed_records(session, content["records"])
+        write_lines(folder / "records.jsonl", records)
+        write_text(folder / "table.md", markdown_table(content))
+        write_text(folder / "table.csv", csv_table(content))
+        for name in self.formats:
+            write_json(folder / f"{name}.json", FORMATS[name](session))
+        if self.figures:
+            try:
+                _write_page(folder, module, session, content, records)
+            except Exception:  # the run is done and its numbers are written: a picture must not cost the saved model
+                log.warning("The figures or report.html could not be made", exc_info=True)
+        self._print(session, content, folder)
+
+    def _print(self, session: EditSession, content: dict[str, Any], folder: Path) -> None:
         console = Console()
         shown = sorted(session.edits, key=lambda edit: edit.index)[: self.largest_table]
         console.print(edit_table(shown))
         if len(shown) < len(session.edits):
-            console.print(f"({len(session.edits) - len(shown)} more edits in {path})")
+            console.print(f"({len(session.edits) - len(shown)} more edits in {folder / 'records.jsonl'})")
         console.print(score_table(content))
         counts = ", ".join(
             f"{content['n_' + name]} {name.replace('_', ' ')}"
             for name in ("applied", "rejected", "skipped", "rolled_back")
         )
-        console.print(f"{content['n_requested']} requested: {counts}. Results in {path}")
+        console.print(f"{content['n_requested']} requested: {counts}. Results in {folder / 'results.json'}")
+        if (folder / "report.html").exists():
+            console.print(f"To look at: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _write_page(
+    folder: Path, module: LightningModule, session: EditSession, content: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    figures = draw_figures(content, records, session.edits, session.changes)
+    pictures = {name: png(figure) for name, figure in figures.items()}
+    for name, picture in pictures.items():
+        with whole_file(folder / "figures" / f"{name}.png") as work:
+            work.write_bytes(picture)
+    about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
+    write_text(folder / "report.html", html_report(content, records, about, _settings(folder, module), pictures))
+
+
+def _settings(folder: Path, module: LightningModule) -> str:
+    """The options of the run: as the command line resolved them, else the module's own."""
+    try:
+        return (folder / "config.yaml").read_text(encoding="utf-8")
+    except OSError:  # no run of the command line
+        own = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+        return yaml.safe_dump(json.loads(json.dumps(own, default=str)), sort_keys=False, allow_unicode=True)

@@ -1,50 +1,98 @@
-"""Shows a run where people look: scalars by edit, and pictures of the loss curves."""
+"""Shows a run where people look: scalars by edit for every logger; pictures, texts and settings for TensorBoard."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditBatch, edits_of, session_of
-from rome_pl.metrics import RunningScores, summarise
+from rome_pl.drawing import Figure, png
+from rome_pl.edit import Edit, EditBatch, EditSession, edits_of, session_of
+from rome_pl.exports import detailed_records
+from rome_pl.figures import draw_figures
+from rome_pl.metrics import RunningScores
+from rome_pl.metrics.generation import generate
+from rome_pl.report import note_change, results
+from rome_pl.requests import EditRequest
+from rome_pl.stream_figures import LABELLED, loss_curves
 
-__all__ = ["TensorBoardReport"]
+__all__ = ["LAYOUT", "TensorBoardReport"]
 
-CURVES = 10
-"""Edits in one picture."""
+LAYOUT = {
+    "What the edits do": {
+        "right after each edit, mean so far": ["Multiline", [r"running/(ES|PS|NS|S)$"]],
+        "earlier edits, later in the stream": ["Multiline", [r"retention/(ES|PS|NS)$"]],
+        "probability of the new answer": ["Multiline", [r"edit/probability_(before|after)$"]],
+        "answers generated greedily": ["Multiline", [r"(running|retention)/re(write|phrase)_match$"]],
+    },
+    "What they cost the model": {
+        "held-out perplexity": ["Multiline", [r"retention/perplexity$"]],
+        "norm of the accumulated change": ["Multiline", [r"stream/weight_change$"]],
+        "norm of each update": ["Multiline", [r"edit/update_norm$"]],
+    },
+    "How they go": {
+        "loss at the end": ["Multiline", [r"edit/(loss|nll|kl)$"]],
+        "evaluations": ["Multiline", [r"edit/steps$"]],
+        "seconds": ["Multiline", [r"edit/seconds_.*"]],
+    },
+}
+"""TensorBoard's custom scalars: what belongs together, in a chart each."""
 
-LABEL = 50
-"""Longest label of a curve, in characters; of a longer one the end is shown, where the answer stands."""
+CONTINUED = 20
+"""Tokens of a sample continuation."""
 
 
 class TensorBoardReport(Callback):
     """Logs each edit with the edit's index as the x axis, to every logger of the Trainer.
 
     Scalars: ``edit/…`` (loss, probability before and after, norms, seconds), ``running/…`` (ES, PS, NS over the edits
-    so far, right after each write), ``final/…``. A TensorBoard logger gets pictures of the edits' loss curves too, ten
-    edits to a picture: drawing one takes a good part of what an edit takes.
+    so far, right after each write), ``stream/…``, and at the end ``final/…`` and ``perplexity/…``; in single mode,
+    where there is no final model, ``immediate/…``.
+
+    A TensorBoard logger gets more, other loggers have no place for it: pictures of the edits' loss curves as they come,
+    ten edits to a picture, since drawing one takes a good part of what an edit takes; the pictures of
+    :mod:`rome_pl.figures` at the end; the settings with the final scores (HParams); and a layout of custom scalars. In
+    sequential mode also ``generations``: how the unedited and the final model continue the prompts of the first edits.
+    In single mode there is no such text: no edit is ever written there for a model to go on with.
 
     Args:
-        pictures: Most edits whose curves are drawn.
+        pictures: Most edits whose curves are drawn as they come.
+        generations: Most edits whose prompts are continued.
+        figures: Whether the pictures of the whole run are drawn at the end.
     """
 
-    def __init__(self, pictures: int = 100) -> None:
-        self.pictures = pictures
+    def __init__(self, pictures: int = 100, generations: int = 5, figures: bool = True) -> None:
+        self.pictures, self.generations, self.figures = pictures, generations, figures
         self._running = RunningScores()
         self._undrawn: list[Edit] = []
+        self._continued: list[tuple[EditRequest, str]] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning would log the settings before the run with a metric of its own, and TensorBoard goes by the first
+        # settings that it finds; they are logged with the final scores.
+        for logger in _tensorboards(trainer):
+            logger._default_hp_metric = False
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running, self._undrawn = RunningScores(), []
+        self._running, self._undrawn, self._continued = RunningScores(), [], []
+        session = session_of(pl_module)
+        for logger in _tensorboards(trainer):
+            logger.experiment.add_custom_scalars(LAYOUT)
+        if _tensorboards(trainer) and session.sequential and self.generations > 0:
+            readable = [request for request in session.requests if _leaves_room(session, request)]
+            chosen = readable[: self.generations]
+            self._continued = list(zip(chosen, _continuations(session, chosen), strict=True))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         session = session_of(pl_module)
-        change = session.weight.change
+        change = note_change(session) if session.sequential else 0.0
         for edit in edits_of(outputs):
             scalars = _scalars(edit) | {"stream/weight_change": change}
             if "immediate" in edit.scores:
@@ -54,27 +102,54 @@ class TensorBoardReport(Callback):
                 logger.log_metrics(scalars, step=edit.index)
             if edit.steps and edit.index < self.pictures:
                 self._undrawn.append(edit)
-        if len(self._undrawn) >= CURVES:
-            self._draw(trainer)
+        if len(self._undrawn) >= LABELLED:
+            self._draw_curves(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        self._draw_curves(trainer)
         session = session_of(pl_module)
-        final = {edit.name: edit.scores["final"] for edit in session.edits if "final" in edit.scores}
-        table = summarise(final, session.base_scores)
-        scalars = {f"final/{name}": entry["value"] for name, entry in table.items() if entry["value"] is not None}
-        scalars |= {f"perplexity/{moment}": value for moment, value in session.perplexity.items()}
-        if scalars:
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=len(session.edits))
+        content, step = results(session, []), len(session.edits)
+        moment = "final" if content["final"] is not None else "immediate"
+        scalars = {f"{moment}/{name}": e["value"] for name, e in content[moment].items() if e["value"] is not None}
+        scalars |= {f"perplexity/{name}": value for name, value in session.perplexity.items()}
+        if session.divergence is not None:
+            scalars["final/divergence"] = session.divergence
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and scalars:
+                logger.log_hyperparams(_settings(trainer, pl_module, session), scalars, step)  # logs the scalars too
+            elif scalars:
+                logger.log_metrics(scalars, step=step)
+        if not trainer.is_global_zero or not _tensorboards(trainer):
+            return
+        if self._continued:
+            now = _continuations(session, [request for request, _ in self._continued])
+            rows = [(*first, text) for first, text in zip(self._continued, now, strict=True)]
+            for logger in _tensorboards(trainer):
+                logger.experiment.add_text("generations", _comparison(rows), step)
+        if self.figures:
+            records = detailed_records(session, content["records"])
+            for name, figure in draw_figures(content, records, session.edits, session.changes).items():
+                _show(trainer, f"figures/{name}", figure, step)
 
-    def _draw(self, trainer: Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if self._undrawn and loggers:
-            for logger in loggers:
-                logger.experiment.add_figure("loss curves", _curves(self._undrawn), self._undrawn[-1].index)
+    def _draw_curves(self, trainer: Trainer) -> None:
+        if self._undrawn and _tensorboards(trainer) and trainer.is_global_zero:
+            for start in range(0, len(self._undrawn), LABELLED):
+                edits = self._undrawn[start : start + LABELLED]
+                _show(trainer, "loss curves", loss_curves(edits), edits[-1].index)
         self._undrawn = []
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _show(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
+    from matplotlib.image import imread
+
+    pixels = imread(BytesIO(png(figure)))[..., :3]
+    for logger in _tensorboards(trainer):
+        logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
 
 
 def _scalars(edit: Edit) -> dict[str, float]:
@@ -90,17 +165,38 @@ def _scalars(edit: Edit) -> dict[str, float]:
     return scalars
 
 
-def _curves(edits: Sequence[Edit]) -> Any:
-    from matplotlib.figure import Figure  # not pyplot, whose global figures would have to be closed
+def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -> dict[str, Any]:
+    """What tells one run from another in TensorBoard's HParams."""
+    own = {name: value for name, value in module.hparams_initial.items() if not name.startswith("_")}
+    data = getattr(trainer, "datamodule", None)
+    return own | {
+        "layers": session.weight.site.layer,
+        "data": str(getattr(data, "path", "")),
+        "requests": len(session.requests),
+    }
 
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for edit in edits:
-        label = f"{edit.request.prompt} → {edit.request.target_new}".replace("$", r"\$")
-        label = label if len(label) <= LABEL else "…" + label[1 - LABEL :]
-        left.plot([step.loss for step in edit.steps], marker=".", label=label)
-        right.plot([step.probability for step in edit.steps], marker=".")
-    left.set(xlabel="evaluation", ylabel="loss", yscale="log")
-    right.set(xlabel="evaluation", ylabel="probability of the target", ylim=(0, 1.02))
-    figure.legend(loc="outside right center", frameon=False, fontsize=7)
-    return figure
+
+def _leaves_room(session: EditSession, request: EditRequest) -> bool:
+    encoder = session.language_model.encoder
+    return len(encoder.prompt(request.prompt.rstrip(" ")).ids) < encoder.max_length
+
+
+def _continuations(session: EditSession, requests: Sequence[EditRequest]) -> list[str]:
+    """What the model as it is now continues the bare prompts with, greedily."""
+    prompts = [request.prompt.rstrip(" ") for request in requests]  # a space belongs to the answer's first token
+    return generate(session.language_model, prompts, CONTINUED)
+
+
+def _comparison(rows: Sequence[tuple[EditRequest, str, str]]) -> str:
+    """A table in Markdown of how prompts went on before and go on now."""
+    lines = ["| prompt | wanted | unedited model | final model |", "|---|---|---|---|"]
+    for request, before, after in rows:
+        cells = (request.prompt, request.target_new, before, after)
+        lines.append(f"| {' | '.join(map(_verbatim, cells))} |")
+    return "\n".join(lines)
+
+
+def _verbatim(text: str) -> str:
+    """A text in which Markdown finds nothing to format."""
+    text = " ".join(text.split())
+    return "".join(char if char.isalnum() or char == " " or ord(char) > 127 else f"&#{ord(char)};" for char in text)

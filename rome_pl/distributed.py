@@ -10,7 +10,9 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Peers", "gather", "independent_gradients", "leave_to_each_process", "one_after_the_other"]
+from rome_pl.errors import RomeError
+
+__all__ = ["PeerError", "Peers", "gather", "independent_gradients", "leave_to_each_process", "one_after_the_other"]
 
 T = TypeVar("T")
 
@@ -52,6 +54,19 @@ def independent_gradients(trainer: Any) -> Iterator[None]:
         yield
 
 
+class PeerError(RomeError):
+    """Another process of the job has ended."""
+
+
+@contextmanager
+def _peers_there() -> Iterator[None]:
+    """Say what it means if a collective fails: whatever was wrong was said by the process that it happened in."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(f"another process of this job has ended; see what it said ({error})") from error
+
+
 @dataclass(frozen=True)
 class Peers:
     """This process among those that share a job; alone by default, and then every method is at hand at no cost.
@@ -71,7 +86,8 @@ class Peers:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device)
-        torch.distributed.reduce(total, rank)
+        with _peers_there():
+            torch.distributed.reduce(total, rank)
         return total.to(tensor.device)
 
     def mine(self, index: int) -> bool:
@@ -83,14 +99,19 @@ class Peers:
         if self.world_size == 1:
             return item
         items = [item]
-        torch.distributed.broadcast_object_list(items, 0)
+        with _peers_there():
+            torch.distributed.broadcast_object_list(items, 0)
         return items[0]
 
     def gather(self, item: T) -> list[T]:
         """What every process gives, by rank, on every one."""
-        return [item] if self.world_size == 1 else gather([item])
+        if self.world_size == 1:
+            return [item]
+        with _peers_there():
+            return gather([item])
 
     def wait(self) -> None:
         """Return once every process is here."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            with _peers_there():
+                torch.distributed.barrier()

@@ -72,7 +72,7 @@ class AlignedRows:
         input_ids: Shape ``[rows, prefix + suffix]``.
         attention_mask: Same shape, 0 for padding on the left. Padding on the right needs no mask, since no token looks
             ahead, and gets none, so that none of its columns is left with nothing to attend to.
-        position_ids: Same shape, counted from each row's first token on.
+        position_ids: Same shape, counted from each row's first token to its last.
         prefix: Number of columns before the lookup column.
         predict_row: Row of every position that predicts a target token, shape ``[targets]``.
         predict_column: Column of it in the whole row.
@@ -106,6 +106,7 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
     width = prefix + max(len(row.ids) - row.lookup for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
+    last = torch.tensor([len(row.ids) - 1 for row in rows]).unsqueeze(1)
     predict: list[tuple[int, int, int]] = []
     for index, row in enumerate(rows):
         start = prefix - row.lookup
@@ -117,7 +118,8 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
         source=tuple(rows),
         input_ids=to_device(input_ids, device),
         attention_mask=to_device(mask, device),
-        position_ids=to_device((mask.cumsum(1) - 1).clamp(min=0), device),
+        # Padding on the right repeats the last position: counting on would leave the table of a model that has one.
+        position_ids=to_device((mask.cumsum(1) - 1).clamp(min=0).minimum(last), device),
         prefix=prefix,
         predict_row=rows_columns_labels[:, 0],
         predict_column=rows_columns_labels[:, 1],

@@ -4,42 +4,44 @@ A function returns ``None`` where the data for its picture are missing. Pictures
 objects of their own: pyplot would keep them alive.
 """
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, wraps
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from rome_pl.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Figure,
+    count_edits,
+    fitting,
+    legend_below,
+    mark,
+    styled,
+    subplots,
+)
 from rome_pl.edit import Edit
-from rome_pl.metrics.intervals import wilson_interval
+from rome_pl.metrics.intervals import bootstrap_interval, wilson_interval
 from rome_pl.metrics.scores import SCORES
+from rome_pl.score_tables import MOMENTS
+from rome_pl.stream_figures import loss_curves, perplexity_trend, probabilities, weight_norms
 
-__all__ = [
-    "CAPTIONS",
-    "accuracy_trend",
-    "draw_figures",
-    "loss_curves",
-    "perplexity_trend",
-    "png",
-    "probabilities",
-    "relation_bars",
-    "retention_curves",
-    "weight_norms",
-]
+__all__ = ["CAPTIONS", "PANELS", "accuracy_trend", "draw_figures", "relation_bars", "retention_curves"]
 
-Figure = Any
-"""matplotlib's, which is imported when something is drawn: it takes half a second."""
 Content = Mapping[str, Any]
 """What results.json holds."""
 Records = Sequence[Mapping[str, Any]]
 """What records.jsonl holds."""
 
 CAPTIONS = {
-    "accuracy": "Accuracy over the stream: means over the edits so far on the unedited model and right after each edit, "
-    "and over all records at the end, with 95 % intervals.",
-    "retention": "Retention: what earlier edits are worth later in the stream, and the share of edits that had taken and "
-    "still hold, by the number of edits made since.",
+    "accuracy": "Accuracy over the stream: means over the edits so far, unedited and right after each edit; "
+    "at the end over all records, with 95 % intervals.",
+    "retention": "Retention: what earlier edits are worth later in the stream; and of the edits that had taken the "
+    "share that still holds, by the number of edits made since.",
     "relations": "Scores by relation, with 95 % intervals and the number of records.",
     "probabilities": "Probability of the new answer (geometric mean over its tokens) before and after each edit.",
     "loss_curves": "Loss and probability of the target during the optimisation of each value.",
@@ -48,18 +50,10 @@ CAPTIONS = {
 }
 """What each picture shows, in the order in which reports show them."""
 
-LABELLED = 10
-"""Most curves of one picture that get a label and a colour each; more are drawn as a bundle with its median."""
-LABEL = 50
-"""Longest label of a curve, in characters; of a longer one the end is shown, where the answer stands."""
 RELATIONS = 20
 """Most bars of one panel; what is left shares the last one."""
 AGES = 8
 """Most groups of ages in the retention curve."""
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7B4FA3", GREY)
-"""Okabe and Ito's colours, which colour-blind people can tell apart, and three more."""
 
 PANELS = (
     (("ES", "rewrite_acc"), "the edit itself"),
@@ -67,24 +61,6 @@ PANELS = (
     (("NS", "locality", "neighbour_acc", "locality_acc"), "what shall stay"),
 )
 """For each panel the scores it may show, the first one that there is, and what they are about."""
-
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "errorbar.capsize": 3,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "text.usetex": False,
-}
 
 
 def draw_figures(
@@ -111,21 +87,158 @@ def draw_figures(
     return {name: figures[name] for name in CAPTIONS if figures[name] is not None}
 
 
-def png(figure: Figure) -> bytes:
-    """A picture as a PNG file's content."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+@styled
+def accuracy_trend(content: Content, records: Records) -> Figure | None:
+    """Means over the edits so far, before and right after each, and all records' on the final model."""
+    ordered = [record for record in records if "immediate" in record.get("values", {})]
+    panels = _panels([record["values"]["immediate"] for record in ordered])
+    if not panels:
+        return None
+    figure, axes = subplots(len(panels), 3.3)
+    for panel, (score, subject) in zip(axes, panels, strict=True):
+        for moment, style in (("base", {"color": GREY, "linestyle": "--"}), ("immediate", {"color": BLUE})):
+            points = [
+                (record["index"] + 1, record["values"][moment][score])
+                for record in ordered
+                if not math.isnan(record["values"].get(moment, {}).get(score, math.nan))
+            ]
+            if points:
+                sums = accumulate(value for _, value in points)
+                means = [total / number for number, total in enumerate(sums, start=1)]
+                panel.plot([place for place, _ in points], means, label=MOMENTS[moment], **style)
+        last = max(record["index"] for record in ordered) + 1
+        marks = (("base", GREY, "s"), ("immediate", BLUE, "o"), ("final", ORANGE, "D"))
+        for place, (moment, colour, marker) in enumerate(marks, start=1):
+            entry = content[moment][score] if content[moment] is not None else None
+            if entry is None or entry["value"] is None:
+                continue
+            label = MOMENTS[moment] if moment == "final" else None
+            mark(panel, last * (1 + 0.05 * place), entry, color=colour, marker=marker, label=label)
+        number = content["immediate"][score]["n"]
+        panel.set(title=f"{score}: {subject} (n = {number})", ylim=(-0.03, 1.03))
+        count_edits(panel, "edits so far", last)
+    axes[0].set_ylabel("mean over records")
+    return legend_below(figure, axes[0])
 
 
-def _styled[**P, T](draw: Callable[P, T]) -> Callable[P, T]:
-    """Draw in this module's style, whatever the user's own settings of matplotlib."""
+@styled
+def retention_curves(content: Content, records: Records) -> Figure | None:
+    """What earlier edits are worth at points of the stream, and how many still hold by age."""
+    points = content.get("retention") or []
+    if not points:
+        return None
+    figure, (left, right) = subplots(2, 3.3)
+    score = next((name for name in PANELS[0][0] if points[-1]["scores"][name]["value"] is not None), None)
+    if score is not None:
+        known = [(point["edits"], point["scores"][score]) for point in points]
+        known = [(edits, entry) for edits, entry in known if entry["value"] is not None]
+        places = [edits for edits, _ in known]
+        left.fill_between(
+            places, *([entry[edge] for _, entry in known] for edge in ("low", "high")), color=BLUE, alpha=0.15, lw=0
+        )
+        left.plot(
+            places, [entry["value"] for _, entry in known], color=BLUE, marker="o", label="sample of earlier edits"
+        )
+        if content["final"] is not None and content["final"][score]["value"] is not None:
+            entry = content["final"][score]
+            label = f"all records, final model (n = {entry['n']})"
+            mark(
+                left, max(record["index"] or 0 for record in records) + 1, entry, color=ORANGE, marker="D", label=label
+            )
+        left.legend(loc="best")
+    numbers = [len(point["held"]) for point in points]
+    sample = str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+    left.set(
+        title=f"{score or 'score'} of earlier edits (n = {sample})",
+        ylabel="mean over sampled edits",
+        ylim=(-0.03, 1.03),
+    )
+    count_edits(left, "edits so far")
+    groups = _by_age(content, records)
+    if groups:
+        ages = [sum(age for age, _ in group) / len(group) for group in groups]
+        for age, group in zip(ages, groups, strict=True):
+            held = torch.tensor([float(held) for _, held in group])
+            low, high = wilson_interval(held)
+            mark(right, age, {"value": float(held.mean()), "low": low, "high": high}, color=BLUE, marker="o")
+        right.plot(ages, [sum(held for _, held in group) / len(group) for group in groups], color=BLUE, lw=1)
+    right.set(
+        title=f"edits that had taken (n = {sum(map(len, groups))} looks)",
+        ylabel="share that still holds",
+        ylim=(-0.03, 1.03),
+    )
+    count_edits(right, "edits made since")
+    return figure
 
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
-        import matplotlib
 
-        with matplotlib.rc_context({**_STYLE, "font.family": list(_fonts()[0])}):
-            return draw(*args, **kwargs)
+def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
+    """Ages at which edits that had taken were looked at, and whether they held; in groups of similar age."""
+    taken = {str(record["case_id"]): record for record in records if "immediate" in record.get("values", {})}
+    taken = {name: record for name, record in taken.items() if took(record["values"]["immediate"])}
+    looks = [
+        (look["age"], bool(look["held"]))
+        for point in content["retention"]
+        for look in point["held"]
+        if str(look["case_id"]) in taken
+    ]
+    begun = max((record["index"] for record in taken.values()), default=0) + 1
+    if content["final"] is not None:
+        looks += [(begun - r["index"], took(r["values"]["final"])) for r in taken.values() if "final" in r["values"]]
+    looks.sort()
+    size = max(1, math.ceil(len(looks) / AGES))
+    return [looks[start : start + size] for start in range(0, len(looks), size)]
 
-    return styled
+
+@styled
+def relation_bars(records: Records) -> Figure | None:
+    """Mean scores by relation, on the final model if there is one, else right after each edit."""
+    scored = [(record, values) for record in records if (values := _latest(record)) is not None]
+    panels = _panels([values for _, values in scored])
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for record, values in scored:
+        groups.setdefault(record["request"]["relation"] or "none", []).append(values)
+    if not panels or set(groups) <= {"none"}:
+        return None
+    names = sorted(groups, key=lambda name: (-len(groups[name]), name))
+    if len(names) > RELATIONS:
+        rest = names[RELATIONS - 1 :]
+        together = f"{len(rest)} others"
+        names = [*names[: RELATIONS - 1], together]
+        groups[together] = [values for name in rest for values in groups[name]]
+    figure, axes = subplots(len(panels), 1.1 + 0.26 * len(names), sharey=True)
+    for panel, (score, subject), colour in zip(axes, panels, (BLUE, ORANGE, GREEN), strict=False):
+        for place, name in enumerate(names):
+            found = torch.tensor([values[score] for values in groups[name] if score in values])
+            found = found[~found.isnan()]
+            if not len(found):
+                continue
+            mean = float(found.mean())
+            low, high = wilson_interval(found) if SCORES[score].rate else bootstrap_interval(found)
+            arms = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+            panel.barh(place, mean, xerr=arms, color=colour, height=0.7, capsize=2, error_kw={"elinewidth": 0.8})
+        panel.set(title=f"{score}: {subject}", xlabel="mean over records", xlim=(0, 1.03))
+        panel.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(names)), [f"{fitting(name, 24)} (n = {len(groups[name])})" for name in names])
+    axes[0].invert_yaxis()
+    return figure
+
+
+def took(values: Mapping[str, float]) -> bool:
+    """Whether a record's scores say that the model gives the new answer: as results.json's ``held`` has it."""
+    return values.get("ES", values.get("rewrite_match", 0.0)) == 1.0
+
+
+def _latest(record: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """A record's scores on the final model if there is one, else right after its edit."""
+    values: Mapping[str, Mapping[str, float]] = record.get("values", {})
+    return values.get("final", values.get("immediate"))
+
+
+def _panels(values: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """The score that each panel shows, where some record has one, and what it is about."""
+    chosen = []
+    for scores, subject in PANELS:
+        score = next((name for name in scores if any(name in found for found in values)), None)
+        if score is not None:
+            chosen.append((score, subject))
+    return chosen

@@ -137,7 +137,7 @@ def score_table(content: dict[str, Any]) -> Table:
         title=f"Scores in % ({content['mode']} mode), with 95 % intervals", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for name in ["score", *(MOMENTS[moment] for moment in moments), "n"]:
-        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True, min_width=len(name))
     scores = measured_scores(content)
     for score, following in zip(scores, [*scores[1:], None], strict=True):
         entries = [content[moment][score] for moment in moments]

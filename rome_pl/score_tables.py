@@ -59,11 +59,14 @@ def measured_scores(content: Mapping[str, Any]) -> list[str]:
 
 
 def interval_text(entry: Mapping[str, Any], digits: int) -> str:
-    """A mean with its interval, in per cent; nothing where no record had a value."""
+    """A mean with its interval, whose ends have so many digits, in per cent; nothing where no record had a value."""
     if entry["value"] is None:
         return ""
-    low, high = (f"{100 * entry[edge]:.{digits}f}" for edge in ("low", "high"))
-    return f"{100 * entry['value']:.1f} [{low}, {high}]"
+    value, low, high = (
+        f"{round(100 * entry[name], places) + 0.0:.{places}f}"  # the sum turns -0.0 into 0.0
+        for name, places in (("value", 1), ("low", digits), ("high", digits))
+    )
+    return f"{value} [{low},{' ' * bool(digits)}{high}]"
 
 
 def markdown_table(content: Mapping[str, Any]) -> str:
@@ -88,7 +91,7 @@ def markdown_table(content: Mapping[str, Any]) -> str:
     return (
         "\n".join(lines)
         + f"\n\nMean over records in % [95 % interval]; {mode} mode; {_counts(content)}. "
-        + "Every valid record counts, whatever became of its edit. Perplexity and divergence (in nats) are as they are.\n"
+        + "Every valid record counts, whatever became of its edit. Perplexity and divergence (nats) are no shares.\n"
     )
 
 

@@ -28,7 +28,10 @@ __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "RomeTr
 APPLIED, BAD_CONFIGURATION, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 """Exit codes: all edits applied; bad configuration; some skipped, rejected or rolled back; interrupted."""
 
-_RUN_FILES = ("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard", "figures")
+_RUN_FILES = (
+    *("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard", "figures"),
+    *("records.jsonl", "table.md", "table.csv", "report.html", "easyedit.json", "kmeng01.json"),
+)
 
 log = logging.getLogger(__name__)
 

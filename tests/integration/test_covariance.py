@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -329,10 +330,10 @@ def test_ctrl_c_leaves_what_the_next_run_goes_on_with(command, tmp_path, monkeyp
     assert artefacts()[1].info.count == 4 * BLOCK
 
 
-def test_a_tokenizer_whose_openings_fill_a_row_is_refused():
+def test_a_tokenizer_whose_openings_fill_a_row_is_refused(tmp_path):
     language_model = LanguageModel(tiny_model("llama"), byte_level_tokenizer(bos=True), "with BOS")
     module = CovarianceModule.from_language_model(language_model, layers=[1], block_length=1)
-    trainer = quiet_trainer([], "unused")
+    trainer = quiet_trainer([], tmp_path)
     with pytest.raises(OptionError, match="block_length"):
         trainer.predict(module, datamodule=CorpusDataModule(str(Path(__file__))), return_predictions=False)
 
@@ -608,6 +609,31 @@ def test_processes_that_lightning_starts_end_early_together(basics, job, tmp_pat
     for layer, moment in ours.items():
         assert moment.info.count == theirs[layer].info.count == last["blocks"] * BLOCK
         assert relative(moment.matrix, theirs[layer].matrix) < 1e-7  # stored in float32
+
+
+def test_one_of_two_processes_that_fails_takes_the_other_with_it(job, text, tmp_path):
+    model = tiny_language_model("llama", torch.float32)
+    snow = model.tokenizer("☃")["input_ids"][-1]
+    lines = text.read_text(encoding="utf-8").splitlines()
+    assert snow not in model.tokenizer("\n".join(lines))["input_ids"]
+    lengths = accumulate(len(ids) for ids in model.tokenizer([f"{line}\n" for line in lines])["input_ids"])
+    number = next(number for number, length in enumerate(lengths) if length > 3.5 * BLOCK)  # of block 3
+    lines[number] += " ☃"
+    (tmp_path / "snow.txt").write_text("\n".join(lines), "utf-8")
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[snow] = float("inf")
+    model.model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    options = {"model__pretrained": tmp_path / "model", "data__path": tmp_path / "snow.txt"}
+    started = job.start(2, model__tokens=20 * BLOCK, **options)
+    for process in started.processes:
+        process.join(TIMEOUT)
+        assert process.exitcode == 2, started.said
+    first, second = ((started.folder / f"log-{rank}").read_text() for rank in range(2))
+    assert "rome-pl: layer 0, block 3 of" in second
+    assert "rome-pl: another process of this job has ended" in first
+    assert "Traceback" not in started.said
+    assert not job.stored()
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(job, uninterrupted):

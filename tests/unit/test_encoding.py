@@ -577,3 +577,13 @@ def test_an_error_names_the_field_whose_text_is_too_long():
     ):
         with pytest.raises(RequestError, match=f"field '{field}'.*the model reads 30"):
             encoder.check_probes(EditRequest(**{**base, **values}))
+
+
+def test_positions_of_padding_stay_within_the_longest_row(tokenizer):
+    """A row whose lookup token comes late beside one with a long rest makes a batch longer than either."""
+    encoder = TextEncoder(tokenizer, 64)
+    late = encoder.prompt("word " * 20)
+    early = EncodedRow(late.ids, 1, (), len(late.ids) - 1)
+    aligned = align([late, early], encoder.pad_id)
+    assert aligned.input_ids.shape[1] > len(late.ids)
+    assert int(aligned.position_ids.max()) == len(late.ids) - 1

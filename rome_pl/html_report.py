@@ -1,0 +1,299 @@
+"""A run as one HTML file that needs no server and no network: summary, scores, figures, edits, settings.
+
+Texts of the run are data here, whatever they hold: in markup they are escaped; the table of edits is made by the page's
+script from JSON in which no character can end the element that holds it.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from rome_pl.figures import CAPTIONS, PANELS
+from rome_pl.ledger import plain
+from rome_pl.score_tables import COUNTERFACT, MEANINGS, MOMENTS, interval_text, measured_moments, measured_scores
+
+__all__ = ["embedded", "html_report", "remarks"]
+
+Content = Mapping[str, Any]
+Records = Sequence[Mapping[str, Any]]
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-$script_hash'">
+<title>$title</title>
+<style>
+$css</style>
+</head>
+<body>
+<header>
+<h1>$title</h1>
+<p class="facts">$facts</p>
+</header>
+<nav aria-label="Sections"><ul>$links</ul></nav>
+<main>
+<dl class="tiles">$tiles</dl>
+$remarks
+<section id="scores">
+<h2>Scores</h2>
+$scores
+</section>
+$figures
+<section id="edits">
+<h2>Edits</h2>
+<div class="tools" id="tools"><output id="found" for="tools"></output></div>
+<div class="scroll" id="rows"><table></table></div>
+<button type="button" class="more" id="more" hidden>Show more</button>
+<noscript><p>This table needs JavaScript; <code>records.jsonl</code> beside this file holds the same.</p></noscript>
+</section>
+<section id="settings">
+<h2>Settings</h2>
+<details><summary>Options, as resolved</summary><pre>$settings</pre></details>
+<details><summary>Versions, fingerprints, contexts</summary><pre>$manifest</pre></details>
+</section>
+</main>
+<footer>Written by rome_pl $version. The same numbers: <code>results.json</code>, <code>records.jsonl</code>,
+<code>table.csv</code>, <code>table.md</code>.</footer>
+<script type="application/json" id="data">$data</script>
+<script>$script</script>
+</body>
+</html>
+""")
+
+
+def html_report(
+    content: Content, records: Records, manifest: Mapping[str, Any], settings: str, pictures: Mapping[str, bytes]
+) -> str:
+    """The page.
+
+    Args:
+        content: What results.json holds.
+        records: What records.jsonl holds.
+        manifest: What manifest.json holds.
+        settings: The options of the run, as text.
+        pictures: PNG files' contents by the names of :data:`rome_pl.figures.CAPTIONS`.
+    """
+    script = _asset("report.js")
+    sections = ["scores", *(["figures"] if pictures else []), "edits", "settings"]
+    model = manifest["model"]
+    facts = [
+        f"{content['mode']} edits",
+        f"layer {manifest['rewrite']['layer']}",
+        str(manifest["rewrite"]["weight"]),
+        f"{model['dtype']} on {model['device']}".replace("torch.", ""),
+        f"seed {manifest['seed']}",
+        *([f"preset {manifest['preset']}"] if manifest.get("preset") else []),
+    ]
+    return _PAGE.substitute(
+        title=escape(f"Edits of {model['source']}"),
+        facts=escape(" · ".join(facts)),
+        css=_asset("report.css"),
+        links="".join(f'<li><a href="#{name}">{name.capitalize()}</a></li>' for name in sections),
+        tiles="".join(_tiles(content, records)),
+        remarks=_remarks_section(remarks(content, records)),
+        scores=_score_section(content),
+        figures=_figure_section(pictures),
+        settings=escape(settings),
+        manifest=escape(json.dumps(plain(manifest), indent=2, ensure_ascii=False)),
+        version=escape(str(manifest["versions"].get("rome_pl", ""))),
+        data=embedded(_table_data(content, records)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand in a ``<script>`` element: nothing in it can end the element, open a comment, or be lost."""
+    text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def remarks(content: Content, records: Records) -> list[str]:
+    """What a reader of the scores has to know, worst first."""
+    found = []
+    if content["interrupted"]:
+        found.append("The run ended before its last edit: scores right after an edit are those of the edits reached.")
+    failed = [check for check in content["state_checks"] if check["failures"]]
+    if failed:
+        places = _some([str(check["edits"]) for check in failed])
+        found.append(
+            f"The model's state was bad after {places} edits; at the last check: {'; '.join(failed[-1]['failures'])}."
+        )
+    lost = [str(record["case_id"]) for record in records if record.get("lost")]
+    if lost:
+        found.append(f"{len(lost)} edits had taken and are lost on the final model: {_some(lost)}.")
+    for name in ("rejected", "skipped", "rolled_back"):
+        if content[f"n_{name}"]:
+            shown = name.replace("_", " ")
+            found.append(
+                f"{content[f'n_{name}']} of {content['n_requested']} records were {shown}; they count all the same."
+            )
+    before, after = content["perplexity"]["base"], content["perplexity"]["final"]
+    if before and after and after > 1.1 * before:
+        found.append(f"Perplexity of held-out text rose by {after / before - 1:.0%}.")
+    for moment in measured_moments(content):
+        broken = max((entry.get("n_nan", 0) for entry in content[moment].values()), default=0)
+        if broken:
+            found.append(f"The model gave NaN for {broken} records ({MOMENTS[moment]}); no mean has them in it.")
+    noted = sum(bool(record.get("notes")) for record in records)
+    if noted:
+        found.append(f"{noted} edits carry notes; see their details in the table.")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def _asset(name: str) -> str:
+    return (files("rome_pl") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _tiles(content: Content, records: Records) -> Iterator[str]:
+    moment = "final" if content["final"] is not None else "immediate"
+    yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}")
+    for names, subject in PANELS:
+        score = next((name for name in names if content[moment][name]["value"] is not None), None)
+        if score is not None:
+            entry = content[moment][score]
+            base = content["base"][score]["value"]
+            note = f"{subject}; unedited {100 * base:.1f}" if base is not None else subject
+            yield _tile(f"{score}, %", f"{100 * entry['value']:.1f}", note)
+    lost = [record["lost"] for record in records if record.get("lost") is not None]
+    if lost:
+        yield _tile("Lost since", str(sum(lost)), f"of {len(lost)} measured at the end")
+    before, after = content["perplexity"]["base"], content["perplexity"]["final"]
+    if after is not None:
+        yield _tile("Perplexity", f"{after:.4g}", f"unedited {before:.4g}" if before is not None else "")
+    if content["divergence"] is not None:
+        yield _tile("KL to unedited", f"{content['divergence']:.2g}", "nats per token of held-out text")
+    if content["weight_change"]:
+        yield _tile("Weight change", f"{content['weight_change']:.2g}", "of the weight's norm")
+    if content["seconds_per_edit"] is not None:
+        yield _tile("Time of an edit", f"{content['seconds_per_edit']:.2g} s", "measuring included")
+
+
+def _tile(name: str, value: str, note: str = "") -> str:
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>'
+
+
+def _remarks_section(found: Sequence[str]) -> str:
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(remark)}</li>" for remark in found)
+    return f'<section class="warnings" id="remarks"><h2>Remarks</h2><ul>{items}</ul></section>'
+
+
+def _score_section(content: Content) -> str:
+    moments = measured_moments(content)
+    head = "".join(f'<th scope="col" class="number">{MOMENTS[moment]}</th>' for moment in moments)
+    rows = []
+    previous = ""
+    for score in measured_scores(content):
+        entries = [content[moment][score] for moment in moments]
+        cells = "".join(f'<td class="number">{_interval_cell(entry)}</td>' for entry in entries)
+        numbers = sorted({entry["n"] for entry in entries})
+        apart = ' class="apart"' if previous in COUNTERFACT and score not in COUNTERFACT else ""
+        rows.append(
+            f'<tr{apart}><th scope="row">{score}</th>{cells}<td class="number">{" / ".join(map(str, numbers))}</td>'
+            f'<td class="meaning">{escape(MEANINGS[score])}</td></tr>'
+        )
+        previous = score
+    return (
+        f'<div class="scroll"><table><thead><tr><th scope="col">score</th>{head}<th scope="col" class="number">n</th>'
+        f'<th scope="col" class="meaning">meaning</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        '<p class="note">Means over records in %, with 95 % intervals. Every valid record counts, whatever became '
+        "of its edit.</p>"
+    )
+
+
+def _interval_cell(entry: Mapping[str, Any]) -> str:
+    value, _, edges = interval_text(entry, 1).partition(" ")
+    broken = f"<small>{entry['n_nan']} NaN</small>" if "n_nan" in entry else ""
+    return f"{value}<small>{edges}</small>{broken}"
+
+
+def _figure_section(pictures: Mapping[str, bytes]) -> str:
+    if not pictures:
+        return ""
+    shown = "".join(
+        f'<figure id="figure-{name}"><img alt="{escape(CAPTIONS[name])}" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+        for name, picture in pictures.items()
+    )
+    return f'<section id="figures"><h2>Figures</h2>{shown}</section>'
+
+
+def _table_data(content: Content, records: Records) -> dict[str, Any]:
+    moment = "final" if content["final"] is not None else "immediate"
+    panels = [[name for name in names if content[moment][name]["n"]] for names, _ in PANELS]
+    return {
+        "moments": MOMENTS,
+        "scores": [names[0] for names in panels if names],
+        "meanings": MEANINGS,
+        "records": [_row(record) for record in records],
+    }
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    request = record.get("request") or {}
+    probability = record.get("probability") or {}
+    values = record.get("values") or {}
+    final = (record.get("scores") or {}).get("final")
+    seconds = record.get("seconds") or {}
+    return {
+        "index": None if record["index"] is None else record["index"] + 1,
+        "id": str(record["case_id"]),
+        "status": record["status"],
+        "lost": bool(record.get("lost")),
+        "why": record["reason"],
+        "notes": record.get("notes") or [],
+        "prompt": request.get("prompt"),
+        "span": _utf16_span(request["prompt"], request["subject_span"]) if request else None,
+        "subject": request.get("subject"),
+        "true": request.get("target_true"),
+        "new": request.get("target_new"),
+        "relation": request.get("relation"),
+        "before": _rounded(probability.get("before")),
+        "after": _rounded(probability.get("after")),
+        "final": _rounded(math.exp(final["rewrite"][0])) if final else None,
+        "now": _all_rounded(values.get("final", values.get("immediate", {}))),
+        "values": {moment: _all_rounded(found) for moment, found in values.items()},
+        "more": {
+            "record": record["case_id"],
+            "relation": request.get("relation"),
+            "subject": request.get("subject"),
+            "notes": record.get("notes") or [],
+            "field": record.get("field"),
+            "evaluations": record.get("num_steps"),
+            "last loss": _rounded(record.get("loss")),
+            "norm of the value's offset": _rounded(record.get("value_norm")),
+            "norm of the update": _rounded(record.get("update_norm")),
+            "realised in the model's precision": _rounded(record.get("realised")),
+            "seconds": ", ".join(f"{stage} {took:.3g}" for stage, took in seconds.items()),
+        },
+    }
+
+
+def _utf16_span(text: str, span: Sequence[int]) -> list[int]:
+    """A span of characters as JavaScript counts them: beyond the basic plane each is two."""
+    return [len(text[:edge].encode("utf-16-le", "surrogatepass")) // 2 for edge in span]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _all_rounded(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _rounded(value) for name, value in values.items()}
