@@ -166,8 +166,9 @@ def _scalars(edit: Edit) -> dict[str, float]:
 
 
 def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -> dict[str, Any]:
-    """What tells one run from another in TensorBoard's HParams."""
-    own = {name: value for name, value in module.hparams_initial.items() if not name.startswith("_")}
+    """What tells one run from another in TensorBoard's HParams; what is not set is no column there."""
+    chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
+    own = {name: value for name, value in chosen.items() if not name.startswith("_")}
     data = getattr(trainer, "datamodule", None)
     return own | {
         "layers": session.weight.site.layer,

@@ -13,6 +13,7 @@ from typing_extensions import override
 from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
+from rome_pl.sampling import sample_requests
 from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, RetentionSample
 
 __all__ = ["RequestDataModule", "request_loader"]
@@ -36,6 +37,9 @@ class RequestDataModule(LightningDataModule):
         on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
         retention_sample: Earlier edits that are measured again every ``val_check_interval`` batches of a sequential
             stream: a seeded sample of so many; 0 measures none.
+        sample: Size of a seeded sample of the valid records, in file order; nothing takes all.
+        sample_by_relation: Whether each relation keeps its share in the sample.
+        sample_seed: Seed of the sample.
         batch_size: Edits optimised side by side. Nothing takes 8 where edits are independent, with requests of similar
             length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch.
     """
@@ -49,8 +53,14 @@ class RequestDataModule(LightningDataModule):
         on_error: Literal["skip", "stop"] = "skip",
         batch_size: int | None = None,
         retention_sample: int = 0,
+        sample: int | None = None,
+        sample_by_relation: bool = False,
+        sample_seed: int = 0,
     ) -> None:
         super().__init__()
+        if sample is not None and sample < 1:
+            raise ValueError(f"sample: expected a number from 1 on, got {sample}")
+        self.sample, self.sample_by_relation, self.sample_seed = sample, sample_by_relation, sample_seed
         if retention_sample < 0:
             raise ValueError(f"retention_sample: expected a number from 0 on, got {retention_sample}")
         self.retention_sample = retention_sample
@@ -75,6 +85,8 @@ class RequestDataModule(LightningDataModule):
             return
         records = self._records()[: self.limit]
         self.requests, self.invalid = parse_records(records, self.path, self.form)
+        if self.sample is not None:
+            self.requests = sample_requests(self.requests, self.sample, self.sample_seed, self.sample_by_relation)
         if self.invalid and (self.on_error == "stop" or not self.requests):
             raise DataError("; ".join(record.message for record in self.invalid[:5]))
 

@@ -130,12 +130,13 @@ def remarks(content: Content, records: Records) -> list[str]:
         )
     lost = [str(record["case_id"]) for record in records if record.get("lost")]
     if lost:
-        found.append(f"{len(lost)} edits had taken and are lost on the final model: {_some(lost)}.")
+        found.append(f"Edits that had taken and are lost on the final model: {len(lost)} ({_some(lost)}).")
     for name in ("rejected", "skipped", "rolled_back"):
         if content[f"n_{name}"]:
-            shown = name.replace("_", " ")
+            verdict = name.replace("_", " ").capitalize()
+            number, asked = content[f"n_{name}"], content["n_requested"]
             found.append(
-                f"{content[f'n_{name}']} of {content['n_requested']} records were {shown}; they count all the same."
+                f"{verdict}: {number} of {asked} records. Valid requests among them count in the scores all the same."
             )
     before, after = content["perplexity"]["base"], content["perplexity"]["final"]
     if before and after and after > 1.1 * before:
@@ -146,7 +147,7 @@ def remarks(content: Content, records: Records) -> list[str]:
             found.append(f"The model gave NaN for {broken} records ({MOMENTS[moment]}); no mean has them in it.")
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
-        found.append(f"{noted} edits carry notes; see their details in the table.")
+        found.append(f"Edits with notes: {noted}; see their details in the table.")
     return found
 
 
@@ -202,10 +203,11 @@ def _score_section(content: Content) -> str:
     for score in measured_scores(content):
         entries = [content[moment][score] for moment in moments]
         cells = "".join(f'<td class="number">{_interval_cell(entry)}</td>' for entry in entries)
-        numbers = sorted({entry["n"] for entry in entries})
+        numbers = " / ".join(map(str, sorted({entry["n"] for entry in entries})))
         apart = ' class="apart"' if previous in COUNTERFACT and score not in COUNTERFACT else ""
+        name = score.replace("_", "_<wbr>")  # where a narrow screen may break it
         rows.append(
-            f'<tr{apart}><th scope="row">{score}</th>{cells}<td class="number">{" / ".join(map(str, numbers))}</td>'
+            f'<tr{apart}><th scope="row">{name}</th>{cells}<td class="number">{numbers}</td>'
             f'<td class="meaning">{escape(MEANINGS[score])}</td></tr>'
         )
         previous = score
@@ -227,8 +229,8 @@ def _figure_section(pictures: Mapping[str, bytes]) -> str:
     if not pictures:
         return ""
     shown = "".join(
-        f'<figure id="figure-{name}"><img alt="{escape(CAPTIONS[name])}" '
-        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f'<figure id="figure-{name}"><div class="scroll"><img alt="{escape(CAPTIONS[name])}" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"></div>'
         f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
         for name, picture in pictures.items()
     )
