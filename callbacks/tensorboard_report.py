@@ -1,6 +1,7 @@
 """Shows a run where people look: scalars by edit for every logger; pictures, texts and settings for TensorBoard."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -22,26 +23,39 @@ __all__ = ["LAYOUT", "TensorBoardReport"]
 
 LAYOUT = {
     "What the edits do": {
-        "right after each edit, mean so far": ["Multiline", [r"running/(ES|PS|NS|S)$"]],
-        "earlier edits, later in the stream": ["Multiline", [r"retention/(ES|PS|NS)$"]],
+        "right after each edit, mean so far": ["Multiline", [r"running/(ES|PS|NS)$"]],
         "probability of the new answer": ["Multiline", [r"edit/probability_(before|after)$"]],
-        "answers generated greedily": ["Multiline", [r"(running|retention)/re(write|phrase)_match$"]],
-    },
-    "What they cost the model": {
-        "held-out perplexity": ["Multiline", [r"retention/perplexity$"]],
-        "norm of the accumulated change": ["Multiline", [r"stream/weight_change$"]],
-        "norm of each update": ["Multiline", [r"edit/update_norm$"]],
+        "answers generated greedily, mean so far": ["Multiline", [r"running/re(write|phrase)_match$"]],
     },
     "How they go": {
         "loss at the end": ["Multiline", [r"edit/(loss|nll|kl)$"]],
+        "norm of each update": ["Multiline", [r"edit/update_norm$"]],
         "evaluations": ["Multiline", [r"edit/steps$"]],
         "seconds": ["Multiline", [r"edit/seconds_.*"]],
     },
 }
 """TensorBoard's custom scalars: what belongs together, in a chart each."""
 
+ACCUMULATED = {
+    "What they add up to": {"norm of the accumulated change": ["Multiline", [r"stream/weight_change$"]]},
+}
+"""More of them where edits accumulate."""
+
+WATCHED = {
+    "What earlier edits are worth": {
+        "earlier edits, later in the stream": ["Multiline", [r"retention/(ES|PS|NS)$"]],
+        "held-out perplexity": ["Multiline", [r"retention/perplexity$"]],
+    },
+}
+"""More of them where earlier edits are measured again."""
+
+FIRST = ("data", "requests", "pretrained", "preset", "sequential_edit", "layers", "seed")
+"""Settings that TensorBoard shall show first; it shows but a few unasked."""
+
 CONTINUED = 20
 """Tokens of a sample continuation."""
+
+log = logging.getLogger(__name__)
 
 
 class TensorBoardReport(Callback):
@@ -66,6 +80,8 @@ class TensorBoardReport(Callback):
     def __init__(self, pictures: int = 100, generations: int = 5, figures: bool = True) -> None:
         self.pictures, self.generations, self.figures = pictures, generations, figures
         self._running = RunningScores()
+        self._unlogged: dict[int, Edit] = {}
+        self._next = 0
         self._undrawn: list[Edit] = []
         self._continued: list[tuple[EditRequest, str]] = []
 
@@ -79,9 +95,10 @@ class TensorBoardReport(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._running, self._undrawn, self._continued = RunningScores(), [], []
+        self._unlogged, self._next = {}, 0
         session = session_of(pl_module)
         for logger in _tensorboards(trainer):
-            logger.experiment.add_custom_scalars(LAYOUT)
+            logger.experiment.add_custom_scalars(_layout(trainer, session))
         if _tensorboards(trainer) and session.sequential and self.generations > 0:
             readable = [request for request in session.requests if _leaves_room(session, request)]
             chosen = readable[: self.generations]
@@ -92,26 +109,26 @@ class TensorBoardReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         session = session_of(pl_module)
-        change = note_change(session) if session.sequential else 0.0
-        for edit in edits_of(outputs):
-            scalars = _scalars(edit) | {"stream/weight_change": change}
-            if "immediate" in edit.scores:
-                self._running.update(edit.scores["immediate"], edit.scores.get("base"))
-            scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=edit.index)
-            if edit.steps and edit.index < self.pictures:
-                self._undrawn.append(edit)
-        if len(self._undrawn) >= LABELLED:
-            self._draw_curves(trainer)
+        if session.sequential:
+            note_change(session)
+        self._unlogged |= {edit.index: edit for edit in edits_of(outputs)}
+        self._log(trainer, session)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        session = getattr(pl_module, "session", None)
+        if isinstance(session, EditSession):
+            self._log(trainer, session, everything=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw_curves(trainer)
         session = session_of(pl_module)
+        self._log(trainer, session, everything=True)
         content, step = results(session, []), len(session.edits)
         moment = "final" if content["final"] is not None else "immediate"
-        scalars = {f"{moment}/{name}": e["value"] for name, e in content[moment].items() if e["value"] is not None}
+        names = sorted(content[moment], key=lambda name: name not in ("ES", "PS", "NS", "S"))
+        entries = [(name, content[moment][name]["value"]) for name in names]
+        scalars = {f"{moment}/{name}": value for name, value in entries if value is not None}
         scalars |= {f"perplexity/{name}": value for name, value in session.perplexity.items()}
         if session.divergence is not None:
             scalars["final/divergence"] = session.divergence
@@ -120,8 +137,14 @@ class TensorBoardReport(Callback):
                 logger.log_hyperparams(_settings(trainer, pl_module, session), scalars, step)  # logs the scalars too
             elif scalars:
                 logger.log_metrics(scalars, step=step)
-        if not trainer.is_global_zero or not _tensorboards(trainer):
-            return
+        if trainer.is_global_zero and _tensorboards(trainer):
+            try:
+                self._show_all(trainer, session, content)
+            except Exception:  # the edits are done: a picture must not cost their results and the saved model
+                log.warning("TensorBoard does not get all pictures and texts of the run", exc_info=True)
+
+    def _show_all(self, trainer: Trainer, session: EditSession, content: Mapping[str, Any]) -> None:
+        step = len(session.edits)
         if self._continued:
             now = _continuations(session, [request for request, _ in self._continued])
             rows = [(*first, text) for first, text in zip(self._continued, now, strict=True)]
@@ -132,12 +155,35 @@ class TensorBoardReport(Callback):
             for name, figure in draw_figures(content, records, session.edits, session.changes).items():
                 _show(trainer, f"figures/{name}", figure, step)
 
-    def _draw_curves(self, trainer: Trainer) -> None:
-        if self._undrawn and _tensorboards(trainer) and trainer.is_global_zero:
-            for start in range(0, len(self._undrawn), LABELLED):
-                edits = self._undrawn[start : start + LABELLED]
-                _show(trainer, "loss curves", loss_curves(edits), edits[-1].index)
-        self._undrawn = []
+    def _log(self, trainer: Trainer, session: EditSession, everything: bool = False) -> None:
+        """Log the edits that are next in order; at the end all that are left.
+
+        Batches of edits of similar length are not done in order, but a step that goes back draws a tangle.
+        """
+        change = next(reversed(session.changes.values()), 0.0)  # where edits accumulate, each batch is next in order
+        while self._unlogged and (everything or self._next in self._unlogged):
+            self._next = min(self._unlogged) if everything else self._next
+            edit = self._unlogged.pop(self._next)
+            self._next += 1
+            scalars = _scalars(edit) | {"stream/weight_change": change}
+            if "immediate" in edit.scores:
+                self._running.update(edit.scores["immediate"], edit.scores.get("base"))
+            scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=edit.index)
+            if edit.steps and edit.index < self.pictures:
+                self._undrawn.append(edit)
+        while len(self._undrawn) >= LABELLED or (everything and self._undrawn):
+            drawn, self._undrawn = self._undrawn[:LABELLED], self._undrawn[LABELLED:]
+            if _tensorboards(trainer) and trainer.is_global_zero:
+                _show(trainer, "loss curves", loss_curves(drawn), drawn[-1].index)
+
+
+def _layout(trainer: Trainer, session: EditSession) -> dict[str, Any]:
+    """The charts that the run will have something for."""
+    data = getattr(trainer, "datamodule", None)
+    watched = session.sequential and trainer.enable_validation and getattr(data, "retention_sample", 1) > 0
+    return {**LAYOUT, **(ACCUMULATED if session.sequential else {}), **(WATCHED if watched else {})}
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -168,13 +214,13 @@ def _scalars(edit: Edit) -> dict[str, float]:
 def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -> dict[str, Any]:
     """What tells one run from another in TensorBoard's HParams; what is not set is no column there."""
     chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
-    own = {name: value for name, value in chosen.items() if not name.startswith("_")}
     data = getattr(trainer, "datamodule", None)
-    return own | {
+    settings = {name: value for name, value in chosen.items() if not name.startswith("_")} | {
         "layers": session.weight.site.layer,
         "data": str(getattr(data, "path", "")),
         "requests": len(session.requests),
     }
+    return {name: settings[name] for name in sorted(settings, key=lambda name: (name not in FIRST, name))}
 
 
 def _leaves_room(session: EditSession, request: EditRequest) -> bool:

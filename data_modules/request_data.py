@@ -14,7 +14,7 @@ from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
 from rome_pl.sampling import sample_requests
-from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, RetentionSample
+from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, as_it_is, retention_loader
 
 __all__ = ["RequestDataModule", "request_loader"]
 
@@ -121,24 +121,15 @@ class RequestDataModule(LightningDataModule):
             RequestList(requests),  # type: ignore[arg-type]  # as in request_loader
             batch_size=None,
             sampler=[list(places[start : start + MEASURED_TOGETHER]) for start in places[::MEASURED_TOGETHER]],
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             generator=torch.Generator(),
         )
 
     @override
-    def val_dataloader(self) -> DataLoader[EditRequest] | list[Any]:
+    def val_dataloader(self) -> DataLoader[EditRequest]:
         """A sample of the edits begun so far, whenever it is asked for; nothing unless edits accumulate."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        session = getattr(module, "session", None)
-        if not self.retention_sample or not isinstance(session, EditSession) or not session.sequential:
-            return []
-        return DataLoader(
-            RequestList(self.requests),  # type: ignore[arg-type]  # as in request_loader
-            batch_size=None,
-            sampler=RetentionSample(self.requests, lambda: module.session, self.retention_sample),
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),
-        )
+        return retention_loader(self.requests, lambda: getattr(module, "session", None), self.retention_sample)
 
     def _records(self) -> Sequence[Any]:
         if self.path == SAMPLES:
@@ -162,14 +153,10 @@ def request_loader(
         RequestList(requests),  # type: ignore[arg-type]
         batch_size=None,
         sampler=EditBatches(requests, batch_size, by_length, rank, world_size),
-        collate_fn=_as_it_is,  # requests are text
+        collate_fn=as_it_is,  # requests are text
         # A generator of its own: a loader would otherwise draw from the global one.
         generator=torch.Generator(),
     )
-
-
-def _as_it_is(batch: list[EditRequest]) -> list[EditRequest]:
-    return batch
 
 
 def _from_hub(name: str, split: str, limit: int | None) -> list[Any]:

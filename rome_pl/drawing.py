@@ -29,6 +29,9 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7B4FA3", GREY)
 """Okabe and Ito's colours, which colour-blind people can tell apart, and three more."""
 
+WIDTH = 9.5
+"""Of every figure, in inches."""
+
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -77,12 +80,37 @@ def mark(axes: Any, place: float, entry: Mapping[str, float], **style: Any) -> N
     axes.errorbar(place, entry["value"], yerr=arms, **{"linestyle": "none", "ms": 5, "elinewidth": 1.2} | style)
 
 
-def subplots(number: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
-    """A figure with so many panels side by side, so many inches high."""
+def subplots(number: int, height: float = 3.3, left: float = 0.75, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure with panels side by side.
+
+    Margins are in inches and fixed: letting matplotlib find them takes longer than all the rest.
+
+    Args:
+        number: How many panels.
+        height: Height of the figure, without what a legend adds.
+        left: What the first panel's labels need.
+        options: Of ``Figure.subplots``.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, height), layout="constrained")
-    return figure, list(figure.subplots(1, number, squeeze=False, **options)[0])
+    figure = Figure(figsize=(WIDTH, height))
+    panels = list(figure.subplots(1, number, squeeze=False, **options)[0])
+    between = 0.25 if options.get("sharey") else 0.75
+    panel = (WIDTH - left - 0.15 - between * (number - 1)) / number
+    edges = {"left": left / WIDTH, "right": 1 - 0.15 / WIDTH, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
+    figure.subplots_adjust(**edges, wspace=between / panel)
+    return figure, panels
+
+
+def legend_below(figure: Figure, axes: Any, columns: int = 4) -> Figure:
+    """The figure, higher by the legend of one of its panels, which stands below all."""
+    handles, labels = axes.get_legend_handles_labels()
+    height, added = figure.get_figheight(), 0.1 + 0.18 * -(-len(labels) // columns)
+    figure.set_figheight(height + added)
+    edges = {"bottom": (0.5 + added) / (height + added), "top": 1 - 0.3 / (height + added)}
+    figure.subplots_adjust(**edges)
+    figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.2)
+    return figure
 
 
 def count_edits(axes: Any, label: str, last: int | None = None) -> None:
@@ -94,13 +122,6 @@ def count_edits(axes: Any, label: str, last: int | None = None) -> None:
     if last is not None:
         axes.set_xticks([tick for tick in locator.tick_values(0, last) if 0 <= tick <= last])
     axes.set_xlabel(label)
-
-
-def legend_below(figure: Figure, axes: Any, columns: int = 4) -> Figure:
-    """The figure, with the legend of one of its panels below all."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    return figure
 
 
 def fitting(text: str, length: int) -> str:

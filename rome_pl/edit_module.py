@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from rome_pl.architecture import find_site
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
@@ -29,7 +30,7 @@ from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
-from rome_pl.stream import EditBatches, check_shared
+from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
 
@@ -142,6 +143,10 @@ class RomeModule(LightningModule):
                 self.hparams["pretrained"], self.hparams["dtype"], self.hparams["allow_pickle"]
             )
             self._adopt(loaded)
+
+    def val_dataloader(self) -> DataLoader[EditRequest]:
+        """No retention sample, unless a data module gives one."""
+        return retention_loader([], lambda: None, 0)
 
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, ProbeScores]:
         """Measure requests under the weights as they are now; the scores by name of the edit."""

@@ -94,7 +94,7 @@ def accuracy_trend(content: Content, records: Records) -> Figure | None:
     panels = _panels([record["values"]["immediate"] for record in ordered])
     if not panels:
         return None
-    figure, axes = subplots(len(panels), 3.3)
+    figure, axes = subplots(len(panels))
     for panel, (score, subject) in zip(axes, panels, strict=True):
         for moment, style in (("base", {"color": GREY, "linestyle": "--"}), ("immediate", {"color": BLUE})):
             points = [
@@ -127,7 +127,7 @@ def retention_curves(content: Content, records: Records) -> Figure | None:
     points = content.get("retention") or []
     if not points:
         return None
-    figure, (left, right) = subplots(2, 3.3)
+    figure, (left, right) = subplots(2)
     score = next((name for name in PANELS[0][0] if points[-1]["scores"][name]["value"] is not None), None)
     if score is not None:
         known = [(point["edits"], point["scores"][score]) for point in points]
@@ -145,7 +145,6 @@ def retention_curves(content: Content, records: Records) -> Figure | None:
             mark(
                 left, max(record["index"] or 0 for record in records) + 1, entry, color=ORANGE, marker="D", label=label
             )
-        left.legend(loc="best")
     numbers = [len(point["held"]) for point in points]
     sample = str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
     left.set(
@@ -168,20 +167,20 @@ def retention_curves(content: Content, records: Records) -> Figure | None:
         ylim=(-0.03, 1.03),
     )
     count_edits(right, "edits made since")
-    return figure
+    return legend_below(figure, left)
 
 
 def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
     """Ages at which edits that had taken were looked at, and whether they held; in groups of similar age."""
-    taken = {str(record["case_id"]): record for record in records if "immediate" in record.get("values", {})}
-    taken = {name: record for name, record in taken.items() if took(record["values"]["immediate"])}
+    reached = {str(record["case_id"]): record for record in records if "immediate" in record.get("values", {})}
+    taken = {name: record for name, record in reached.items() if took(record["values"]["immediate"])}
     looks = [
         (look["age"], bool(look["held"]))
         for point in content["retention"]
         for look in point["held"]
         if str(look["case_id"]) in taken
     ]
-    begun = max((record["index"] for record in taken.values()), default=0) + 1
+    begun = max((record["index"] for record in reached.values()), default=0) + 1
     if content["final"] is not None:
         looks += [(begun - r["index"], took(r["values"]["final"])) for r in taken.values() if "final" in r["values"]]
     looks.sort()
@@ -205,7 +204,9 @@ def relation_bars(records: Records) -> Figure | None:
         together = f"{len(rest)} others"
         names = [*names[: RELATIONS - 1], together]
         groups[together] = [values for name in rest for values in groups[name]]
-    figure, axes = subplots(len(panels), 1.1 + 0.26 * len(names), sharey=True)
+    labels = [f"{fitting(name, 24)} (n = {len(groups[name])})" for name in names]
+    left = 0.3 + 0.075 * max(map(len, labels))
+    figure, axes = subplots(len(panels), 0.9 + 0.26 * len(names), left, sharey=True)
     for panel, (score, subject), colour in zip(axes, panels, (BLUE, ORANGE, GREEN), strict=False):
         for place, name in enumerate(names):
             found = torch.tensor([values[score] for values in groups[name] if score in values])
@@ -218,8 +219,8 @@ def relation_bars(records: Records) -> Figure | None:
             panel.barh(place, mean, xerr=arms, color=colour, height=0.7, capsize=2, error_kw={"elinewidth": 0.8})
         panel.set(title=f"{score}: {subject}", xlabel="mean over records", xlim=(0, 1.03))
         panel.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(names)), [f"{fitting(name, 24)} (n = {len(groups[name])})" for name in names])
-    axes[0].invert_yaxis()
+    axes[0].set_yticks(range(len(names)), labels)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
     return figure
 
 

@@ -134,7 +134,10 @@ def score_table(content: dict[str, Any]) -> Table:
     """The scores of a run with their 95 % intervals, CounterFact's first; in per cent, which fits 80 columns."""
     moments = measured_moments(content)
     table = Table(
-        title=f"Scores in % ({content['mode']} mode), with 95 % intervals", box=box.SIMPLE_HEAD, pad_edge=False
+        title=f"Scores in % ({content['mode']} mode), with 95 % intervals",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for name in ["score", *(MOMENTS[moment] for moment in moments), "n"]:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True, min_width=len(name))

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
@@ -12,7 +13,16 @@ from rome_pl.errors import OptionError
 from rome_pl.hooks import hash_seed
 from rome_pl.requests import EditRequest
 
-__all__ = ["MEASURED_TOGETHER", "WINDOW", "EditBatches", "RequestList", "RetentionSample", "check_shared"]
+__all__ = [
+    "MEASURED_TOGETHER",
+    "WINDOW",
+    "EditBatches",
+    "RequestList",
+    "RetentionSample",
+    "as_it_is",
+    "check_shared",
+    "retention_loader",
+]
 
 WINDOW = 8
 """Batches of similar length are formed within so many batches of the stream, so that a run that ends early has done its
@@ -54,22 +64,43 @@ class RetentionSample(Sampler[list[int]]):
     Args:
         requests: The stream.
         session: Gives the run's session.
-        size: Most edits.
+        size: Most edits; none in single mode, whose edits do not last.
     """
 
-    def __init__(self, requests: Sequence[EditRequest], session: Callable[[], EditSession], size: int) -> None:
+    def __init__(self, requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int) -> None:
         self._places = {str(request.case_id): place for place, request in enumerate(requests)}
         self._session, self._size = session, size
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
         session = self._session()
+        if session is None or not session.sequential:
+            return
         valid = {str(request.case_id) for request in session.requests}
         begun = [edit.name for edit in session.edits if edit.name in valid]
         chosen = sorted(begun, key=lambda name: hash_seed("retention", name))[: self._size]
         places = sorted(self._places[name] for name in chosen)
         for start in range(0, len(places), MEASURED_TOGETHER):
             yield places[start : start + MEASURED_TOGETHER]
+
+
+def retention_loader(
+    requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int
+) -> DataLoader[EditRequest]:
+    """A loader of earlier edits to measure again, for Lightning's validation loop; see :class:`RetentionSample`."""
+    return DataLoader(
+        RequestList(requests),  # type: ignore[arg-type]  # a data set in torch's sense is whatever can be indexed
+        batch_size=None,
+        sampler=RetentionSample(requests, session, size),
+        collate_fn=as_it_is,
+        # A generator of its own: a loader would otherwise draw from the global one.
+        generator=torch.Generator(),
+    )
+
+
+def as_it_is(batch: list[EditRequest]) -> list[EditRequest]:
+    """Requests are text: nothing to collate."""
+    return batch
 
 
 class EditBatches(DistributedSampler[list[int]]):

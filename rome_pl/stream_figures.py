@@ -20,6 +20,8 @@ Records = Sequence[Mapping[str, Any]]
 
 LABELLED = 10
 """Most curves of one picture that get a label and a colour each; more are drawn as a bundle with its median."""
+BUNDLE = 200
+"""Most curves of a bundle: evenly spread over the stream."""
 LABEL = 50
 """Longest label of a curve, in characters; of a longer one the end is shown, where the answer stands."""
 
@@ -30,7 +32,7 @@ def probabilities(records: Records) -> Figure | None:
     edits = [record for record in records if record.get("probability", {}).get("before") is not None]
     if not edits:
         return None
-    figure, (axes,) = subplots(1, 3.3)
+    figure, (axes,) = subplots(1)
     size = max(2.0, min(6.0, 300 / len(edits)))
     columns: list[tuple[str, Callable[[Mapping[str, Any]], float | None], dict[str, Any]]] = [
         ("before", lambda r: r["probability"]["before"], {"color": GREY, "marker": "o", "mfc": "none"}),
@@ -55,17 +57,17 @@ def loss_curves(edits: Sequence[Edit]) -> Figure | None:
     edits = [edit for edit in edits if edit.steps]
     if not edits:
         return None
-    figure, (left, right) = subplots(2, 3.3)
+    figure, (left, right) = subplots(2)
     few = len(edits) <= LABELLED
     for panel, quantity in ((left, "loss"), (right, "probability")):
         curves = [[getattr(step, quantity) for step in edit.steps] for edit in edits]
-        for place, (edit, curve) in enumerate(zip(edits, curves, strict=True)):
-            if few:
+        if few:
+            for edit, curve, colour in zip(edits, curves, COLOURS, strict=False):
                 request = edit.request
                 label = f"#{edit.index + 1} " + fitting(f"{request.prompt} → {request.target_new}", LABEL)
-                panel.plot(curve, marker=".", color=COLOURS[place], label=label)
-            else:
-                panel.plot(curve, color=BLUE, lw=0.6, alpha=max(0.05, min(0.4, 20 / len(edits))))
+                panel.plot(curve, marker=".", color=colour, label=label)
+        for curve in [] if few else curves[:: -(-len(curves) // BUNDLE)]:
+            panel.plot(curve, color=BLUE, lw=0.6, alpha=max(0.1, min(0.4, 20 / len(edits))))
         if not few:
             # An edit that ended early stays in the median with its last value.
             length = max(map(len, curves))
@@ -88,7 +90,7 @@ def weight_norms(records: Records, changes: Mapping[int, float]) -> Figure | Non
     drawn = [bool(accumulated), bool(updates)]
     if not any(drawn):
         return None
-    figure, axes = subplots(sum(drawn), 3.3)
+    figure, axes = subplots(sum(drawn))
     if accumulated:
         axes[0].plot(*zip(*accumulated, strict=True), color=BLUE, marker="." if len(accumulated) <= 100 else None)
         axes[0].set(title="accumulated", ylabel="‖change‖ / ‖original weight‖", ylim=(0, None))
@@ -118,7 +120,7 @@ def perplexity_trend(content: Content) -> Figure | None:
         points = [*(point for point in points if point[0] != last), (last, measured["final"])]
     if len(points) < 2:
         return None
-    figure, (axes,) = subplots(1, 3.3)
+    figure, (axes,) = subplots(1)
     if measured["base"] is not None:
         axes.axhline(measured["base"], color=GREY, linestyle="--", label=f"unedited: {measured['base']:.4g}")
     label = f"final: {measured['final']:.4g}" if measured.get("final") is not None else "during the stream"

@@ -190,7 +190,7 @@ STAGES = {
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
     # The targets' probabilities before the edit pass; the next are taken of what was written.
     "verify": ("rome_pl.edit.measure_targets", _RaiseFrom(measure_targets, 2)),
-    "base scores": ("rome_pl.callbacks.probe_evaluation.probe_scores", _raise),
+    "base scores": ("rome_pl.evaluation.probe_scores", _raise),
     "evaluate": ("rome_pl.edit.probe_scores", _raise),
     "ledger": ("rome_pl.edit.Edit.record", _raise),
     "state check": ("rome_pl.callbacks.state_check.StateCheck._check", _raise),

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from rome_pl import moment_pass
 from rome_pl.architecture import decoder_layers, find_site
-from rome_pl.corpus import Corpus
+from rome_pl.corpus import Corpus, CorpusError
 from rome_pl.distributed import Peers
 from rome_pl.language_model import LanguageModel
 from rome_pl.moment_pass import BusyError, MomentPass, PassOptions
+from rome_pl.packing import Block
 from rome_pl.second_moment import SecondMoment, StatisticsError
 from tests.disk import no_room_on_disk
 from tests.tiny import FAMILIES, KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
@@ -325,8 +326,10 @@ def test_inference_mode_as_in_a_trainer_changes_nothing(tmp_path, corpus, uninte
     with torch.inference_mode():
         carry_out(moments, 3)
     moments = begin(shared_model(), tmp_path, corpus)
-    with torch.inference_mode():
-        carry_out(moments)
+    for number, block in enumerate(moments.blocks()):
+        with torch.inference_mode(number % 2 == 0):
+            moments.step(block)
+    moments.close()
     assert_same(tmp_path, uninterrupted)
 
 
@@ -409,6 +412,19 @@ def test_blocks_that_were_read_ahead_change_nothing(tmp_path, corpus):
     moments.close()
     assert len(moments.finished) == 2
     assert_same(tmp_path / "ahead", loaded(tmp_path / "plain"))
+
+
+def test_an_error_that_was_read_ahead_counts_only_while_text_is_wanted(tmp_path, corpus):
+    error = Block(0, error=CorpusError("not UTF-8"))
+    moments = begin(shared_model(), tmp_path, corpus, replace(OPTIONS, stop_agreement=-1.0))
+    blocks = list(moments.blocks())
+    moments.step(blocks[0])
+    with pytest.raises(CorpusError, match="not UTF-8"):
+        moments.step(error)
+    moments.step(blocks[1])
+    moments.close()
+    assert len(moments.finished) == 2
+    assert moments.step(error) is None
 
 
 def test_a_short_corpus_ends_where_it_ends(tmp_path):
@@ -548,7 +564,7 @@ runs = st.lists(
 @settings(
     derandomize=True,
     database=None,
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -80,6 +80,13 @@ def test_late_keys_are_not_lost_in_a_large_sum():
     assert float(sums.matrix(0, 0)) == 2.0**30 + 100
 
 
+def test_a_float32_product_takes_few_keys_only():
+    """The second thousand would be lost beside the first in one product of both."""
+    keys = torch.cat([torch.full((PRODUCT_KEYS, 1), 4096.0), torch.ones(PRODUCT_KEYS, 1)])
+    assert PRODUCT_KEYS <= 1024
+    assert float(sums_of(keys).matrix(0, 0)) == PRODUCT_KEYS * (4096.0**2 + 1)
+
+
 @given(order=st.permutations(range(40)), lots=st.lists(st.integers(1, 39), max_size=4))
 @settings(derandomize=True, database=None, max_examples=40, deadline=None)
 def test_order_and_lots_of_keys_change_only_rounding(order, lots):
