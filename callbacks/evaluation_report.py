@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import summarise
@@ -30,9 +29,10 @@ class EvaluationReport(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        if not isinstance(pl_module, EvaluationModule):
+        if not hasattr(pl_module, "base_scores"):
             raise TypeError(f"EvaluationReport works with EvaluationModule, not with {type(pl_module).__name__}")
-        module, folder = pl_module, Path(trainer.default_root_dir)
+        module: Any = pl_module
+        folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.predict
         content = _results(module, len(invalid))
         content["records"] = [invalid_record(record) for record in invalid]
@@ -61,7 +61,7 @@ class EvaluationReport(Callback):
         )
 
 
-def _results(module: EvaluationModule, n_invalid: int) -> dict[str, Any]:
+def _results(module: Any, n_invalid: int) -> dict[str, Any]:
     base, now = module.base_scores, module.scores
     text, fluency = module.text, module.fluency
     return {
@@ -80,7 +80,7 @@ def _results(module: EvaluationModule, n_invalid: int) -> dict[str, Any]:
     }
 
 
-def _record(module: EvaluationModule, name: str) -> dict[str, Any]:
+def _record(module: Any, name: str) -> dict[str, Any]:
     base, now = module.base_scores[name], module.scores[name]
     moments = {"base": base} | ({"final": now} if module.edited else {})
     return {
@@ -91,7 +91,7 @@ def _record(module: EvaluationModule, name: str) -> dict[str, Any]:
     }
 
 
-def _manifest(module: EvaluationModule) -> dict[str, Any]:
+def _manifest(module: Any) -> dict[str, Any]:
     models = {"model": module.language_model, "base": module.unedited_model}
     return {
         "versions": library_versions(),

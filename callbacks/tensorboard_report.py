@@ -49,9 +49,6 @@ WATCHED = {
 }
 """More of them where earlier edits are measured again."""
 
-FIRST = ("data", "requests", "pretrained", "preset", "sequential_edit", "layers", "seed")
-"""Settings that TensorBoard shall show first; it shows but a few unasked."""
-
 CONTINUED = 20
 """Tokens of a sample continuation."""
 
@@ -215,12 +212,11 @@ def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -
     """What tells one run from another in TensorBoard's HParams; what is not set is no column there."""
     chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
     data = getattr(trainer, "datamodule", None)
-    settings = {name: value for name, value in chosen.items() if not name.startswith("_")} | {
+    return {name: value for name, value in chosen.items() if not name.startswith("_")} | {
         "layers": session.weight.site.layer,
         "data": str(getattr(data, "path", "")),
         "requests": len(session.requests),
     }
-    return {name: settings[name] for name in sorted(settings, key=lambda name: (name not in FIRST, name))}
 
 
 def _leaves_room(session: EditSession, request: EditRequest) -> bool:
@@ -245,5 +241,5 @@ def _comparison(rows: Sequence[tuple[EditRequest, str, str]]) -> str:
 
 def _verbatim(text: str) -> str:
     """A text in which Markdown finds nothing to format."""
-    text = " ".join(text.split())
-    return "".join(char if char.isalnum() or char == " " or ord(char) > 127 else f"&#{ord(char)};" for char in text)
+    shown = (char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    return "".join(char if char.isalnum() or char == " " or ord(char) > 127 else f"&#{ord(char)};" for char in shown)

@@ -126,7 +126,7 @@ class RequestDataModule(LightningDataModule):
         )
 
     @override
-    def val_dataloader(self) -> DataLoader[EditRequest]:
+    def val_dataloader(self) -> DataLoader[list[EditRequest]]:
         """A sample of the edits begun so far, whenever it is asked for; nothing unless edits accumulate."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         return retention_loader(self.requests, lambda: getattr(module, "session", None), self.retention_sample)

@@ -27,7 +27,7 @@ from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective, edit_rows
 from rome_pl.options import check_options
-from rome_pl.preparation import admit_requests, check_trainer, prepare_session
+from rome_pl.preparation import admit_requests, check_joint_solve, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.stream import EditBatches, check_shared, retention_loader
@@ -144,7 +144,7 @@ class RomeModule(LightningModule):
             )
             self._adopt(loaded)
 
-    def val_dataloader(self) -> DataLoader[EditRequest]:
+    def val_dataloader(self) -> DataLoader[list[EditRequest]]:
         """No retention sample, unless a data module gives one."""
         return retention_loader([], lambda: None, 0)
 
@@ -226,7 +226,7 @@ class RomeModule(LightningModule):
             return requests
         session = self._session
         if session.sequential and len(requests) > 1:
-            self._warn_of_joint_solve(session, len(requests))
+            check_joint_solve(session, len(requests))
         edits = [Edit(index=self._indices[str(request.case_id)], request=request) for request in requests]
         session.edits += edits
         made = EditBatch(edits)
@@ -319,19 +319,6 @@ class RomeModule(LightningModule):
         with count_flops() as counted:
             yield
         self._counted += counted.total
-
-    def _warn_of_joint_solve(self, session: EditSession, size: int) -> None:
-        if session.preset.shape != session.preset.at:
-            raise OptionError(
-                f"preset {self.hparams['preset']} asserts values at other keys than those that shape its updates, "
-                "which several edits at once cannot do; use data.batch_size: 1, or preset r_rome"
-            )
-        if not session.edits:
-            log.warning(
-                "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "
-                "jointly, which is not what edits one after the other give",
-                size,
-            )
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session

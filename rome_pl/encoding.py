@@ -157,8 +157,7 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        pad_id = tokenizer.pad_token_id
-        self.pad_id: int = 0 if pad_id is None else pad_id
+        self.pad_id: int = tokenizer.pad_token_id or 0
 
     def edit(
         self,

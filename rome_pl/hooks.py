@@ -115,9 +115,11 @@ def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     padding = ~attention_mask.bool().unsqueeze(-1)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (args[0].masked_fill(padding, 0.0), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(padding, 0.0)}
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != padding.shape[1]:
+            return args, kwargs  # a later step of generation, which has no padding of its own
+        hidden = hidden.masked_fill(padding, 0.0)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in decoder_layers(model)[1]]
     try:

@@ -6,17 +6,12 @@ Lightning's Trainer or a plain loop hands over the blocks; see :class:`rome_pl.C
 
 import json
 import logging
-import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
-import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
@@ -26,25 +21,18 @@ from rome_pl.distributed import Peers
 from rome_pl.files import content_key
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
-from rome_pl.moment_sums import MomentSums, PartialSums, half_of, keys_of
+from rome_pl.moment_sums import MomentSums, Place, half_of, keys_of, place_for
 from rome_pl.packing import Block, BlockStream, Packer, Plan
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError, library_versions
+from rome_pl.unfinished import UnfinishedJob
 
-__all__ = ["KEYS_PER_DIMENSION", "BusyError", "Finished", "MomentPass", "PassOptions", "Place"]
+__all__ = ["KEYS_PER_DIMENSION", "Finished", "MomentPass", "PassOptions"]
 
 KEYS_PER_DIMENSION = 30
 """Default number of key vectors, as a multiple of d_key."""
 
 MEETINGS = (0.25, 0.5, 1.0)
 """Where halves are compared, as parts of the wanted number of keys."""
-
-SAVING_SHARE = 0.05
-"""Largest share of the time that goes into saving, unless a number of tokens between saves is asked for."""
-
-LEAST_PAUSE = 60.0
-"""Seconds between saves at least, likewise."""
-
-Place = Literal["auto", "device", "host"]
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +77,6 @@ class Finished:
     path: Path
     info: MomentInfo
     cached: bool = False
-
-
-class BusyError(StatisticsError):
-    """Another run computes the same."""
 
 
 class MomentPass:
@@ -148,21 +132,23 @@ class MomentPass:
                 "by the document before",
                 type(language_model.model).__name__,
             )
-        self._place = self._choose_place()
-        self._folders = [unfinished / self._key(group) for group in self.groups]
-        self._locks = self._lock()
-        self._names: list[str] = []
+        self._place = place_for(
+            [[site.d_key for site in group] for group in self.groups],
+            self._halves,
+            language_model.device,
+            options.accumulate_on,
+        )
+        self._jobs: list[UnfinishedJob] = []
         try:
-            self._partials = [self._resume(folder) for folder in self._folders]
+            for group in self.groups:
+                self._jobs.append(UnfinishedJob(unfinished / self._key(group), options.save_every, self.peers))
         except BaseException:
-            self.close()  # whoever keeps the error keeps this object
+            self.close()
             raise
         self.plan = self._plan()
         self._group = -1
         self._sums: MomentSums | None = None
-        self._absorbed: list[str] = []
         self._probes: dict[int, Tensor] = {}
-        self._saved_at, self._saving, self._unsaved = time.monotonic(), 0.0, 0
 
     def blocks(self) -> BlockStream:
         """This process's share of the text, as a data set for a loader without batching."""
@@ -206,14 +192,15 @@ class MomentPass:
             history.append(check)
         if block.ends or (check is not None and check.enough):
             self._finish(block.group)
-        elif self._due():
-            self._save()
+        elif self._jobs[block.group].due:
+            assert self._sums is not None
+            self._jobs[block.group].save(self._sums, history)
         return check
 
     def close(self) -> None:
         """Let other runs have the job; sums that are not finished stay for a later run."""
-        for lock in self._locks:
-            lock.release()
+        for job in self._jobs:
+            job.release()
 
     def _sum(self, block: Block) -> None:
         assert self._sums is not None
@@ -239,23 +226,18 @@ class MomentPass:
             )
         sums.counts[half] += int(counted.sum())
         sums.blocks.add(block.index)
-        self._unsaved += len(counted)
+        self._jobs[block.group].note(len(counted))
 
     def _begin(self, group: int) -> None:
         sites = self.groups[group]
         # Sums outlive the inference mode in which a Trainer may run the pass.
         with torch.inference_mode(False):
             self._sums = MomentSums({site.layer: site.d_key for site in sites}, self._halves, self._place)
-            partials = self._partials[group]
-            for partial in partials[self.peers.rank :: self.peers.world_size]:
-                self._sums.merge(partial)
-                self._absorbed.append(partial.path.name)
-        if partials:
-            log.info("Going on with %d blocks that an earlier run has summed", sum(len(p.blocks) for p in partials))
+            self._jobs[group].take_over(self._sums)
         self._group = group
         if self._halves > 1:
             self._probes = probe_keys(self.language_model, sites)
-        self._saved_at, self._saving, self._unsaved = time.monotonic(), 0.0, 0
+        self._jobs[group].begin()
 
     def _compare(self, block: Block) -> Check:
         assert self._sums is not None
@@ -267,7 +249,7 @@ class MomentPass:
                 one, other = (
                     peers.sum_on(index % peers.world_size, sums.matrix(site.layer, half)) for half in range(2)
                 )
-                if peers.mine(index):
+                if peers.mine(index) and bool(one.any()) and bool(other.any()):
                     found[site.layer] = agreement_of_halves(one, other, self._probes[site.layer])
         agreement = {layer: value for part in peers.gather(found) for layer, value in part.items()}
         enough = bool(agreement) and min(agreement.values()) >= self.options.stop_agreement
@@ -280,7 +262,7 @@ class MomentPass:
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
         last = self.history[group][-1]
-        folder = self._folders[group]
+        folder = self._jobs[group].folder
         done: list[Finished] = []
         for index, site in enumerate(self.groups[group]):
             total = sums.matrix(site.layer, 0)
@@ -300,9 +282,7 @@ class MomentPass:
         _warn_of_little_text(self.groups[group], count)
         self.plan.finished.add(group)
         self._sums = None
-        peers.wait()
-        if peers.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._jobs[group].remove()
 
     def _describe(self, site: RewriteSite, count: int, last: Check) -> MomentInfo:
         return MomentInfo(
@@ -318,61 +298,16 @@ class MomentPass:
             agreement=last.agreement.get(site.layer),
         )
 
-    def _due(self) -> bool:
-        if not self._unsaved:
-            return False
-        if self.options.save_every is not None:
-            return self._unsaved >= self.options.save_every
-        return time.monotonic() - self._saved_at >= max(LEAST_PAUSE, self._saving / SAVING_SHARE)
-
-    def _save(self) -> None:
-        assert self._sums is not None
-        started = time.monotonic()
-        folder = self._folders[self._group]
-        path = folder / self._names[self._group]
-        notes = {"absorbed": self._absorbed, "history": [asdict(check) for check in self.history[self._group]]}
-        PartialSums.save(path, self._sums, notes)
-        for name in self._absorbed:
-            (folder / name).unlink(missing_ok=True)
-        self._saved_at, self._unsaved = time.monotonic(), 0
-        self._saving = self._saved_at - started
-
-    def _resume(self, folder: Path) -> list[PartialSums]:
-        """Unfinished sums of an earlier run, the same list on all processes."""
-        paths = sorted(folder.glob("process-*.safetensors"))
-        # A name that no earlier run has used: whichever process took over the sums in a file may delete that name.
-        run = 1 + max((int(path.stem.partition(".")[2] or 0) for path in paths), default=-1)
-        self._names.append(f"process-{self.peers.rank}-of-{self.peers.world_size}{f'.{run}' * (run > 0)}.safetensors")
-        partials = [PartialSums(path) for path in paths]
-        # A process that took over the sums of others may have been killed before it could delete their files.
-        absorbed = {name for partial in partials for name in partial.notes["absorbed"]}
-        partials = [partial for partial in partials if partial.path.name not in absorbed]
-        views = self.peers.gather([(partial.path.name, sorted(partial.blocks)) for partial in partials])
-        if any(view != views[0] for view in views):
-            raise StatisticsError(
-                f"{folder}: processes see different unfinished sums there; the cache folder (ROME_PL_CACHE) has to be "
-                "one that all machines share"
-            )
-        if self.peers.rank == 0:
-            for name in absorbed:
-                (folder / name).unlink(missing_ok=True)
-        self.peers.wait()
-        return partials
-
     def _plan(self) -> Plan:
-        blocks = self._num_blocks
-        boundaries = sorted({max(1, round(part * blocks)) for part in MEETINGS})
+        boundaries = sorted({max(1, round(part * self._num_blocks)) for part in MEETINGS})
         plan = Plan([], [], [])
-        for partials in self._partials:
-            histories = [[_check_from(entry) for entry in partial.notes["history"]] for partial in partials]
-            # All processes met at the same places; one may have saved later than another.
-            history = max(histories, key=len, default=[])
-            met = [check for check in history if check.blocks in boundaries]
+        for job in self._jobs:
+            met = [check for check in job.history if check.blocks in boundaries]
             ended = bool(met) and met[-1].enough
             self.history.append(met)
             plan.boundaries.append([bound for bound in boundaries if bound <= met[-1].blocks] if ended else boundaries)
             plan.met.append(sum(bound <= met[-1].blocks for bound in boundaries) if met else 0)
-            plan.done.append(set().union(*(partial.blocks for partial in partials)))
+            plan.done.append(job.blocks)
         return plan
 
     def _key(self, group: Sequence[RewriteSite]) -> str:
@@ -383,55 +318,6 @@ class MomentPass:
             [site.layer for site in group],
             [self.packer.rows, self.packer.length, self._halves, self.wanted],
         )
-
-    def _lock(self) -> list[FileLock]:
-        locks: list[FileLock] = []
-        failed = ""
-        if self.peers.rank == 0:
-            for folder in self._folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(folder.with_suffix(".lock"))
-                try:
-                    lock.acquire(timeout=0)
-                    locks.append(lock)
-                except Timeout:
-                    failed = str(lock.lock_file)
-        if failed := self.peers.from_first(failed):
-            for lock in locks:
-                lock.release()
-            raise BusyError(
-                f"another run is computing the same second moments (it holds {failed}); wait for it to end, and its "
-                "result is found in the cache"
-            )
-        return locks
-
-    def _choose_place(self) -> torch.device:
-        device, place = self.language_model.device, self.options.accumulate_on
-        if not self.groups:
-            return torch.device("cpu")
-        sums = max(sum(site.d_key**2 for site in group) for group in self.groups) * 8 * self._halves
-        work = 5 * max(site.d_key for group in self.groups for site in group) ** 2 * 8  # halves, a factor, a copy
-        candidates = {"auto": [device, torch.device("cpu")], "device": [device], "host": [torch.device("cpu")]}[place]
-        free = {candidate: _free(candidate) for candidate in candidates}
-        for candidate in candidates:
-            if sums + work <= free[candidate]:
-                return candidate
-        found = ", ".join(f"{bytes_ / 2**30:.1f} GiB on {where}" for where, bytes_ in free.items())
-        raise StatisticsError(
-            f"the second moments of {max(map(len, self.groups))} layers take {(sums + work) / 2**30:.1f} GiB "
-            f"({self._halves} sums of d_key² float64 numbers a layer), but free are {found}. "
-            "Take fewer layers_per_pass, split_half: false (which halves it), or accumulate_on: host"
-        )
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _check_from(entry: dict[str, Any]) -> Check:
-    return Check(**{**entry, "agreement": {int(layer): value for layer, value in entry["agreement"].items()}})
 
 
 def _warn_of_little_text(sites: Sequence[RewriteSite], count: int) -> None:

@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,7 +22,9 @@ from rome_pl.files import whole_file
 from rome_pl.hooks import stopped_before
 from rome_pl.second_moment import StatisticsError, pack_upper, symmetric, unpack_upper
 
-__all__ = ["MomentSums", "PartialSums", "half_of", "keys_of"]
+__all__ = ["MomentSums", "PartialSums", "Place", "half_of", "keys_of", "place_for"]
+
+Place = Literal["auto", "device", "host"]
 
 PRODUCT_KEYS = 1024
 """Most keys in one float32 product."""
@@ -132,6 +135,44 @@ def keys_of(sites: Sequence[RewriteSite], take: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def place_for(
+    groups: Sequence[Sequence[int]], halves: int, device: torch.device, place: Place = "auto"
+) -> torch.device:
+    """Where sums are kept.
+
+    Args:
+        groups: Lengths of keys of the layers that are summed together.
+        halves: Sums a layer.
+        device: The model's device.
+        place: ``device``, ``host``, or ``auto``: the device if they fit there.
+
+    Raises:
+        StatisticsError: If they do not fit, with what to do.
+    """
+    host = torch.device("cpu")
+    if not groups:
+        return host
+    sums = max(sum(size**2 for size in group) for group in groups) * 8 * halves
+    work = 5 * max(size for group in groups for size in group) ** 2 * 8  # two halves, a factor, copies
+    candidates = {"auto": [device, host], "device": [device], "host": [host]}[place]
+    free = {candidate: _free(candidate) for candidate in candidates}
+    for candidate in candidates:
+        if sums + work <= free[candidate]:
+            return candidate
+    found = ", ".join(f"{room / 2**30:.1f} GiB on {where}" for where, room in free.items())
+    raise StatisticsError(
+        f"the second moments of {max(map(len, groups))} layers take {(sums + work) / 2**30:.1f} GiB "
+        f"({halves} sums of d_key² float64 numbers a layer), but free are {found}. "
+        "Take fewer layers_per_pass, split_half: false (which halves it), or accumulate_on: host"
+    )
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 class PartialSums:

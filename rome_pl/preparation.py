@@ -1,5 +1,6 @@
 """What all edits of a run share, made once: statistics, contexts, the weight's master, and how to run suffixes."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from rome_pl.requests import EditRequest, RequestError
 from rome_pl.statistics import resolve_second_moment
 from rome_pl.weights import EditedWeight
 
-__all__ = ["admit_requests", "check_trainer", "prepare_session"]
+__all__ = ["admit_requests", "check_joint_solve", "check_trainer", "prepare_session"]
+
+log = logging.getLogger(__name__)
 
 
 def check_trainer(trainer: Any, sequential: bool) -> None:
@@ -113,6 +116,30 @@ def admit_requests(
     session.requests, session.num_refused = tuple(valid), len(refused)
     session.touched = _touched(valid) if session.sequential else {}
     return places, refused, lengths
+
+
+def check_joint_solve(session: EditSession, size: int) -> None:
+    """Refuse what sequential batches cannot do, and say before the first what they do.
+
+    Args:
+        session: The run.
+        size: Edits of the batch.
+
+    Raises:
+        OptionError: If the preset asserts values at other keys than those that shape its updates.
+    """
+    if session.preset.shape != session.preset.at:
+        name = next(name for name, preset in PRESETS.items() if preset == session.preset)
+        raise OptionError(
+            f"preset {name} asserts values at other keys than those that shape its updates, which several edits at once "
+            "cannot do; use data.batch_size: 1, or preset r_rome"
+        )
+    if not session.edits:
+        log.warning(
+            "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "
+            "jointly, which is not what edits one after the other give",
+            size,
+        )
 
 
 def _touched(requests: Sequence[EditRequest]) -> dict[str, tuple[bool, ...]]:

@@ -11,8 +11,9 @@ from rome_pl.architecture import RewriteSite
 from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.files import content_key
 from rome_pl.language_model import LanguageModel, cache_folder
-from rome_pl.moment_pass import KEYS_PER_DIMENSION, BusyError, MomentPass, PassOptions
+from rome_pl.moment_pass import KEYS_PER_DIMENSION, MomentPass, PassOptions
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
+from rome_pl.unfinished import BusyError
 
 __all__ = [
     "artefact_path",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
@@ -58,8 +58,10 @@ class RequestList(Sequence[EditRequest]):
         return self._requests[index]
 
 
-class RetentionSample(Sampler[list[int]]):
-    """Lists of indices of edits begun so far: a seeded sample, which only grows or gives way to later edits.
+class RetentionSample(IterableDataset[list[EditRequest]]):
+    """Edits begun so far, some at a time: a seeded sample, which only grows or gives way to later edits.
+
+    It is iterated anew whenever retention is measured, and is as long as it is then.
 
     Args:
         requests: The stream.
@@ -68,30 +70,30 @@ class RetentionSample(Sampler[list[int]]):
     """
 
     def __init__(self, requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int) -> None:
-        self._places = {str(request.case_id): place for place, request in enumerate(requests)}
+        super().__init__()
+        self._requests = {str(request.case_id): request for request in requests}
         self._session, self._size = session, size
 
     @override
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[EditRequest]]:
         session = self._session()
         if session is None or not session.sequential:
             return
         valid = {str(request.case_id) for request in session.requests}
         begun = [edit.name for edit in session.edits if edit.name in valid]
-        chosen = sorted(begun, key=lambda name: hash_seed("retention", name))[: self._size]
-        places = sorted(self._places[name] for name in chosen)
-        for start in range(0, len(places), MEASURED_TOGETHER):
-            yield places[start : start + MEASURED_TOGETHER]
+        chosen = set(sorted(begun, key=lambda name: hash_seed("retention", name))[: self._size])
+        kept = [request for name, request in self._requests.items() if name in chosen]
+        for start in range(0, len(kept), MEASURED_TOGETHER):
+            yield kept[start : start + MEASURED_TOGETHER]
 
 
 def retention_loader(
     requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int
-) -> DataLoader[EditRequest]:
+) -> DataLoader[list[EditRequest]]:
     """A loader of earlier edits to measure again, for Lightning's validation loop; see :class:`RetentionSample`."""
     return DataLoader(
-        RequestList(requests),  # type: ignore[arg-type]  # a data set in torch's sense is whatever can be indexed
+        RetentionSample(requests, session, size),
         batch_size=None,
-        sampler=RetentionSample(requests, session, size),
         collate_fn=as_it_is,
         # A generator of its own: a loader would otherwise draw from the global one.
         generator=torch.Generator(),

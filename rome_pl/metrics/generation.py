@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rome_pl.encoding import align
-from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.hooks import clean_padding, frozen, hash_seed, seeded
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry
 from rome_pl.requests import EditRequest
@@ -62,7 +62,11 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
     for start in range(0, len(prompts), ROWS):
         rows = [encoder.prompt(prompt) for prompt in prompts[start : start + ROWS]]
         aligned = align(rows, encoder.pad_id, language_model.device)  # the last tokens stand in one column
-        with seeded(hash_seed(seed, start), language_model.device), frozen(model):
+        with (
+            seeded(hash_seed(seed, start), language_model.device),
+            frozen(model),
+            clean_padding(model, aligned.attention_mask),
+        ):
             out = model.generate(
                 input_ids=aligned.input_ids,
                 attention_mask=aligned.attention_mask,

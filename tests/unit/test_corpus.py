@@ -26,6 +26,11 @@ def private_datasets_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr("rome_pl.corpus.GENERATED_LENGTH", 48)
+
+
 @pytest.fixture
 def collected():
     """Collects garbage while this module's filter of warnings still holds."""

@@ -14,14 +14,15 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rome_pl import moment_pass
+from rome_pl import moment_pass, moment_sums, unfinished
 from rome_pl.architecture import decoder_layers, find_site
 from rome_pl.corpus import Corpus, CorpusError
 from rome_pl.distributed import Peers
 from rome_pl.language_model import LanguageModel
-from rome_pl.moment_pass import BusyError, MomentPass, PassOptions
+from rome_pl.moment_pass import MomentPass, PassOptions
 from rome_pl.packing import Block
 from rome_pl.second_moment import SecondMoment, StatisticsError
+from rome_pl.unfinished import BusyError
 from tests.disk import no_room_on_disk
 from tests.tiny import FAMILIES, KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
 
@@ -34,6 +35,12 @@ SENTENCES = [
     "She said 'no' and left; 1990 was a cold year.",
 ]
 OPTIONS = PassOptions(tokens=6 * BLOCK, block_length=64, stop_agreement=2.0, save_every=BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def few_probes(monkeypatch):
+    """Their number changes how well halves can be compared, and nothing else."""
+    monkeypatch.setattr("rome_pl.convergence.PROBES", 6)
 
 
 def write_corpus(path, documents):
@@ -464,8 +471,8 @@ def test_saving_every_so_many_tokens_loses_what_came_after(tmp_path, corpus, uni
 
 @pytest.mark.parametrize("pause", [0.0, 60.0])
 def test_without_a_number_of_tokens_time_tells_when_to_save(pause, tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(moment_pass, "LEAST_PAUSE", pause)
-    monkeypatch.setattr(moment_pass, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(unfinished, "LEAST_PAUSE", pause)
+    monkeypatch.setattr(unfinished, "SAVING_SHARE", 1e9)
     run(tmp_path, corpus, replace(OPTIONS, save_every=None), steps=2)
     assert bool(partial_files(tmp_path)) is (pause == 0.0)
 
@@ -473,13 +480,13 @@ def test_without_a_number_of_tokens_time_tells_when_to_save(pause, tmp_path, cor
 def test_saving_takes_at_most_its_share_of_the_time(tmp_path, corpus, monkeypatch):
     now = [1000.0]
     saves = []
-    monkeypatch.setattr(moment_pass.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(unfinished.time, "monotonic", lambda: now[0])
 
     def slow_save(path, sums, notes):
         saves.append(now[0])
         now[0] += 30.0
 
-    monkeypatch.setattr(moment_pass.PartialSums, "save", slow_save)
+    monkeypatch.setattr(unfinished.PartialSums, "save", slow_save)
     moments = begin(shared_model(), tmp_path, corpus, replace(OPTIONS, save_every=None))
     try:
         for block in itertools.islice(moments.blocks(), 6):
@@ -742,7 +749,7 @@ def gibibytes(number):
 
 
 def test_too_little_memory_is_refused_with_advice(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(moment_pass, "_free", gibibytes(0))
+    monkeypatch.setattr(moment_sums, "_free", gibibytes(0))
     with pytest.raises(StatisticsError) as caught:
         begin(shared_model(), tmp_path, corpus)
     message = str(caught.value)
@@ -757,7 +764,7 @@ def test_fewer_layers_at_once_and_no_halves_need_less_memory(tmp_path, corpus, m
     square = 48**2 * 8
 
     def fits(room, **options):
-        monkeypatch.setattr(moment_pass, "_free", lambda _: room)
+        monkeypatch.setattr(moment_sums, "_free", lambda _: room)
         try:
             begin(shared_model(), tmp_path, corpus, replace(OPTIONS, **options), (0, 1, 2)).close()
         except StatisticsError:

@@ -20,6 +20,11 @@ TEXTS = [
 ] * 9
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr("rome_pl.corpus.GENERATED_LENGTH", 64)
+
+
 @pytest.fixture
 def corpus_file(tmp_path):
     path = tmp_path / "a.txt"
