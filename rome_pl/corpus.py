@@ -137,6 +137,8 @@ class Corpus:
                 stream = datasets.load_dataset(self.source, self.subset, split=self.split, streaming=True)
             for number, record in enumerate(stream):
                 text = record.get(self.column)
+                if text is None and self.column in record:  # tables have gaps
+                    continue
                 if not isinstance(text, str):
                     raise CorpusError(
                         f"{where}, record {number}: column '{self.column}' holds no text; columns: {sorted(record)}. "

@@ -109,22 +109,15 @@ class MomentPass:
         self.language_model, self.corpus, self.options = language_model, corpus, options
         self.peers = peers or Peers()
         self.history: list[list[Check]] = []
-        self.finished: list[Finished] = []
-        sites = sorted(sites, key=lambda site: site.layer)
-        paths = [target(site) for site in sites]
-        known = self.peers.from_first([SecondMoment.read_info(path) if path.is_file() else None for path in paths])
-        missing = [site for site, info in zip(sites, known, strict=True) if info is None]
-        self.finished += [
-            Finished(site.layer, path, info, cached=True)
-            for site, path, info in zip(sites, paths, known, strict=True)
-            if info is not None
-        ]
-        size = options.layers_per_pass or max(1, len(missing))
-        self.groups = [missing[start : start + size] for start in range(0, len(missing), size)]
-        self._target = target
+        self._jobs: list[UnfinishedJob] = []
+        self._target, self._unfinished = target, unfinished
         self._halves = 2 if options.split_half else 1
         length = min(options.block_length, language_model.encoder.max_length)
         self.packer = Packer(language_model.tokenizer, max(1, 1024 // length), length, language_model.encoder.pad_id)
+        sites = sorted(sites, key=lambda site: site.layer)
+        kept = None
+        while kept != (kept := self._kept(sites)):  # another run may have finished some before this one held the job
+            self._divide(sites, kept)
         self.apart = all(keeps_documents_apart(language_model, group[-1]) for group in self.groups)
         if not self.apart:
             log.warning(
@@ -132,23 +125,40 @@ class MomentPass:
                 "by the document before",
                 type(language_model.model).__name__,
             )
-        self._place = place_for(
-            [[site.d_key for site in group] for group in self.groups],
-            self._halves,
-            language_model.device,
-            options.accumulate_on,
-        )
-        self._jobs: list[UnfinishedJob] = []
-        try:
-            for group in self.groups:
-                self._jobs.append(UnfinishedJob(unfinished / self._key(group), options.save_every, self.peers))
-        except BaseException:
-            self.close()
-            raise
         self.plan = self._plan()
         self._group = -1
         self._sums: MomentSums | None = None
         self._probes: dict[int, Tensor] = {}
+
+    def _kept(self, sites: Sequence[RewriteSite]) -> list[MomentInfo | None]:
+        """What is there already, the same on all processes."""
+        paths = [self._target(site) for site in sites]
+        return self.peers.from_first([SecondMoment.read_info(path) if path.is_file() else None for path in paths])
+
+    def _divide(self, sites: Sequence[RewriteSite], kept: Sequence[MomentInfo | None]) -> None:
+        """Divide what is missing into passes, find room for it, and hold the jobs."""
+        self.close()
+        self.finished = [
+            Finished(site.layer, self._target(site), info, cached=True)
+            for site, info in zip(sites, kept, strict=True)
+            if info is not None
+        ]
+        missing = [site for site, info in zip(sites, kept, strict=True) if info is None]
+        size = self.options.layers_per_pass or max(1, len(missing))
+        self.groups = [missing[start : start + size] for start in range(0, len(missing), size)]
+        self._place = place_for(
+            [[site.d_key for site in group] for group in self.groups],
+            self._halves,
+            self.language_model.device,
+            self.options.accumulate_on,
+        )
+        try:
+            for group in self.groups:
+                folder = self._unfinished / self._key(group)
+                self._jobs.append(UnfinishedJob(folder, self.options.save_every, self.peers))
+        except BaseException:
+            self.close()
+            raise
 
     def blocks(self) -> BlockStream:
         """This process's share of the text, as a data set for a loader without batching."""
@@ -201,6 +211,7 @@ class MomentPass:
         """Let other runs have the job; sums that are not finished stay for a later run."""
         for job in self._jobs:
             job.release()
+        self._jobs = []
 
     def _sum(self, block: Block) -> None:
         assert self._sums is not None

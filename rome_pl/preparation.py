@@ -131,8 +131,8 @@ def check_joint_solve(session: EditSession, size: int) -> None:
     if session.preset.shape != session.preset.at:
         name = next(name for name, preset in PRESETS.items() if preset == session.preset)
         raise OptionError(
-            f"preset {name} asserts values at other keys than those that shape its updates, which several edits at once "
-            "cannot do; use data.batch_size: 1, or preset r_rome"
+            f"preset {name} asserts values at other keys than those that shape its updates, which several edits at "
+            "once cannot do; use data.batch_size: 1, or preset r_rome"
         )
     if not session.edits:
         log.warning(

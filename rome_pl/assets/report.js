@@ -4,7 +4,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const STEP = 200;
-  const per = (x) => (x === null || x === undefined ? "" : (100 * x).toFixed(1));
+  const per = (x) => (x === null || x === undefined ? "" : (100 * x).toFixed(1).replace(/^-0\.0$/, "0.0"));
   const COLUMNS = [
     { key: "index", name: "#", of: (r) => r.index, css: "number" },
     { key: "prompt", name: "Fact", of: (r) => r.prompt || r.why, css: "prompt" },

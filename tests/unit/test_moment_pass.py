@@ -1,5 +1,6 @@
 import copy
 import itertools
+import shutil
 import logging
 import pickle
 import threading
@@ -739,6 +740,26 @@ def test_killed_while_artefacts_are_saved_the_rest_is_what_it_would_have_been(tm
             whole_run("killed", options)
     whole_run("killed", options)
     assert_same(tmp_path / "killed", loaded(tmp_path / "whole", layers), layers)
+
+
+def test_what_another_run_finishes_while_this_one_begins_is_not_computed_again(tmp_path, corpus, monkeypatch):
+    run(tmp_path / "other", corpus)
+    hold = moment_pass.UnfinishedJob
+    held = []
+
+    def held_at_last(folder, *options):
+        if not held:  # the other run lets go of the job only when its result is in its place
+            for path in (tmp_path / "other").glob("layer*.safetensors"):
+                shutil.copy(path, tmp_path / path.name)
+        held.append(folder)
+        return hold(folder, *options)
+
+    monkeypatch.setattr(moment_pass, "UnfinishedJob", held_at_last)
+    moments = begin(shared_model(), tmp_path, corpus)
+    assert [done.cached for done in moments.finished] == [True, True]
+    assert moments.groups == []
+    assert len(held) == 1
+    moments.close()
 
 
 # ---- bad input
