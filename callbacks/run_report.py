@@ -13,7 +13,7 @@ from typing_extensions import override
 from rome_pl.drawing import png
 from rome_pl.edit import EditBatch, EditSession, session_of
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
-from rome_pl.figures import draw_figures
+from rome_pl.figures import CAPTIONS, draw_figures
 from rome_pl.files import whole_file
 from rome_pl.html_report import html_report
 from rome_pl.report import edit_table, manifest, note_change, results, score_table, write_json, write_text
@@ -119,9 +119,13 @@ def _write_page(
 ) -> None:
     figures = draw_figures(content, records, session.edits, session.changes)
     pictures = {name: png(figure) for name, figure in figures.items()}
-    for name, picture in pictures.items():
-        with whole_file(folder / "figures" / f"{name}.png") as work:
-            work.write_bytes(picture)
+    for name in CAPTIONS:
+        path = folder / "figures" / f"{name}.png"
+        if name not in pictures:
+            path.unlink(missing_ok=True)  # an earlier run's
+            continue
+        with whole_file(path) as work:
+            work.write_bytes(pictures[name])
     about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
     write_text(folder / "report.html", html_report(content, records, about, _settings(folder, module), pictures))
 

@@ -166,7 +166,7 @@ def retention_curves(content: Content, records: Records) -> Figure | None:
         ylabel="share that still holds",
         ylim=(-0.03, 1.03),
     )
-    count_edits(right, "edits made since")
+    count_edits(right, "age of the edit (edits begun since)")
     return legend_below(figure, left)
 
 

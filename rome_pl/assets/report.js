@@ -196,9 +196,9 @@
     if (known.length) {
       Object.assign(state, { q: "", status: "", sort: "index", shown: STEP });
       for (const name of known) state[name] = view.get(name);
-      document.getElementById("edits").scrollIntoView();
     }
     update(false);
+    if (known.length) document.getElementById("edits").scrollIntoView();
   };
 
   search.addEventListener("input", () => { state.q = search.value; state.shown = STEP; update(); });

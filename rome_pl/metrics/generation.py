@@ -50,32 +50,47 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
     Args:
         language_model: The model, with its current weights.
         prompts: Texts, of any lengths.
-        tokens: Most tokens of a continuation.
+        tokens: Most tokens of a continuation; where the context ends earlier, so does it.
         seed: Seed of the sampling; ``None`` takes the likeliest token each time.
     """
     model: Any = language_model.model
     encoder = language_model.encoder
-    texts: list[str] = []
+    texts = [""] * len(prompts)
     how: dict[str, Any] = {"do_sample": False}
     if seed is not None:
         how = {"do_sample": True, "top_k": TOP_K, "top_p": 1.0, "temperature": 1.0}
-    for start in range(0, len(prompts), ROWS):
-        rows = [encoder.prompt(prompt) for prompt in prompts[start : start + ROWS]]
-        aligned = align(rows, encoder.pad_id, language_model.device)  # the last tokens stand in one column
+    rows = [encoder.prompt(prompt) for prompt in prompts]
+    # Where the context ends early there is room for fewer tokens, or none: that is no matter of the other prompts.
+    rooms: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        rooms.setdefault(min(tokens, encoder.max_length - len(row.ids)), []).append(place)
+    batches = [
+        (room, places[start : start + ROWS])
+        for room, places in rooms.items()
+        for start in range(0, len(places), ROWS)
+        if room > 0
+    ]
+    for room, places in batches:
+        # The last tokens stand in one column.
+        aligned = align([rows[place] for place in places], encoder.pad_id, language_model.device)
         with (
-            seeded(hash_seed(seed, start), language_model.device),
+            seeded(hash_seed(seed, places[0]), language_model.device),
             frozen(model),
             clean_padding(model, aligned.attention_mask),
         ):
             out = model.generate(
                 input_ids=aligned.input_ids,
                 attention_mask=aligned.attention_mask,
-                max_new_tokens=min(tokens, encoder.max_length - aligned.input_ids.shape[1]),
+                max_new_tokens=room,
                 repetition_penalty=1.0,
                 pad_token_id=encoder.pad_id,
                 **how,
             )
-        texts += language_model.tokenizer.batch_decode(out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True)
+        written = language_model.tokenizer.batch_decode(
+            out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True
+        )
+        for place, text in zip(places, written, strict=True):
+            texts[place] = text
     return texts
 
 

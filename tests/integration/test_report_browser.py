@@ -132,7 +132,8 @@ def test_the_table_filters_sorts_and_opens(run, page, tmp_path):
     assert after == sorted(after, reverse=True)
     assert page.evaluate("document.querySelector('#rows th[aria-sort=descending]').textContent") == "after, %"
     edge = page.evaluate("document.getElementById('edits').getBoundingClientRect().top")
-    assert 0 <= edge < 100  # the page went there
+    left = page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY")
+    assert 0 <= edge < 100 or left < 2  # the page went there, as far as it can
     assert page.evaluate("document.getElementById('more').offsetParent === null")  # no more to show
     shot(page, tmp_path, "report_rejected")
 

@@ -1,8 +1,8 @@
 import copy
 import itertools
-import shutil
 import logging
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace

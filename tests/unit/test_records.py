@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rome_pl.records import DataError, InvalidRecord, parse_records, read_records
-from rome_pl.requests import EditRequest
+from rome_pl.requests import EditRequest, Probe
 
 SHORT = {"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target_new": "Rome"}
 FLAT = SHORT | {
@@ -334,3 +334,159 @@ def test_published_files_parse_without_loss(data_folder, name, total, paraphrase
     assert len(requests) == total
     assert {(len(request.paraphrases), len(request.neighbours)) for request in requests} == {(paraphrases, neighbours)}
     assert all(request.prompt[slice(*request.span)] == request.subject for request in requests)
+
+
+ZSRE = {
+    "src": "What university did Watts Humphrey attend?", "subject": "Watts Humphrey", "alt": "University of Michigan",
+    "answers": ["Illinois Institute of Technology"], "rephrase": "What university did Watts Humphrey take part in?",
+    "loc": "nq question: who played desmond doss father in hacksaw ridge", "loc_ans": "Hugo Weaving",
+    "cond": "Trinity College >> University of Michigan || What university did Watts Humphrey attend?",
+    "portability": {"New Question": "In what city did Watts Humphrey study?", "New Answer": "Ann Arbor"},
+}  # fmt: skip
+KNOWEDIT = {
+    "prompt": "Epaspidoceras belongs to the family of", "subject": "Epaspidoceras", "target_new": "Noctuidae",
+    "ground_truth": ["Aspidoceratidae", "Perisphinctidae"],
+    "rephrase_prompt": "The family of Epaspidoceras is",
+    "locality": {"Relation_Specificity": [{"prompt": "The rank of Epaspidoceras is", "ground_truth": [["genus", "g"]]},
+    {"prompt": "Its parent is", "ground_truth": ["order"]}], "Forgetfulness": [{"prompt": "P", "ground_truth": "a"}]},
+    "portability": {"Reasoning": [{"prompt": "Its order is", "ground_truth": [["Lepidoptera"], ["other"]]}]},
+}  # fmt: skip
+
+
+def test_zsre_in_its_evaluation_form():
+    edit = only(ZSRE)
+    assert (edit.prompt, edit.subject, edit.span) == (ZSRE["src"], "Watts Humphrey", (20, 34))
+    assert (edit.target_new, edit.target_true) == ("University of Michigan", "Illinois Institute of Technology")
+    assert edit.paraphrases == (ZSRE["rephrase"],)
+    assert edit.neighbours == ()
+    assert edit.locality == (Probe(ZSRE["loc"], "Hugo Weaving"),)
+    assert edit.portability == (Probe("In what city did Watts Humphrey study?", "Ann Arbor"),)
+    assert only(ZSRE, "zsre") == edit
+    assert only({name: ZSRE[name] for name in ("src", "subject", "alt")}).target_true is None
+
+
+def test_knowedit_with_its_kinds_of_probes():
+    edit = only(KNOWEDIT)
+    assert (edit.target_new, edit.target_true) == ("Noctuidae", "Aspidoceratidae")
+    assert edit.paraphrases == ("The family of Epaspidoceras is",)
+    assert edit.locality == (
+        Probe("The rank of Epaspidoceras is", "genus", "Relation_Specificity"),
+        Probe("Its parent is", "order", "Relation_Specificity"),
+        Probe("P", "a", "Forgetfulness"),
+    )
+    assert edit.portability == (Probe("Its order is", "Lepidoptera", "Reasoning"),)
+    assert only(KNOWEDIT, "knowedit") == edit
+    assert only(KNOWEDIT | {"rephrase_prompt": None, "rephrase": ["a", "b"]}).paraphrases == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "expected"),
+    [
+        (["Paris", "Rome"], "Paris"),
+        (["Rome", "Paris"], "Paris"),
+        ([" Rome ", "", " ", "Paris"], "Paris"),
+        (["Rome"], None),
+        ("Rome", None),
+        ("Paris", "Paris"),
+        ([], None),
+        ([""], None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("form", ["zsre", "knowedit"])
+def test_of_several_accepted_answers_the_first_that_is_another_one_counts(form, accepted, expected):
+    record = {
+        "zsre": {"src": "Rome is in", "subject": "Rome", "alt": "Rome", "answers": accepted},
+        "knowedit": {"prompt": "Rome is in", "subject": "Rome", "target_new": "Rome", "ground_truth": accepted},
+    }[form]
+    assert only(record, form).target_true == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "field"),
+    [
+        ({**ZSRE, "src": None}, "zsre", "src"),
+        ({**ZSRE, "alt": None}, "zsre", "alt"),
+        ({**ZSRE, "alt": " "}, "zsre", "alt"),
+        ({**ZSRE, "alt": 5}, "zsre", "alt"),
+        ({**ZSRE, "subject": None}, "zsre", "subject"),
+        ({**ZSRE, "subject": "Nobody"}, "zsre", "subject"),
+        ({**ZSRE, "answers": 5}, "zsre", "answers"),
+        ({**ZSRE, "answers": [5]}, "zsre", "answers"),
+        ({**ZSRE, "rephrase": [""]}, "zsre", "rephrase"),
+        ({**ZSRE, "rephrase": {"a": 1}}, "zsre", "rephrase"),
+        ({**KNOWEDIT, "target_new": None}, "knowedit", "target_new"),
+        ({**KNOWEDIT, "prompt": None}, "knowedit", "prompt"),
+        ({**KNOWEDIT, "subject": None}, "knowedit", "subject"),
+        ({**KNOWEDIT, "ground_truth": {"a": 1}}, "knowedit", "ground_truth"),
+        ({**KNOWEDIT, "rephrase_prompt": [5]}, "knowedit", "rephrase_prompt"),
+        ({**KNOWEDIT, "locality": ["x"]}, "knowedit", "locality"),
+        ({**KNOWEDIT, "portability": {"Reasoning": "text"}}, "knowedit", "portability.Reasoning"),
+        ({**KNOWEDIT, "portability": {"Reasoning": ["text"]}}, "knowedit", "portability.Reasoning"),
+        ({**KNOWEDIT, "locality": {"Forgetfulness": 5}}, "knowedit", "locality.Forgetfulness"),
+    ],
+)
+def test_zsre_and_knowedit_records_are_refused_by_the_field_as_written(record, form, field):
+    good = ZSRE if form == "zsre" else KNOWEDIT
+    requests, invalid = parse_records([record, good | {"case_id": "good"}], "facts.json", form)
+    assert [request.case_id for request in requests] == ["good"]
+    assert [(one.index, one.field) for one in invalid] == [(0, field)]
+    assert f"facts.json, record 0, field '{field}'" in invalid[0].message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loc": None},
+        {"loc_ans": None},
+        {"loc": " "},
+        {"loc_ans": []},
+        {"loc_ans": ""},
+        {"portability": None},
+        {"portability": "text"},
+        {"portability": {}},
+        {"portability": {"New Question": "Where?", "New Answer": ""}},
+    ],
+)
+def test_zsre_without_a_whole_probe_has_none(changes):
+    edit = only(ZSRE | changes)
+    name = "locality" if "portability" not in changes else "portability"
+    assert getattr(edit, name) == ()
+    assert len(edit.locality) + len(edit.portability) == 1
+
+
+@pytest.mark.parametrize("kinds", [None, {}, {"Reasoning": []}, {"Reasoning": None}])
+def test_knowedit_without_probes_has_none(kinds):
+    edit = only(KNOWEDIT | {"portability": kinds})
+    assert edit.portability == ()
+    assert len(edit.locality) == 3
+
+
+def test_knowedit_entries_without_prompt_or_answer_are_no_probes():
+    entries = [
+        {"prompt": "a", "ground_truth": []}, {"prompt": "", "ground_truth": "x"}, {"ground_truth": "x"},
+        {"prompt": "b"}, {"prompt": "c", "ground_truth": [[]]}, {"prompt": "d", "ground_truth": [["y", "z"], ["w"]]},
+        {"prompt": "e", "ground_truth": 5}, {"prompt": "f", "ground_truth": [["", "z"]]},
+    ]  # fmt: skip
+    assert only(KNOWEDIT | {"locality": {"K": entries}}).locality == (Probe("d", "y", "K"),)
+
+
+def test_a_flat_record_is_not_taken_for_knowedit():
+    assert only(FLAT).neighbours == ("The Louvre is in",)
+    assert only(SHORT | {"locality": [{"prompt": "The tide comes", "answer": "in"}]}).locality == (
+        Probe("The tide comes", "in"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "locality", "portability"),
+    [("zsre.json", 600, 600, 600), ("knowedit_zsre.json", 600, None, None)],
+)
+def test_published_question_files_parse_without_loss(data_folder, name, total, locality, portability):
+    requests, invalid = parse_records(read_records(data_folder / name), name)
+    assert (len(requests), invalid) == (total, [])
+    found = sum(len(request.locality) for request in requests), sum(len(request.portability) for request in requests)
+    assert all(found)
+    if locality is not None:
+        assert found == (locality, portability)
+    assert all(request.target_true != request.target_new for request in requests)
