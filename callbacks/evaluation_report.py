@@ -13,6 +13,7 @@ from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import summarise
 from rome_pl.metrics.scores import record_values
+from rome_pl.records import InvalidRecord
 from rome_pl.report import invalid_record, score_table, write_json
 from rome_pl.second_moment import library_versions
 
@@ -35,7 +36,8 @@ class EvaluationReport(Callback):
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.predict
         content = _results(module, len(invalid))
-        content["records"] = [invalid_record(record) for record in invalid]
+        refused = [InvalidRecord(-1, str(error.case_id), error.field, str(error)) for error in module.refused]
+        content["records"] = [invalid_record(record) for record in (*invalid, *refused)]
         write_json(folder / "results.json", content)
         write_json(folder / "manifest.json", _manifest(module))
         with whole_file(folder / "records.jsonl") as work, work.open("w", encoding="utf-8") as file:
@@ -85,8 +87,8 @@ def _record(module: Any, name: str) -> dict[str, Any]:
     moments = {"base": base} | ({"final": now} if module.edited else {})
     return {
         "case_id": name,
-        "scores": {moment: record_values(scores, base) for moment, scores in moments.items()},
-        "measured": {moment: asdict(scores) for moment, scores in moments.items()},
+        "scores": {moment: asdict(scores) for moment, scores in moments.items()},
+        "values": {moment: record_values(scores, base) for moment, scores in moments.items()},
         "texts": {moment: found.texts[name] for moment, found in module.fluency.items() if name in found.texts},
     }
 

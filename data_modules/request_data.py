@@ -115,14 +115,10 @@ class RequestDataModule(LightningDataModule):
         module: Any = trainer.lightning_module if trainer is not None else None
         if trainer is None or not hasattr(module, "begin"):
             raise TypeError("requests are evaluated by a Trainer that runs predict() on an EvaluationModule")
-        requests = module.begin(self.requests)[trainer.global_rank :: trainer.world_size]
-        places = range(len(requests))
-        return DataLoader(
-            RequestList(requests),  # type: ignore[arg-type]  # as in request_loader
-            batch_size=None,
-            sampler=[list(places[start : start + MEASURED_TOGETHER]) for start in places[::MEASURED_TOGETHER]],
-            collate_fn=as_it_is,
-            generator=torch.Generator(),
+        requests = module.begin(self.requests)
+        share = max(1, -(-len(requests) // trainer.world_size))
+        return request_loader(
+            requests, min(MEASURED_TOGETHER, share), rank=trainer.global_rank, world_size=trainer.world_size
         )
 
     @override

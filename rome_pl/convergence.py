@@ -17,7 +17,7 @@ from rome_pl.moment_sums import keys_of
 from rome_pl.packing import leading_tokens
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import RequestError
-from rome_pl.second_moment import MomentInfo, SecondMoment
+from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
 
 __all__ = ["Check", "agreement_of_halves", "keeps_documents_apart", "probe_keys"]
 
@@ -66,12 +66,15 @@ def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
         probes: Keys, ``[n, d_key]``.
 
     Returns:
-        At most 1; 0 if a half is empty.
+        At most 1; 0 if a half is empty, or too small to be solved with.
     """
     if not (float(first.trace()) and float(second.trace())):
         return 0.0
     unnamed = MomentInfo(weights="", tokenizer="", layer=-1, count=0, corpus="")
-    one, other = (SecondMoment(half, unnamed).solve(probes) for half in (first, second))
+    try:
+        one, other = (SecondMoment(half, unnamed).solve(probes) for half in (first, second))
+    except StatisticsError:  # so little text that rounding has made it indefinite
+        return 0.0
     return float(cosine_similarity(one, other, dim=-1).mean())
 
 

@@ -52,7 +52,7 @@ class CovarianceModule(LightningModule):
         layers: list[int] | str | None = None,
         tokens: int | None = None,
         block_length: int = 512,
-        stop_agreement: float = 0.98,
+        stop_agreement: float = 0.95,
         split_half: bool = True,
         accumulate_on: Place = "auto",
         layers_per_pass: int | None = None,

@@ -46,7 +46,7 @@ class KnownScores:
             requests: The requests. The model has to be as it was loaded.
         """
         keys = [_content(request) for request in requests]
-        missing = [place for place, key in enumerate(keys) if key not in self._known]
+        missing = [place for place, key in enumerate(keys) if not _is_whole(self._known.get(key))]
         found: dict[str, dict[str, Any]] = {}
         for start in range(0, len(missing), MEASURED_TOGETHER):
             places = missing[start : start + MEASURED_TOGETHER]
@@ -67,10 +67,10 @@ class KnownScores:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            known: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):  # not there, or of no use: it is measured again
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there, or of no use: it is measured again
             return {}
-        return known
+        return known if isinstance(known, dict) else {}
 
 
 def scores_from_json(content: dict[str, Any]) -> ProbeScores:
@@ -85,6 +85,15 @@ def scores_from_json(content: dict[str, Any]) -> ProbeScores:
         },
         touched=tuple(content["touched"]),
     )
+
+
+def _is_whole(content: Any) -> bool:
+    """Whether scores can be made of what the cache holds."""
+    try:
+        scores_from_json(content)
+    except (TypeError, KeyError, AttributeError):
+        return False
+    return True
 
 
 def _content(request: EditRequest) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 
 from rome_pl.distributed import gather, one_after_the_other
+from rome_pl.edit import EditStatus
 from rome_pl.errors import OptionError
 from rome_pl.evaluation import KnownScores
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics import ProbeScores, TextMeasure, held_out_text, measure_text, probe_scores
 from rome_pl.metrics.generation import Fluency, measure_fluency
-from rome_pl.replay import replay
+from rome_pl.metrics.scores import record_values
+from rome_pl.preparation import touched_neighbours
+from rome_pl.replay import read_edits, read_writes, replay
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.weights import EditedWeight
 
@@ -25,7 +29,8 @@ __all__ = ["EvaluationModule"]
 class EvaluationModule(LightningModule):
     """Measures requests on a model, by ``Trainer.predict``: an unedited one, one with a ledger's edits, or a saved one.
 
-    Each step returns the scores of its requests by name. Several devices share the requests.
+    Each step returns the scores of its requests by name; :attr:`scores` and :attr:`base_scores` have all that was
+    measured. Several devices share the requests.
 
     Args:
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
@@ -68,6 +73,7 @@ class EvaluationModule(LightningModule):
         self.text: dict[str, TextMeasure] = {}
         self.fluency: dict[str, Fluency] = {}
         self.seconds = 0.0
+        self._touched: dict[str, tuple[bool, ...]] = {}
 
     @classmethod
     def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "EvaluationModule":
@@ -103,6 +109,8 @@ class EvaluationModule(LightningModule):
             raise OptionError(
                 f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
             )
+        if self.hparams["measure_perplexity"]:
+            held_out_text(self.hparams["held_out"])
 
     def begin(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Put the ledger's edits in, and see which requests can be measured; the data module asks for it.
@@ -115,7 +123,7 @@ class EvaluationModule(LightningModule):
         """
         model = self._language_model
         if self.hparams["ledger"] is not None and self.weight is None:
-            self.weight = replay(model, Path(self.hparams["ledger"]).expanduser())
+            self.weight = replay(model, self._run)
         self.requests, self.refused = [], []
         for request in requests:
             try:
@@ -123,6 +131,9 @@ class EvaluationModule(LightningModule):
                 self.requests.append(request)
             except RequestError as error:
                 self.refused.append(error)
+        if self.weight is not None:
+            tried = [edit for edit in read_edits(self._run) if edit["status"] != EditStatus.SKIPPED]
+            self._touched = touched_neighbours(self.requests, {edit["request"]["subject"] for edit in tried})
         return self.requests
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -136,23 +147,26 @@ class EvaluationModule(LightningModule):
         # Before anything is measured with its edits; what other runs have measured of it holds here.
         self._known = KnownScores(self.unedited_model or self._language_model)
 
-    def predict_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, ProbeScores]:
-        """Measure requests; the scores by their names."""
+    def predict_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, dict[str, float]]:
+        """Measure requests; what each score of each is, by their names."""
         names = [str(request.case_id) for request in batch]
         with self._unedited():
-            self.base_scores.update(zip(names, self._known.measure(batch), strict=True))
+            self.base_scores.update(self._mark(names, self._known.measure(batch)))
         if self.edited:
-            scores = dict(zip(names, probe_scores(self._language_model, batch), strict=True))
+            scores = self._mark(names, probe_scores(self._language_model, batch))
         else:
             scores = {name: self.base_scores[name] for name in names}
         self.scores.update(scores)
-        return scores
+        # Plain values: Lightning looks into what it collects, and refuses frozen dataclasses.
+        return {name: record_values(found, self.base_scores[name]) for name, found in scores.items()}
 
     def on_predict_epoch_end(self) -> None:
         """Bring together what the devices have found, and measure text."""
         if self.trainer.world_size > 1:
-            self.scores = dict(gather(list(self.scores.items())))
-            self.base_scores = dict(gather(list(self.base_scores.items())))
+            names = [str(request.case_id) for request in self.requests]  # intervals depend on the order of records
+            found, base = (dict(gather(list(mine.items()))) for mine in (self.scores, self.base_scores))
+            self.scores = {name: found[name] for name in names if name in found}
+            self.base_scores = {name: base[name] for name in names if name in base}
         hparams = self.hparams
         if hparams["measure_perplexity"]:
             text = held_out_text(hparams["held_out"])
@@ -167,6 +181,28 @@ class EvaluationModule(LightningModule):
             if self.edited:
                 self.fluency["final"] = measure_fluency(self._language_model, self.requests, tokens, seed)
         self.seconds = time.monotonic() - self._started
+
+    def check(self) -> None:
+        """Load what is needed, so that whatever is wrong comes to light before anything is measured or replaced.
+
+        Raises:
+            RomeError: If a model, the ledger or the text cannot be used.
+        """
+        self.configure_model()
+        if self.hparams["ledger"] is not None:
+            read_writes(self._language_model, self._run)
+        if self.hparams["measure_perplexity"]:
+            held_out_text(self.hparams["held_out"])
+
+    def _mark(self, names: Sequence[str], scores: Sequence[ProbeScores]) -> dict[str, ProbeScores]:
+        """Scores by name; they know which of their prompts are about subjects that the ledger edits."""
+        return {
+            name: replace(found, touched=self._touched.get(name, ())) for name, found in zip(names, scores, strict=True)
+        }
+
+    @property
+    def _run(self) -> Path:
+        return Path(self.hparams["ledger"]).expanduser()
 
     @contextmanager
     def _unedited(self) -> Iterator[LanguageModel]:

@@ -55,7 +55,7 @@ class PassOptions:
 
     tokens: int | None = None
     block_length: int = 512
-    stop_agreement: float = 0.98
+    stop_agreement: float = 0.95
     split_half: bool = True
     accumulate_on: Place = "auto"
     layers_per_pass: int | None = None

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from rome_pl.requests import EditRequest, RequestError
 from rome_pl.statistics import resolve_second_moment
 from rome_pl.weights import EditedWeight
 
-__all__ = ["admit_requests", "check_joint_solve", "check_trainer", "prepare_session"]
+__all__ = ["admit_requests", "check_joint_solve", "check_trainer", "prepare_session", "touched_neighbours"]
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def admit_requests(
         except RequestError as error:
             refused[name] = error
     session.requests, session.num_refused = tuple(valid), len(refused)
-    session.touched = _touched(valid) if session.sequential else {}
+    session.touched = touched_neighbours(valid, {request.subject for request in valid}) if session.sequential else {}
     return places, refused, lengths
 
 
@@ -142,9 +142,13 @@ def check_joint_solve(session: EditSession, size: int) -> None:
         )
 
 
-def _touched(requests: Sequence[EditRequest]) -> dict[str, tuple[bool, ...]]:
-    """Which neighbourhood prompts name a subject that another request of the stream edits, by name of the edit."""
-    subjects = {request.subject for request in requests}
+def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> dict[str, tuple[bool, ...]]:
+    """Which neighbourhood prompts name a subject that another request of the stream edits, by name of the edit.
+
+    Args:
+        requests: The requests whose prompts are looked at.
+        subjects: Those of the whole stream.
+    """
     found: dict[str, tuple[bool, ...]] = {}
     for request in requests:
         others = subjects - {request.subject}

@@ -15,7 +15,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.rank_one import Assertion, Update
 from rome_pl.weights import EditedWeight, Written
 
-__all__ = ["LedgerError", "read_edits", "replay"]
+__all__ = ["LedgerError", "read_edits", "read_writes", "replay"]
 
 
 class LedgerError(RomeError):
@@ -33,6 +33,19 @@ def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
         The weight with its edits. Edits can be taken out of it only by a run, which has the metric.
 
     Raises:
+        LedgerError: As :func:`read_writes`.
+    """
+    layer, writes = read_writes(language_model, run)
+    weight = EditedWeight(find_site(language_model.model, layer), _no_metric)
+    for written in writes:
+        weight.restore(written)
+    return weight
+
+
+def read_writes(language_model: LanguageModel, run: Path) -> tuple[int, list[Written]]:
+    """The layer that a sequential run has edited, and its writes in their order; arguments as those of :func:`replay`.
+
+    Raises:
         LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
     """
     manifest = _read_manifest(run)
@@ -44,10 +57,7 @@ def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
             f"{run}: a ledger of another model ({manifest['model']['source']}, {theirs[:12]}) than the one loaded "
             f"({language_model.source}, {ours[:12]}); load the model that the run began with"
         )
-    weight = EditedWeight(find_site(language_model.model, int(manifest["rewrite"]["layer"])), _no_metric)
-    for group in _groups(read_edits(run)):
-        weight.restore(_written(run, group))
-    return weight
+    return int(manifest["rewrite"]["layer"]), [_written(run, group) for group in _groups(read_edits(run))]
 
 
 def read_edits(run: Path) -> list[dict[str, Any]]:
@@ -60,10 +70,15 @@ def read_edits(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise LedgerError(f"{run}: holds no ledger (ledger/edits.jsonl); give the folder of a run")
     edits: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{path}: damaged: not UTF-8 at byte {error.start}") from error
+    # Texts may hold characters that splitlines() takes for the end of a line.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             record = json.loads(line)
-            name = str(record["case_id"])
+            name, _ = str(record["case_id"]), record["status"]
             edits[name] = edits.get(name, {}) | record  # a later line about an edit changes what the first said
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise LedgerError(f"{path}, line {number}: damaged ({error})") from error
@@ -84,6 +99,10 @@ def _groups(edits: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _written(run: Path, group: list[dict[str, Any]]) -> Written:
+    if len(group) != len(group[0].get("joint") or group[:1]):
+        raise LedgerError(
+            f"{run}: edit {group[0]['case_id']} was solved together with others, whose lines the ledger lacks"
+        )
     parts: list[dict[str, Tensor]] = []
     for edit in group:
         path = run / "ledger" / "shards" / edit["shard"]

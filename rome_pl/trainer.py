@@ -157,9 +157,15 @@ class RomeTrainer(Trainer):
         """
         if not isinstance(model, EvaluationModule):
             raise TypeError(f"expected an EvaluationModule, got {type(model).__name__}")
+        folder, ledger = Path(self.default_root_dir), model.hparams["ledger"]
+        if ledger is not None and Path(ledger).expanduser().resolve() == folder.resolve():
+            raise RunFolderError(f"{folder} holds the ledger itself; choose another --trainer.default_root_dir")
+        # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
+        model.trainer = self
+        model.check()
         if self.is_global_zero:
-            _claim_run_folder(Path(self.default_root_dir), overwrite)
+            _claim_run_folder(folder, overwrite)
         try:
             self.predict(model, datamodule=datamodule, return_predictions=False)
         except SystemExit:  # how Lightning leaves after Ctrl-C

@@ -86,9 +86,7 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
                 pad_token_id=encoder.pad_id,
                 **how,
             )
-        written = language_model.tokenizer.batch_decode(
-            out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True
-        )
+        written = language_model.tokenizer.batch_decode(out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True)
         for place, text in zip(places, written, strict=True):
             texts[place] = text
     return texts

@@ -185,6 +185,12 @@ class EditScores(Metric):
         values = record_values(scores, base)
         self.records.append(torch.tensor([[values.get(name, _ABSENT) for name in SCORES]], dtype=torch.float64))
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Bring the records of all devices together, also if this one has none."""
+        if not self.records:
+            self.records.append(_NOTHING)
+        super().sync(*args, **kwargs)
+
     def compute(self) -> dict[str, Entry]:
         """The means."""
         records = self.records if isinstance(self.records, Tensor) else torch.cat([*self.records, _NOTHING])

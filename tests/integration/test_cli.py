@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rome_pl.configs
 from rome_pl.cli import main
 from rome_pl.edit_module import RomeModule
+from rome_pl.metrics import EditScores
 from tests.integration.helpers import FAST
 from tests.tiny import tiny_language_model
 
@@ -82,7 +83,7 @@ def test_a_sequential_run_leaves_its_folder_its_table_and_a_checkpoint(arguments
     assert content["mode"] == "sequential"
     assert (content["n_requested"], content["n_applied"]) == (3, 3)
     for moment in ("base", "immediate", "final"):
-        assert set(content[moment]) == {"ES", "EM", "PS", "PM", "NS", "NM", "S"}
+        assert set(content[moment]) == set(EditScores.names)
         assert set(content[moment]["ES"]) == {"value", "low", "high", "n"}
         assert content[moment]["ES"]["n"] == 3
         assert content[moment]["NS"]["n"] == 1
@@ -223,7 +224,7 @@ def test_ctrl_c_before_the_first_edit_saves_no_model(arguments, tmp_path, monkey
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.probe_scores", interrupted)
+    monkeypatch.setattr("rome_pl.evaluation.probe_scores", interrupted)
     assert main(arguments(model__sequential_edit=True, save_model=tmp_path / "saved")) == 130
     assert not (tmp_path / "saved").exists()
     assert read(tmp_path)["n_applied"] == 0

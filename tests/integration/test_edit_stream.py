@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_skips_its_own_edit_of_a_batch(tmp_path, monke
 def test_a_failure_that_stops_the_run_is_on_record_with_its_batch(batch_size, language_model, tmp_path, monkeypatch):
     members = [1] if batch_size == 3 else [0]
     monkeypatch.setattr(ValueObjective, "__call__", _explodes_at_the_second_step(ValueObjective.__call__, members))
-    callbacks = [*lenient_callbacks()[:-2], EditCommit(ledger=True)]
+    callbacks = [*lenient_callbacks()[:-3], EditCommit(ledger=True)]
     with pytest.raises(EditError, match="the loss became nan"):
         run_edits(language_model, tmp_path, callbacks=callbacks, batch_size=batch_size, on_error="stop")
     lines = (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()

@@ -118,9 +118,14 @@ def test_the_edited_weight_is_back_after_an_exception(language_model):
     weight = edited(language_model)
     after = weight.site.weight.detach().clone()
     assert not torch.equal(after, original)
-    with pytest.raises(RuntimeError, match="injected"), weight.unedited():
-        assert torch.equal(weight.site.weight, original)
-        raise RuntimeError("injected")
+
+    def fails_inside():
+        with weight.unedited():
+            assert torch.equal(weight.site.weight, original)
+            raise RuntimeError("injected")
+
+    with pytest.raises(RuntimeError, match="injected"):
+        fails_inside()
     assert torch.equal(weight.site.weight, after)
     assert weight.names == ["a"]
 
