@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="text, in any form that 'rome-pl covariance' reads")
     parser.add_argument("--tokens", type=int, help="keys to sum; default: 30 per dimension")
     parser.add_argument("--tokens-each", type=int, default=8192, help="keys in the passes of one layer each")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(16, 15), help="even and odd, for two processes")
+    parser.add_argument("--part", choices=("one_pass", "two_processes"), help="only this; default: both")
+    parser.add_argument("--json", type=Path, help="file for the figures; those of the other part in it are kept")
     parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)  # how two_processes starts itself
     parser.add_argument("--devices", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,10 +58,16 @@ def main() -> None:
     if options.process is not None:
         _process(options)
         return
-    language_model = load_language_model(options.model)
-    figures = one_pass(language_model, options.corpus, options.tokens, options.tokens_each)
-    del language_model
-    write(options.json, figures | two_processes(options))
+    figures: dict[str, Any] = {}
+    if options.json is not None and options.json.exists():
+        figures = json.loads(options.json.read_text())
+    if options.part != "two_processes":
+        language_model = load_language_model(options.model)
+        figures |= one_pass(language_model, options.corpus, options.tokens, options.tokens_each)
+        del language_model
+        write(options.json, figures)
+    if options.part != "one_pass":
+        write(options.json, figures | two_processes(options))
 
 
 def one_pass(language_model: LanguageModel, corpus: str, tokens: int | None, each: int) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def two_processes(options: argparse.Namespace) -> dict[str, Any]:
     """Two processes with a thread each against one with a thread; an even and an odd number of blocks."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        for blocks in (16, 15):
+        for blocks in options.blocks:
             runs = {}
             for devices in (1, 2):
                 folder = Path(name) / f"{blocks}-{devices}"
@@ -166,9 +174,14 @@ def _process(options: argparse.Namespace) -> None:
         (options.process / "time.json").write_text(json.dumps(content))
 
 
+_save = SecondMoment.save
+
+
 def _save_exact(moment: SecondMoment, path: Path) -> None:
+    """Keep the matrix in float64 too, which the artefact does not."""
     tensors = {"matrix": moment.matrix.contiguous(), "count": torch.tensor(moment.info.count)}
-    save_file(tensors, path.parent / f"{moment.info.layer}.exact")
+    save_file(tensors, path.parents[2] / f"{moment.info.layer}.exact")
+    _save(moment, path)
 
 
 def _pass(

@@ -142,7 +142,7 @@ def score_table(content: dict[str, Any]) -> Table:
     for name in ["score", *(MOMENTS[moment] for moment in moments), "n"]:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True, min_width=len(name))
     scores = measured_scores(content)
-    for score, following in zip(scores, [*scores[1:], None], strict=True):
+    for score, following in zip(scores, [*scores, None][1:], strict=True):
         entries = [content[moment][score] for moment in moments]
         ends = following is None or (score in COUNTERFACT) != (following in COUNTERFACT)
         cells = [interval_text(entry, 0) for entry in entries]
