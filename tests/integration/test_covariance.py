@@ -140,7 +140,8 @@ def test_a_run_leaves_its_artefacts_and_its_report(command, tmp_path, text, caps
     events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {f"{name}/layer_2" for name in ("agreement", "condition", "ridge", "effective_rank")} <= scalars
-    assert [event.step for event in events.Scalars("agreement/layer_1")] == [BLOCK, 2 * BLOCK, 4 * BLOCK]
+    # The first of three meetings comes after one block: there is no second half to agree yet.
+    assert [event.step for event in events.Scalars("agreement/layer_1")] == [2 * BLOCK, 4 * BLOCK]
     assert set(events.Tags()["images"]) == {"spectrum", "agreement"}
 
 

@@ -1,5 +1,7 @@
 import logging
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,7 +280,7 @@ def test_a_run_waits_for_another_that_computes_the_same_and_takes_its_result(
                 busy.step(block)
             busy.close()
 
-    monkeypatch.setattr(statistics.time, "sleep", other_run_goes_on)
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(sleep=other_run_goes_on, monotonic=time.monotonic))
     with caplog.at_level(logging.WARNING):
         (path,) = compute(language_model, [site], corpus).values()
     assert looks == [statistics.WAIT] * 3
@@ -291,7 +293,7 @@ def test_an_error_lets_go_of_the_job(language_model, site, corpus_file, monkeypa
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(statistics.time, "sleep", pytest.fail)
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(sleep=pytest.fail, monotonic=time.monotonic))
     with monkeypatch.context() as patch:
         patch.setattr(MomentPass, "step", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
