@@ -36,6 +36,7 @@ PUBLISHED = {"preset": "rome", "clamp_norm_factor": 4.0, "stop_probability": 1.0
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "shipped: Polyak, 5 contexts, p > 0.9": {},
+    "Polyak, 5 contexts, p > 0.98": contexts(FOUR, **polyak(0.99, stop_probability=0.98)),
     "Polyak, 5 contexts, p > 0.95": contexts(FOUR, **polyak(0.98, stop_probability=0.95)),
     "Polyak, 5 contexts, p > 0.8": contexts(FOUR, **polyak(0.9, stop_probability=0.8)),
     "Polyak, 5 contexts, argmax": contexts(FOUR, **polyak(stop_greedy=True)),
