@@ -184,7 +184,7 @@ class CovarianceModule(LightningModule):
     def _adopt(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
         self.model = language_model.model  # so that the Trainer moves it
-        language_model.digests  # noqa: B018  # taken before anything can change the weights
+        language_model.remember_weights()
 
 
 def check_trainer(trainer: Trainer) -> None:

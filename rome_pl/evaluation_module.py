@@ -221,4 +221,4 @@ class EvaluationModule(LightningModule):
     def _adopt(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
         self.model = language_model.model  # so that the Trainer moves it
-        language_model.digests  # noqa: B018  # taken before any edit
+        language_model.remember_weights()

@@ -84,6 +84,10 @@ class LanguageModel:
         """SHA-256 of every weight, as first seen; taken before any edit."""
         return {name: _digest(tensor) for name, tensor in self.model.state_dict().items()}
 
+    def remember_weights(self) -> None:
+        """Hash the weights now, before anything can change them."""
+        assert self.digests
+
     @property
     def fingerprint(self) -> str:
         """Hash of all weights as loaded: which model this is, whatever its name and precision."""

@@ -4,7 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from rich.console import Console
 from rich.markup import escape
@@ -134,12 +134,7 @@ class RomeTrainer(Trainer):
             model.load()
             model.sites()
             _claim_run_folder(Path(self.default_root_dir), overwrite)
-        try:
-            self.predict(model, datamodule=datamodule, return_predictions=False)
-        except SystemExit:  # how Lightning leaves after Ctrl-C
-            if self.state.status is not TrainerStatus.INTERRUPTED:
-                raise
-            self.exit_code = INTERRUPTED
+        if not self._ran_to_its_end(model, datamodule):
             return
         if export_npz is not None and self.is_global_zero:
             _export(model, Path(export_npz))
@@ -166,14 +161,20 @@ class RomeTrainer(Trainer):
         model.check()
         if self.is_global_zero:
             _claim_run_folder(folder, overwrite)
+        if not self._ran_to_its_end(model, datamodule):
+            return
+        self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
+
+    def _ran_to_its_end(self, model: LightningModule, datamodule: LightningDataModule) -> bool:
+        """Run ``predict``; whether it was not interrupted."""
         try:
             self.predict(model, datamodule=datamodule, return_predictions=False)
         except SystemExit:  # how Lightning leaves after Ctrl-C
             if self.state.status is not TrainerStatus.INTERRUPTED:
                 raise
             self.exit_code = INTERRUPTED
-            return
-        self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
+            return False
+        return True
 
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()
