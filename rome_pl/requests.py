@@ -148,6 +148,10 @@ class EditRequest:
             raise self.error(name, f"expected text, got {type(value).__name__}")
         if not value.strip():
             raise self.error(name, "is empty; give the text or remove the record")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(name, "holds half a character (a lone surrogate), which no tokenizer reads") from None
 
     def _resolve_span(self) -> tuple[int, int]:
         if self.subject_span is None:

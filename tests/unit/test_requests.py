@@ -146,3 +146,11 @@ def test_braces_and_percent_signs_are_plain_text(text):
     edit = EditRequest(prompt=f"In {text}, Rome is", subject="Rome", target_new=text, paraphrases=[text])
     assert (edit.prompt, edit.target_new, edit.paraphrases) == (f"In {text}, Rome is", text, (text,))
     assert edit.prompt[slice(*edit.span)] == "Rome"
+
+
+@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "target_true", "paraphrases"])
+def test_half_a_character_is_refused(field):
+    values = {"prompt": "Rome is", "subject": "Rome", "target_new": "old"}
+    broken = "Rome \ud800 is"
+    with pytest.raises(RequestError, match=f"'{field}': holds half a character"):
+        EditRequest(**values | {field: [broken] if field == "paraphrases" else broken})
