@@ -43,6 +43,15 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "Polyak, 3 contexts, p > 0.9": contexts(TWO, **polyak()),
     "Polyak, 11 contexts, 1 + 2 a step, p > 0.9": contexts(TEN, **polyak(contexts_per_step=2)),
     "Polyak, 11 contexts, p > 0.9": contexts(TEN, **polyak()),
+    "Polyak, 11 contexts, p > 0.95": contexts(TEN, **polyak(0.98, stop_probability=0.95)),
+    "Polyak, 11 contexts, p > 0.98": contexts(TEN, **polyak(0.99, stop_probability=0.98)),
+    "Polyak, 11 contexts, p > 0.98, preset rome": contexts(TEN, **polyak(0.99, stop_probability=0.98, preset="rome")),
+    "Polyak, 11 contexts, 1 + 4 a step, p > 0.98": contexts(
+        TEN, **polyak(0.99, stop_probability=0.98, contexts_per_step=4)
+    ),
+    "Polyak, 21 contexts, 1 + 4 a step, p > 0.98": contexts(
+        TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=4)
+    ),
     "Adam, 5 contexts, p > 0.9": contexts(FOUR, **adam()),
     "Adam, 21 contexts, preset rome, loss < 0.05 (published)": contexts(TWENTY, **adam(**PUBLISHED)),
 }

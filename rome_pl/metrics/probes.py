@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rome_pl.encoding import EncodedRow, align
 from rome_pl.hooks import add_rank_one, clean_padding, frozen, head_on
 from rome_pl.language_model import LanguageModel
+from rome_pl.metrics.packs import Pack, forwards, pack_texts, stack_packs, takes_branches
 from rome_pl.prefix import forward_masks
 from rome_pl.rank_one import Update
 from rome_pl.requests import EditRequest
@@ -29,9 +30,6 @@ __all__ = [
     "target_log_probs",
     "wanted_answers",
 ]
-
-ROWS = 64
-"""Rows of one forward."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def target_log_probs(
         changes: A change of the weights for each row.
 
     Returns:
-        Shape ``[rows]``, float64, on the CPU. Rows whose text is the beginning of another row's are read off that one;
-        batches are made of rows of similar length. Neither changes anything but rounding.
+        Shape ``[rows]``, float64, on the CPU. What rows have in common at their beginning runs once, see
+        :mod:`rome_pl.metrics.packs`, which changes nothing but rounding.
     """
     answers = measure_answers(language_model, rows, changes)
     return torch.tensor([answer.log_prob for answer in answers], dtype=torch.float64)
@@ -141,65 +139,44 @@ def measure_answers(
     language_model: LanguageModel, rows: Sequence[EncodedRow], changes: Changes | None = None
 ) -> list[Answer]:
     """What the model makes of each row's target; arguments as those of :func:`target_log_probs`."""
-    answers: dict[int, Answer] = {}
-    groups = sorted(_shared(rows, changes), key=lambda group: len(rows[group[0]].ids))
-    for start in range(0, len(groups), ROWS):
-        batch = groups[start : start + ROWS]
-        members = [member for group in batch for member in group]
-        measured = _measure_batch(
-            language_model,
-            [[rows[member] for member in group] for group in batch],
-            changes and changes.of([group[0] for group in batch]),
-        )
-        answers.update(zip(members, measured, strict=True))
-    return [answers[index] for index in range(len(rows))]
-
-
-def _shared(rows: Sequence[EncodedRow], changes: Changes | None) -> list[list[int]]:
-    """Indices of rows in groups: the first one's ids begin with those of every other, and they see the same change.
-
-    A prompt with a one-token target is the same input whatever the target, so a pair of targets mostly costs one row.
-    """
+    if not rows:
+        return []
     firsts: dict[int, int] = {}  # not the address itself, which would order the rows differently in every process
-    updates = changes.updates if changes else [None] * len(rows)
-    seen = [firsts.setdefault(id(update), len(firsts)) for update in updates]
-    groups: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda index: (seen[index], rows[index].ids), reverse=True):
-        ids = rows[index].ids
-        # In this order whatever begins with these ids comes right before them.
-        last = groups[-1][0] if groups else None
-        if last is not None and seen[last] == seen[index] and rows[last].ids[: len(ids)] == ids:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    owners = [
+        firsts.setdefault(id(update), len(firsts)) for update in (changes.updates if changes else [None] * len(rows))
+    ]
+    packs = pack_texts([row.ids for row in rows], owners, takes_branches(language_model))
+    answers: dict[int, Answer] = {}
+    for batch in forwards(packs):
+        numbers = [number for pack in batch for number in pack.texts]
+        measured = _measure_batch(
+            language_model, batch, rows, changes and changes.of([pack.texts[0] for pack in batch])
+        )
+        answers.update(zip(numbers, measured, strict=True))
+    return [answers[index] for index in range(len(rows))]
 
 
 @torch.no_grad()
 def _measure_batch(
-    language_model: LanguageModel, groups: Sequence[Sequence[EncodedRow]], changes: Changes | None
+    language_model: LanguageModel, packs: Sequence[Pack], rows: Sequence[EncodedRow], changes: Changes | None
 ) -> list[Answer]:
-    """Measure the targets of groups that share a row each, in the groups' order."""
+    """Measure the targets of packs, in the packs' order."""
     model: Any = language_model.model
-    aligned = align([group[0] for group in groups], language_model.encoder.pad_id, language_model.device)
-    wanted, lengths = [], []
-    for index, group in enumerate(groups):
-        shift = aligned.prefix - group[0].lookup
-        for row in group:
-            wanted += [(index, shift + row.first + step, label) for step, label in enumerate(row.target)]
+    wanted: list[tuple[int, int, int]] = []
+    lengths = []
+    for index, pack in enumerate(packs):
+        for number, columns in zip(pack.texts, pack.columns, strict=True):
+            row = rows[number]
+            wanted += [(index, columns[row.first + step], label) for step, label in enumerate(row.target)]
             lengths.append(len(row.target))
-    at_row, at_column, labels = torch.tensor(wanted, device=language_model.device).unbind(1)
+    at_pack, at_column, labels = torch.tensor(wanted, device=language_model.device).unbind(1)
+    stacked = stack_packs(language_model, packs)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        stack.enter_context(clean_padding(model, aligned.attention_mask))
-        stack.enter_context(head_on(model, at_row, at_column))
+        stack.enter_context(head_on(model, at_pack, at_column))
         if changes is not None and any(update is not None for update in changes.updates):
             stack.enter_context(add_rank_one(changes.projection, *_stacked(changes.updates)))
-        logits = model(
-            input_ids=aligned.input_ids,
-            use_cache=False,
-            **forward_masks(model, aligned.attention_mask, aligned.position_ids),
-        ).logits[0]
+        logits = model(input_ids=stacked.input_ids, use_cache=False, **stacked.masks).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double().cpu()
     likeliest = log_probs.argmax(-1).cpu()

@@ -7,14 +7,16 @@ from collections import defaultdict
 import pytest
 import torch
 
-from rome_pl.metrics import probe_scores, summarise
-from rome_pl.metrics import probes as probes_module
+from rome_pl.metrics import packs, probe_scores, summarise
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import RequestError
 from tests.tiny import tiny_language_model
 
 RECORDS = 100
 FILES = {"counterfact": "counterfact.json", "zsre": "zsre.json", "knowedit": "knowedit_zsre.json"}
+
+SHAPES = ((1, 1), (16, 7 * 16), (16, 64 * 16), (packs.WIDTH, packs.TOKENS))
+"""Widest pack and tokens of a forward."""
 
 
 def joined(prompt, answer):
@@ -105,8 +107,11 @@ def test_every_score_equals_the_slow_one(models, form, data_folder, monkeypatch)
     slow = slow_scores(model, base, requests)
     names = [str(request.case_id) for request in requests]
     before = dict(zip(names, probe_scores(base, requests), strict=True))
-    for rows, side in ((1, "left"), (7, "right"), (64, "left"), (64, "right")):
-        monkeypatch.setattr(probes_module, "ROWS", rows)
+    # Every text by itself, some seven or sixty-four short rows a forward, and as it comes.
+    for (width, tokens), side in zip(SHAPES, ("left", "right", "left", "right"), strict=True):
+        monkeypatch.setattr(packs, "WIDTH", width)
+        monkeypatch.setattr(packs, "TOKENS", tokens)
+        monkeypatch.setattr(packs, "PADDING", tokens)
         model.tokenizer.padding_side = side
         table = summarise(dict(zip(names, probe_scores(model, requests), strict=True)), before)
         for name, (value, n) in slow.items():
