@@ -1,6 +1,6 @@
 """How well second moments are known: whether two halves of the text agree on what an edit takes from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.distributed import Peers
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
-from rome_pl.moment_sums import keys_of
+from rome_pl.moment_sums import MomentSums, keys_of
 from rome_pl.packing import leading_tokens
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import RequestError
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
 
-__all__ = ["Check", "agreement_of_halves", "keeps_documents_apart", "probe_keys"]
+__all__ = ["Check", "agreement_of_halves", "compare_halves", "keeps_documents_apart", "probe_keys"]
 
 PROBES = 32
 """Subjects whose keys show whether two halves of the text agree."""
@@ -40,7 +41,7 @@ class Check:
         blocks: Blocks of the corpus summed so far.
         keys: Keys in them.
         agreement: Mean cosine over probe keys ``k`` of ``C⁻¹k`` from two halves, by layer; empty where the text was
-            not told apart.
+            not told apart. Where the pass goes on, it may hold some of the layers only.
         enough: Whether the pass ends here because the halves agree.
     """
 
@@ -76,6 +77,26 @@ def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
     except StatisticsError:  # so little text that rounding has made it indefinite
         return 0.0
     return float(cosine_similarity(one, other, dim=-1).mean())
+
+
+def compare_halves(
+    sums: MomentSums, layers: Sequence[int], probes: Mapping[int, Tensor], peers: Peers
+) -> dict[int, float]:
+    """Agreement of the halves of all processes' sums, for some layers; a collective, in which processes take turns.
+
+    Args:
+        sums: This process's.
+        layers: The layers to compare, the same on every process.
+        probes: Probe keys by layer; without any nothing is known.
+        peers: The processes.
+    """
+    found: dict[int, float] = {}
+    if sums.halves > 1 and probes:
+        for turn, layer in enumerate(layers):
+            one, other = (peers.sum_on(turn % peers.world_size, sums.matrix(layer, half)) for half in range(2))
+            if peers.mine(turn) and bool(one.any()) and bool(other.any()):
+                found[layer] = agreement_of_halves(one, other, probes[layer])
+    return {layer: value for part in peers.gather(found) for layer, value in part.items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
-from rome_pl.convergence import Check, agreement_of_halves, keeps_documents_apart, probe_keys
+from rome_pl.convergence import Check, compare_halves, keeps_documents_apart, probe_keys
 from rome_pl.corpus import Corpus
 from rome_pl.distributed import Peers
 from rome_pl.files import content_key
@@ -197,9 +197,9 @@ class MomentPass:
             self._sum(block)
         history = self.history[block.group]
         check = None
-        if block.closes is not None or (block.ends and not (history and history[-1].blocks >= block.seen)):
+        if block.closes is not None or (block.ends and not self._is_known(history, block)):
             check = self._compare(block)
-            history.append(check)
+            history[:] = [earlier for earlier in history if earlier.blocks < check.blocks] + [check]
         if block.ends or (check is not None and check.enough):
             self._finish(block.group)
         elif self._jobs[block.group].due:
@@ -250,21 +250,27 @@ class MomentPass:
             self._probes = probe_keys(self.language_model, sites)
         self._jobs[group].begin()
 
+    def _is_known(self, history: Sequence[Check], block: Block) -> bool:
+        """Whether the halves were compared at every layer with all the text there is."""
+        if not history or history[-1].blocks < block.seen:
+            return False
+        return len(history[-1].agreement) in (0, len(self.groups[block.group]))
+
     def _compare(self, block: Block) -> Check:
         assert self._sums is not None
-        sums = self._sums
-        peers = self.peers
-        found: dict[int, float] = {}
-        if self._halves > 1 and self._probes:
-            for index, site in enumerate(self.groups[block.group]):
-                one, other = (
-                    peers.sum_on(index % peers.world_size, sums.matrix(site.layer, half)) for half in range(2)
-                )
-                if peers.mine(index) and bool(one.any()) and bool(other.any()):
-                    found[site.layer] = agreement_of_halves(one, other, self._probes[site.layer])
-        agreement = {layer: value for part in peers.gather(found) for layer, value in part.items()}
-        enough = bool(agreement) and min(agreement.values()) >= self.options.stop_agreement
-        return Check(block.seen, sum(peers.gather(sum(sums.counts))), dict(sorted(agreement.items())), enough)
+        peers, stop = self.peers, self.options.stop_agreement
+        layers = [site.layer for site in self.groups[block.group]]
+        # A comparison costs what some hundred tokens cost: where the pass goes on anyway, a few layers tell.
+        few = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        last = block.ends or block.closes == len(self.plan.boundaries[block.group]) - 1
+        agreement: dict[int, float] = {}
+        for some in [layers] if last else [few, [layer for layer in layers if layer not in few]]:
+            agreement |= compare_halves(self._sums, some, self._probes, peers)
+            if not agreement or min(agreement.values()) < stop:
+                break
+        enough = bool(agreement) and min(agreement.values()) >= stop
+        keys = sum(peers.gather(sum(self._sums.counts)))
+        return Check(block.seen, keys, dict(sorted(agreement.items())), enough)
 
     def _finish(self, group: int) -> None:
         assert self._sums is not None

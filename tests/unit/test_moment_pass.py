@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rome_pl import moment_pass, moment_sums, unfinished
 from rome_pl.architecture import decoder_layers, find_site
@@ -376,6 +377,53 @@ def test_halves_are_compared_at_a_quarter_a_half_and_the_end(tmp_path, corpus):
     assert all(set(check.agreement) == {0, 2} for check in history)
     assert history[-1].agreement[2] > history[0].agreement[2]
     assert not any(check.enough for check in history)
+
+
+@pytest.fixture
+def deep_model():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    return LanguageModel(model.eval(), byte_level_tokenizer(), "deep")
+
+
+def test_where_the_pass_goes_on_a_few_layers_tell(deep_model, tmp_path, corpus):
+    moments = carry_out(begin(deep_model, tmp_path, corpus, layers=range(6)))
+    (history,) = moments.history
+    assert [sorted(check.agreement) for check in history] == [[0, 3, 5], [0, 3, 5], [0, 1, 2, 3, 4, 5]]
+    assert all(finished.info.agreement is not None for finished in moments.finished)
+
+
+def test_a_pass_ends_early_only_where_all_layers_agree(deep_model, tmp_path, corpus, monkeypatch):
+    known = {0: 0.9, 1: 0.5, 2: 0.9, 3: 0.9, 4: 0.9, 5: 0.9}
+
+    def compare(_, layers, *__):
+        return {layer: known[layer] for layer in layers}
+
+    monkeypatch.setattr(moment_pass, "compare_halves", compare)
+    moments = carry_out(begin(deep_model, tmp_path, corpus, replace(OPTIONS, stop_agreement=0.8), range(6)), steps=2)
+    assert [(check.agreement, check.enough) for check in moments.history[0]] == [(known, False)]
+    known[1] = 0.9
+    moments = carry_out(begin(deep_model, tmp_path, corpus, replace(OPTIONS, stop_agreement=0.8), range(6)))
+    assert [check.enough for check in moments.history[0]] == [False, True]
+    assert [finished.info.agreement for finished in moments.finished] == [0.9] * 6
+
+
+def test_a_corpus_that_ends_where_a_few_layers_were_compared_has_the_others_compared_too(deep_model, tmp_path, corpus):
+    # Seven blocks and a bit; the boundary at a half of the wanted number is the corpus's end.
+    blocks = (
+        sum(1 for _ in begin(deep_model, tmp_path / "count", corpus, replace(OPTIONS, tokens=100 * BLOCK)).blocks()) - 1
+    )
+    options = replace(OPTIONS, tokens=2 * blocks * BLOCK)
+    moments = carry_out(begin(deep_model, tmp_path, corpus, options, range(6)))
+    (history,) = moments.history
+    assert [check.blocks for check in history] == [blocks // 2, blocks]
+    assert len(history[-1].agreement) == 6
+    assert all(finished.info.agreement is not None for finished in moments.finished)
 
 
 def test_a_step_returns_what_was_found_at_a_meeting_and_nothing_otherwise(tmp_path, corpus):
