@@ -37,6 +37,7 @@ PUBLISHED = {"preset": "rome", "clamp_norm_factor": 4.0, "stop_probability": 1.0
 CANDIDATES: dict[str, dict[str, Any]] = {
     "shipped: Polyak, 5 contexts, p > 0.9": {},
     "Polyak, 5 contexts, p > 0.98": contexts(FOUR, **polyak(0.99, stop_probability=0.98)),
+    "Polyak, 5 contexts, p > 0.98, preset rome": contexts(FOUR, **polyak(0.99, stop_probability=0.98, preset="rome")),
     "Polyak, 5 contexts, p > 0.95": contexts(FOUR, **polyak(0.98, stop_probability=0.95)),
     "Polyak, 5 contexts, p > 0.8": contexts(FOUR, **polyak(0.9, stop_probability=0.8)),
     "Polyak, 5 contexts, argmax": contexts(FOUR, **polyak(stop_greedy=True)),
@@ -48,6 +49,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "Polyak, 11 contexts, p > 0.98, preset rome": contexts(TEN, **polyak(0.99, stop_probability=0.98, preset="rome")),
     "Polyak, 11 contexts, 1 + 4 a step, p > 0.98": contexts(
         TEN, **polyak(0.99, stop_probability=0.98, contexts_per_step=4)
+    ),
+    "Polyak, 21 contexts, 1 + 2 a step, p > 0.98": contexts(
+        TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=2)
+    ),
+    "Polyak, 21 contexts, 1 + 2 a step, p > 0.98, preset rome": contexts(
+        TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=2, preset="rome")
     ),
     "Polyak, 21 contexts, 1 + 4 a step, p > 0.98": contexts(
         TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=4)

@@ -1,6 +1,7 @@
 """Writes what an evaluation has found, and prints it."""
 
-import json
+import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from rome_pl.files import whole_file
-from rome_pl.ledger import plain
+from rome_pl.exports import write_lines
+from rome_pl.figures import relation_bars
+from rome_pl.html_report import html_report
 from rome_pl.metrics import summarise
 from rome_pl.metrics.scores import record_values
 from rome_pl.records import InvalidRecord
-from rome_pl.report import invalid_record, score_table, write_json
+from rome_pl.report import invalid_record, score_table, settings_of, write_figures, write_json, write_text
+from rome_pl.requests import EditRequest
+from rome_pl.score_tables import csv_table, markdown_table
 from rome_pl.second_moment import library_versions
 
 __all__ = ["EvaluationReport"]
 
+log = logging.getLogger(__name__)
+
 
 class EvaluationReport(Callback):
-    """Writes ``manifest.json``, ``results.json`` and ``records.jsonl`` below the Trainer's ``default_root_dir``.
+    """Writes what a run of edits leaves too, below the Trainer's ``default_root_dir``; see :class:`RunReport`.
 
-    Scalars ``evaluation/…`` go to every logger. Records that are no valid requests count as skipped.
+    ``manifest.json``, ``results.json``, ``records.jsonl``, ``table.md`` and ``table.csv``; then ``figures/`` and
+    ``report.html``. Scalars ``evaluation/…`` go to every logger. Records that are no valid requests count as skipped.
+
+    Args:
+        figures: Whether figures and the page are made.
     """
+
+    def __init__(self, figures: bool = True) -> None:
+        self.figures = figures
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,10 +52,20 @@ class EvaluationReport(Callback):
         refused = [InvalidRecord(-1, str(error.case_id), error.field, str(error)) for error in module.refused]
         content["records"] = [invalid_record(record) for record in (*invalid, *refused)]
         write_json(folder / "results.json", content)
-        write_json(folder / "manifest.json", _manifest(module))
-        with whole_file(folder / "records.jsonl") as work, work.open("w", encoding="utf-8") as file:
-            for request in module.requests:
-                file.write(json.dumps(plain(_record(module, str(request.case_id))), ensure_ascii=False) + "\n")
+        about = _manifest(module)
+        write_json(folder / "manifest.json", about)
+        records = [_record(module, index, request) for index, request in enumerate(module.requests)]
+        write_lines(folder / "records.jsonl", records)
+        write_text(folder / "table.md", markdown_table(content))
+        write_text(folder / "table.csv", csv_table(content))
+        if self.figures:
+            try:
+                bars = relation_bars(records, ("final", "base"))
+                pictures = write_figures(folder, {} if bars is None else {"relations": bars})
+                settings = settings_of(folder, module.hparams)
+                write_text(folder / "report.html", html_report(content, records, about, settings, pictures))
+            except Exception:  # the numbers are written
+                log.warning("The figures or report.html could not be made", exc_info=True)
         moment = "final" if module.edited else "base"
         scalars = {
             f"evaluation/{name}": entry["value"]
@@ -61,6 +84,8 @@ class EvaluationReport(Callback):
             f"Results in {folder / 'results.json'}",
             soft_wrap=True,
         )
+        if (folder / "report.html").exists():
+            console.print(f"To look at: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _results(module: Any, n_invalid: int) -> dict[str, Any]:
@@ -82,11 +107,17 @@ def _results(module: Any, n_invalid: int) -> dict[str, Any]:
     }
 
 
-def _record(module: Any, name: str) -> dict[str, Any]:
+def _record(module: Any, index: int, request: EditRequest) -> dict[str, Any]:
+    name = str(request.case_id)
     base, now = module.base_scores[name], module.scores[name]
     moments = {"base": base} | ({"final": now} if module.edited else {})
     return {
+        "index": index,
         "case_id": name,
+        "status": "measured",
+        "reason": None,
+        "request": request.content(),
+        "probability": {"before": math.exp(base.rewrite[0])},
         "scores": {moment: asdict(scores) for moment, scores in moments.items()},
         "values": {moment: record_values(scores, base) for moment, scores in moments.items()},
         "texts": {moment: found.texts[name] for moment, found in module.fluency.items() if name in found.texts},
@@ -104,6 +135,7 @@ def _manifest(module: Any) -> dict[str, Any]:
                 "source": model.source,
                 "fingerprint": model.fingerprint,
                 "tokenizer": model.tokenizer_fingerprint,
+                "dtype": str(next(model.model.parameters()).dtype),
                 "device": str(model.device),
             }
             for role, model in models.items()

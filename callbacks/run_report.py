@@ -1,22 +1,30 @@
 """Writes what a run leaves behind, and prints it."""
 
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from rome_pl.drawing import png
 from rome_pl.edit import EditBatch, EditSession, session_of
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
-from rome_pl.figures import CAPTIONS, draw_figures
-from rome_pl.files import whole_file
+from rome_pl.figures import draw_figures
 from rome_pl.html_report import html_report
-from rome_pl.report import edit_table, manifest, note_change, results, score_table, write_json, write_text
+from rome_pl.report import (
+    edit_table,
+    manifest,
+    note_change,
+    results,
+    score_table,
+    settings_of,
+    write_figures,
+    write_json,
+    write_text,
+)
+from rome_pl.samples import Sample, compared, note_continuations
 from rome_pl.score_tables import csv_table, markdown_table
 
 __all__ = ["RunReport"]
@@ -36,15 +44,24 @@ class RunReport(Callback):
         figures: Whether figures and the page are made; they take a second or two at the end.
         formats: Other projects' shapes in which the records are written too, ``easyedit`` to ``easyedit.json`` and
             ``kmeng01`` to ``kmeng01.json``.
+        generations: Most edits of a sequential run whose prompts the model goes on with on the page, before the run and
+            after it.
 
     Raises:
         ValueError: If a format is unknown.
     """
 
-    def __init__(self, largest_table: int = 20, figures: bool = True, formats: list[FormatName] | None = None) -> None:
+    def __init__(
+        self,
+        largest_table: int = 20,
+        figures: bool = True,
+        formats: list[FormatName] | None = None,
+        generations: int = 5,
+    ) -> None:
         if unknown := set(formats or ()) - set(FORMATS):
             raise ValueError(f"formats: expected some of {sorted(FORMATS)}, got {sorted(unknown)}")
         self.largest_table, self.figures, self.formats = largest_table, figures, tuple(formats or ())
+        self.generations = generations if figures else 0
         self._written = False
 
     @override
@@ -52,10 +69,9 @@ class RunReport(Callback):
         self._written = False
         if not trainer.is_global_zero:
             return
-        write_json(
-            Path(trainer.default_root_dir) / "manifest.json",
-            manifest(session_of(pl_module), int(pl_module.hparams["seed"])),
-        )
+        session = session_of(pl_module)
+        write_json(Path(trainer.default_root_dir) / "manifest.json", manifest(session, int(pl_module.hparams["seed"])))
+        note_continuations(session, self.generations, "base")
 
     @override
     def on_train_batch_end(
@@ -93,7 +109,9 @@ class RunReport(Callback):
             write_json(folder / f"{name}.json", FORMATS[name](session))
         if self.figures:
             try:
-                _write_page(folder, module, session, content, records)
+                if not interrupted:
+                    note_continuations(session, self.generations, "final")
+                _write_page(folder, module, session, content, records, compared(session, self.generations))
             except Exception:  # the run is done and its numbers are written: a picture must not cost the saved model
                 log.warning("The figures or report.html could not be made", exc_info=True)
         self._print(session, content, folder)
@@ -115,25 +133,16 @@ class RunReport(Callback):
 
 
 def _write_page(
-    folder: Path, module: LightningModule, session: EditSession, content: dict[str, Any], records: list[dict[str, Any]]
+    folder: Path,
+    module: LightningModule,
+    session: EditSession,
+    content: dict[str, Any],
+    records: list[dict[str, Any]],
+    samples: Sequence[Sample],
 ) -> None:
-    figures = draw_figures(content, records, session.edits, session.changes)
-    pictures = {name: png(figure) for name, figure in figures.items()}
-    for name in CAPTIONS:
-        path = folder / "figures" / f"{name}.png"
-        if name not in pictures:
-            path.unlink(missing_ok=True)  # an earlier run's
-            continue
-        with whole_file(path) as work:
-            work.write_bytes(pictures[name])
+    pictures = write_figures(folder, draw_figures(content, records, session.edits, session.changes))
     about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
-    write_text(folder / "report.html", html_report(content, records, about, _settings(folder, module), pictures))
-
-
-def _settings(folder: Path, module: LightningModule) -> str:
-    """The options of the run: as the command line resolved them, else the module's own."""
-    try:
-        return (folder / "config.yaml").read_text(encoding="utf-8")
-    except OSError:  # no run of the command line
-        own = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
-        return yaml.safe_dump(json.loads(json.dumps(own, default=str)), sort_keys=False, allow_unicode=True)
+    write_text(
+        folder / "report.html",
+        html_report(content, records, about, settings_of(folder, module.hparams), pictures, samples),
+    )

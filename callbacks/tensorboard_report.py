@@ -14,9 +14,8 @@ from rome_pl.edit import Edit, EditBatch, EditSession, edits_of, session_of
 from rome_pl.exports import detailed_records
 from rome_pl.figures import draw_figures
 from rome_pl.metrics import RunningScores
-from rome_pl.metrics.generation import generate
 from rome_pl.report import note_change, results
-from rome_pl.requests import EditRequest
+from rome_pl.samples import Sample, compared, note_continuations
 from rome_pl.stream_figures import LABELLED, loss_curves
 
 __all__ = ["LAYOUT", "TensorBoardReport"]
@@ -49,9 +48,6 @@ WATCHED = {
 }
 """More of them where earlier edits are measured again."""
 
-CONTINUED = 20
-"""Tokens of a sample continuation."""
-
 log = logging.getLogger(__name__)
 
 
@@ -80,7 +76,6 @@ class TensorBoardReport(Callback):
         self._unlogged: dict[int, Edit] = {}
         self._next = 0
         self._undrawn: list[Edit] = []
-        self._continued: list[tuple[EditRequest, str]] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,15 +86,13 @@ class TensorBoardReport(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running, self._undrawn, self._continued = RunningScores(), [], []
+        self._running, self._undrawn = RunningScores(), []
         self._unlogged, self._next = {}, 0
         session = session_of(pl_module)
         for logger in _tensorboards(trainer):
             logger.experiment.add_custom_scalars(_layout(trainer, session))
-        if _tensorboards(trainer) and session.sequential and self.generations > 0:
-            readable = [request for request in session.requests if _leaves_room(session, request)]
-            chosen = readable[: self.generations]
-            self._continued = list(zip(chosen, _continuations(session, chosen), strict=True))
+        if _tensorboards(trainer):
+            note_continuations(session, self.generations, "base")
 
     @override
     def on_train_batch_end(
@@ -142,11 +135,10 @@ class TensorBoardReport(Callback):
 
     def _show_all(self, trainer: Trainer, session: EditSession, content: Mapping[str, Any]) -> None:
         step = len(session.edits)
-        if self._continued:
-            now = _continuations(session, [request for request, _ in self._continued])
-            rows = [(*first, text) for first, text in zip(self._continued, now, strict=True)]
+        note_continuations(session, self.generations, "final")
+        if samples := compared(session, self.generations):
             for logger in _tensorboards(trainer):
-                logger.experiment.add_text("generations", _comparison(rows), step)
+                logger.experiment.add_text("generations", _comparison(samples), step)
         if self.figures:
             records = detailed_records(session, content["records"])
             for name, figure in draw_figures(content, records, session.edits, session.changes).items():
@@ -219,21 +211,10 @@ def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -
     }
 
 
-def _leaves_room(session: EditSession, request: EditRequest) -> bool:
-    encoder = session.language_model.encoder
-    return len(encoder.prompt(request.prompt.rstrip(" ")).ids) < encoder.max_length
-
-
-def _continuations(session: EditSession, requests: Sequence[EditRequest]) -> list[str]:
-    """What the model as it is now continues the bare prompts with, greedily."""
-    prompts = [request.prompt.rstrip(" ") for request in requests]  # a space belongs to the answer's first token
-    return generate(session.language_model, prompts, CONTINUED)
-
-
-def _comparison(rows: Sequence[tuple[EditRequest, str, str]]) -> str:
+def _comparison(samples: Sequence[Sample]) -> str:
     """A table in Markdown of how prompts went on before and go on now."""
     lines = ["| prompt | wanted | unedited model | final model |", "|---|---|---|---|"]
-    for request, before, after in rows:
+    for request, before, after in samples:
         cells = (request.prompt, request.target_new, before, after)
         lines.append(f"| {' | '.join(map(_verbatim, cells))} |")
     return "\n".join(lines)

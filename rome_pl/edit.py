@@ -6,7 +6,7 @@ they see after it; an :class:`EditSession` is what they may look at besides. Non
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -94,7 +94,6 @@ class Edit:
 
     def record(self) -> dict[str, object]:
         """What the ledger and results.json say of this edit, in plain values."""
-        request = {name: value for name, value in asdict(self.request).items() if name not in ("source", "case_id")}
         written = self.written
         return {
             "index": self.index,
@@ -102,7 +101,7 @@ class Edit:
             "status": str(self.status),
             "reason": self.reason,
             "notes": self.notes,
-            "request": request,
+            "request": self.request.content(),
             "probability": {"before": self.before, "after": self.after},
             "num_steps": len(self.steps),
             "loss": self.steps[-1].loss if self.steps else None,
@@ -208,11 +207,11 @@ class EditSession:
         edits: The edits begun so far, those of other devices once their batch is done.
         base_scores: Every valid request's probes before the stream, by name of the edit.
         final_scores: The same after a sequential stream.
-        touched: For each request which of its neighbourhood prompts are about a subject that another request edits; by
-            name of the edit, only where there is one, and only where edits accumulate.
+        touched: By name, which neighbourhood prompts are about a subject that another one edits, where edits add up.
         perplexity: Held-out perplexity, by moment (``base``, ``final``).
         divergence: ``KL(unedited ‖ final)`` of the next token on the same text, in nats; nothing in single mode.
         retention: What the edits so far are worth at points of a sequential stream; see :class:`Retention`.
+        continuations: How the model goes on with prompts, by moment and name of the edit; see :mod:`rome_pl.samples`.
         changes: Norm of the weight's change, relative to the original, by number of edits begun; the reports note it.
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
@@ -235,6 +234,7 @@ class EditSession:
     perplexity: dict[str, float] = field(default_factory=dict)
     divergence: float | None = None
     retention: list[Retention] = field(default_factory=list)
+    continuations: dict[str, dict[str, str]] = field(default_factory=dict)
     changes: dict[int, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None

@@ -189,9 +189,14 @@ def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
 
 
 @styled
-def relation_bars(records: Records) -> Figure | None:
-    """Mean scores by relation, on the final model if there is one, else right after each edit."""
-    scored = [(record, values) for record in records if (values := _latest(record)) is not None]
+def relation_bars(records: Records, moments: Sequence[str] = ("final", "immediate")) -> Figure | None:
+    """Mean scores by relation, of each record at the first of some moments at which it was measured."""
+    measured = [(record, record.get("values", {})) for record in records]
+    scored = [
+        (record, next(values[moment] for moment in moments if moment in values))
+        for record, values in measured
+        if any(moment in values for moment in moments)
+    ]
     panels = _panels([values for _, values in scored])
     groups: dict[str, list[Mapping[str, float]]] = {}
     for record, values in scored:
@@ -227,12 +232,6 @@ def relation_bars(records: Records) -> Figure | None:
 def took(values: Mapping[str, float]) -> bool:
     """Whether a record's scores say that the model gives the new answer: as results.json's ``held`` has it."""
     return values.get("ES", values.get("rewrite_match", 0.0)) == 1.0
-
-
-def _latest(record: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """A record's scores on the final model if there is one, else right after its edit."""
-    values: Mapping[str, Mapping[str, float]] = record.get("values", {})
-    return values.get("final", values.get("immediate"))
 
 
 def _panels(values: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rome_pl.figures import CAPTIONS, PANELS
 from rome_pl.ledger import plain
+from rome_pl.samples import Sample
 from rome_pl.score_tables import COUNTERFACT, MEANINGS, MOMENTS, interval_text, measured_moments, measured_scores
 
 __all__ = ["embedded", "html_report", "remarks"]
@@ -49,8 +50,9 @@ $remarks
 $scores
 </section>
 $figures
-<section id="edits">
-<h2>Edits</h2>
+$samples
+<section id="$table">
+<h2>$table_title</h2>
 <div class="tools" id="tools"><output id="found" for="tools"></output></div>
 <div class="scroll" id="rows"><table></table></div>
 <button type="button" class="more" id="more" hidden>Show more</button>
@@ -72,9 +74,14 @@ $figures
 
 
 def html_report(
-    content: Content, records: Records, manifest: Mapping[str, Any], settings: str, pictures: Mapping[str, bytes]
+    content: Content,
+    records: Records,
+    manifest: Mapping[str, Any],
+    settings: str,
+    pictures: Mapping[str, bytes],
+    samples: Sequence[Sample] = (),
 ) -> str:
-    """The page.
+    """The page of a run of edits, or of an evaluation, whose mode is ``evaluation``.
 
     Args:
         content: What results.json holds.
@@ -82,27 +89,24 @@ def html_report(
         manifest: What manifest.json holds.
         settings: The options of the run, as text.
         pictures: PNG files' contents by the names of :data:`rome_pl.figures.CAPTIONS`.
+        samples: How prompts went on before, and go on now.
     """
     script = _asset("report.js")
-    sections = ["scores", *(["figures"] if pictures else []), "edits", "settings"]
-    model = manifest["model"]
-    facts = [
-        f"{content['mode']} edits",
-        f"layer {manifest['rewrite']['layer']}",
-        str(manifest["rewrite"]["weight"]),
-        f"{model['dtype']} on {model['device']}".replace("torch.", ""),
-        f"seed {manifest['seed']}",
-        *([f"preset {manifest['preset']}"] if manifest.get("preset") else []),
-    ]
+    table = "records" if content["mode"] == "evaluation" else "edits"
+    sections = ["scores", *["figures"] * bool(pictures), *["generations"] * bool(samples), table, "settings"]
+    title = "Evaluation" if table == "records" else "Edits"
     return _PAGE.substitute(
-        title=escape(f"Edits of {model['source']}"),
-        facts=escape(" · ".join(facts)),
+        title=escape(f"{title} of {manifest['model']['source']}"),
+        facts=escape(" · ".join(_facts(content, manifest))),
         css=_asset("report.css"),
         links="".join(f'<li><a href="#{name}">{name.capitalize()}</a></li>' for name in sections),
         tiles="".join(_tiles(content, records)),
         remarks=_remarks_section(remarks(content, records)),
         scores=_score_section(content),
         figures=_figure_section(pictures),
+        samples=_sample_section(samples),
+        table=table,
+        table_title=table.capitalize(),
         settings=escape(settings),
         manifest=escape(json.dumps(plain(manifest), indent=2, ensure_ascii=False)),
         version=escape(str(manifest["versions"].get("rome_pl", ""))),
@@ -110,6 +114,22 @@ def html_report(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _facts(content: Content, manifest: Mapping[str, Any]) -> Iterator[str]:
+    model, rewrite = manifest["model"], manifest.get("rewrite")
+    if rewrite:
+        yield f"{content['mode']} edits"
+        yield f"layer {rewrite['layer']}"
+        yield str(rewrite["weight"])
+    if manifest.get("ledger"):
+        yield f"with the edits of {manifest['ledger']}"
+    if manifest.get("base"):
+        yield f"edited from {manifest['base']['source']}"
+    yield f"{model['dtype']} on {model['device']}".replace("torch.", "")
+    yield f"seed {manifest['seed']}"
+    if manifest.get("preset"):
+        yield f"preset {manifest['preset']}"
 
 
 def embedded(value: Any) -> str:
@@ -121,9 +141,9 @@ def embedded(value: Any) -> str:
 def remarks(content: Content, records: Records) -> list[str]:
     """What a reader of the scores has to know, worst first."""
     found = []
-    if content["interrupted"]:
+    if content.get("interrupted"):
         found.append("The run ended before its last edit: scores right after an edit are those of the edits reached.")
-    failed = [check for check in content["state_checks"] if check["failures"]]
+    failed = [check for check in content.get("state_checks", ()) if check["failures"]]
     if failed:
         places = _some([str(check["edits"]) for check in failed])
         found.append(
@@ -133,7 +153,7 @@ def remarks(content: Content, records: Records) -> list[str]:
     if lost:
         found.append(f"Edits that had taken and are lost on the final model: {len(lost)} ({_some(lost)}).")
     for name in ("rejected", "skipped", "rolled_back"):
-        if content[f"n_{name}"]:
+        if content.get(f"n_{name}"):
             verdict = name.replace("_", " ").capitalize()
             number, asked = content[f"n_{name}"], content["n_requested"]
             found.append(
@@ -161,14 +181,19 @@ def _asset(name: str) -> str:
 
 
 def _tiles(content: Content, records: Records) -> Iterator[str]:
-    moment = "final" if content["final"] is not None else "immediate"
-    yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}")
+    moment = measured_moments(content)[-1]
+    if "n_applied" in content:
+        yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}")
+    else:
+        measured = content["n_requested"] - content["n_skipped"]
+        edits = f"{content['n_edits']} edits in the model" if content["n_edits"] else ""
+        yield _tile("Records measured", f"{measured} of {content['n_requested']}", edits)
     for names, subject in PANELS:
         score = next((name for name in names if content[moment][name]["value"] is not None), None)
         if score is not None:
             entry = content[moment][score]
             base = content["base"][score]["value"]
-            note = f"{subject}; unedited {100 * base:.1f}" if base is not None else subject
+            note = f"{subject}; unedited {100 * base:.1f}" if base is not None and moment != "base" else subject
             yield _tile(f"{score}, %", f"{100 * entry['value']:.1f}", note)
     lost = [record["lost"] for record in records if record.get("lost") is not None]
     if lost:
@@ -176,11 +201,13 @@ def _tiles(content: Content, records: Records) -> Iterator[str]:
     before, after = content["perplexity"]["base"], content["perplexity"]["final"]
     if after is not None:
         yield _tile("Perplexity", f"{after:.4g}", f"unedited {before:.4g}" if before is not None else "")
+    elif before is not None and moment == "base":
+        yield _tile("Perplexity", f"{before:.4g}", "of held-out text")
     if content["divergence"] is not None:
         yield _tile("KL to unedited", f"{content['divergence']:.2g}", "nats per token of held-out text")
-    if content["weight_change"]:
+    if content.get("weight_change"):
         yield _tile("Weight change", f"{content['weight_change']:.2g}", "of the weight's norm")
-    if content["seconds_per_edit"] is not None:
+    if content.get("seconds_per_edit") is not None:
         yield _tile("Time of an edit", f"{content['seconds_per_edit']:.2g} s", "measuring included")
 
 
@@ -238,6 +265,21 @@ def _figure_section(pictures: Mapping[str, bytes]) -> str:
     return f'<section id="figures"><h2>Figures</h2>{shown}</section>'
 
 
+def _sample_section(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in (one.prompt, one.target_new, before, after))}</tr>"
+        for one, before, after in samples
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", "wanted", "unedited model", "final model"))
+    return (
+        '<section id="generations"><h2>Generations</h2><div class="scroll"><table class="texts"><thead>'
+        f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        '<p class="note">How the model goes on with the prompts of the first edits, greedily.</p></section>'
+    )
+
+
 def _size(picture: bytes) -> str:
     """Width and height out of a PNG file's head: the page knows its length before the pictures are decoded."""
     width, height = struct.unpack(">II", picture[16:24])
@@ -245,7 +287,7 @@ def _size(picture: bytes) -> str:
 
 
 def _table_data(content: Content, records: Records) -> dict[str, Any]:
-    moment = "final" if content["final"] is not None else "immediate"
+    moment = measured_moments(content)[-1]
     panels = [[name for name in names if content[moment][name]["n"]] for names, _ in PANELS]
     return {
         "moments": MOMENTS,
@@ -277,7 +319,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "before": _rounded(probability.get("before")),
         "after": _rounded(probability.get("after")),
         "final": _rounded(math.exp(final["rewrite"][0])) if final else None,
-        "now": _all_rounded(values.get("final", values.get("immediate", {}))),
+        "now": _all_rounded(next((values[moment] for moment in reversed(MOMENTS) if moment in values), {})),
         "values": {moment: _all_rounded(found) for moment, found in values.items()},
         "more": {
             "record": record["case_id"],

@@ -4,16 +4,19 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from rome_pl.drawing import Figure, png
 from rome_pl.edit import Edit, EditSession, EditStatus, Retention
+from rome_pl.figures import CAPTIONS
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
@@ -29,6 +32,8 @@ __all__ = [
     "prefers",
     "results",
     "score_table",
+    "settings_of",
+    "write_figures",
     "write_json",
     "write_text",
 ]
@@ -101,6 +106,32 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; characters that UTF-8 cannot hold (lone surrogates) become ``?``."""
     with whole_file(path) as work:
         work.write_text(text, encoding="utf-8", errors="replace", newline="")
+
+
+def write_figures(folder: Path, figures: Mapping[str, Figure]) -> dict[str, bytes]:
+    """Write the pictures of a run below its folder, and remove those that an earlier run left there.
+
+    Returns:
+        Their contents by name.
+    """
+    pictures = {name: png(figure) for name, figure in figures.items()}
+    for name in CAPTIONS:
+        path = folder / "figures" / f"{name}.png"
+        if name not in pictures:
+            path.unlink(missing_ok=True)
+            continue
+        with whole_file(path) as work:
+            work.write_bytes(pictures[name])
+    return pictures
+
+
+def settings_of(folder: Path, hparams: Mapping[str, Any]) -> str:
+    """The options of a run: as the command line resolved them, else the module's own."""
+    try:
+        return (folder / "config.yaml").read_text(encoding="utf-8")
+    except OSError:  # no run of the command line
+        own = {name: value for name, value in hparams.items() if not name.startswith("_")}
+        return yaml.safe_dump(json.loads(json.dumps(own, default=str)), sort_keys=False, allow_unicode=True)
 
 
 def note_change(session: EditSession) -> float:

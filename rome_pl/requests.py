@@ -5,7 +5,7 @@ Nothing here knows tokens, tensors or files. Braces in any text are plain text; 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rome_pl.errors import RomeError
@@ -115,6 +115,10 @@ class EditRequest:
         if self.target_space is not None and not isinstance(self.target_space, bool):
             raise self.error("target_space", f"expected true, false or nothing, got {self.target_space!r}")
         object.__setattr__(self, "subject_span", self._resolve_span())
+
+    def content(self) -> dict[str, Any]:
+        """What it asks for and is measured on, in plain values; without its number and where it was read."""
+        return {name: value for name, value in asdict(self).items() if name not in ("source", "case_id")}
 
     @property
     def span(self) -> tuple[int, int]:

@@ -374,3 +374,48 @@ def test_two_processes_find_what_one_finds(work, tmp_path, monkeypatch):
         assert entry["n"] == one["base"][name]["n"]
         if entry["n"]:
             assert entry["value"] == pytest.approx(one["base"][name]["value"], rel=1e-9, abs=1e-12), name
+
+
+# ---- the page
+
+
+def page_of(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    return text, json.loads(data)
+
+
+def test_an_unedited_model_has_a_page_and_tables(arguments, tmp_path, work):
+    records = [record | {"relation": f"P{index}"} for index, record in enumerate(RECORDS)]
+    path = write(tmp_path / "records.json", [*records, {"prompt": "No subject here", "subject": "Korrin"}])
+    assert main(arguments(data__path=path)) == 3  # one is skipped
+    folder = tmp_path / "run"
+    text, data = page_of(folder)
+    assert "<h1>Evaluation of" in text
+    assert "<dt>Records measured</dt><dd>3 of 4<" in text
+    assert 'id="figure-relations"' in text
+    assert "<h2>Records</h2>" in text
+    assert (folder / "figures" / "relations.png").stat().st_size > 1000
+    assert [row["status"] for row in data["records"]] == ["measured"] * 3
+    assert data["records"][0]["prompt"] == RECORDS[0]["prompt"]
+    content = read(folder)
+    shown = data["records"][0]["now"]["PM"]
+    assert shown == pytest.approx(lines(folder)[0]["values"]["base"]["PM"], rel=1e-5)
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert f"| {100 * content['base']['ES']['value']:.1f} [" in table
+    assert "unedited" in table
+    assert (folder / "table.csv").read_text(encoding="utf-8").startswith("score,moment,value")
+
+
+def test_the_page_of_a_ledger_shows_both_models(arguments, tmp_path, work):
+    assert main(arguments(model__ledger=work / "run")) == 0
+    text, data = page_of(tmp_path / "run")
+    assert "edits in the model" in text
+    assert "with the edits of" in text
+    assert set(data["records"][0]["values"]) == {"base", "final"}
+
+
+def test_without_figures_there_is_no_page(arguments, tmp_path):
+    assert main(arguments(evaluation_report__figures=False)) == 0
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "table.md").exists()

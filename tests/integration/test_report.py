@@ -226,9 +226,12 @@ def test_tensorboard_has_continuations_before_and_after(family, folder):
     for line, record in zip(lines[2:], RECORDS, strict=False):
         cells = [html.unescape(cell) for cell in line.removeprefix("| ").removesuffix(" |").split(" | ")]
         assert cells[:2] == [record["prompt"], record["target_new"]]
+        page = (target / "report.html").read_text(encoding="utf-8")
         for model, cell in ((tiny_language_model(family), cells[2]), (language_model, cells[3])):
-            plain = " ".join(continue_plainly(model, record["prompt"], 20).split())
+            text = continue_plainly(model, record["prompt"], 20)
+            plain = " ".join(text.split())
             assert cell == "".join(char if char.isprintable() else "\ufffd" for char in plain)
+            assert f"<td>{html.escape(text)}</td>" in page
 
 
 def test_edits_out_of_order_are_logged_in_order(folder):

@@ -58,6 +58,26 @@ def made(requests=None, invalid=(), pictures=False, **options):
     return html_report(content, records, about, SETTINGS, {name: png(figure) for name, figure in figures.items()})
 
 
+SAMPLES = [
+    (made_request(index, prompt=text, subject="Korrin", target_new="</td>"), f"before {text}", f"after {text}")
+    for index, text in enumerate(text for text in NASTY if "Korrin" in text)
+]
+
+
+def test_generations_before_and_after_stand_side_by_side():
+    session = made_session([made_request(0)])
+    content = results(session, [])
+    page = Page(
+        html_report(content, detailed_records(session, content["records"]), manifest(session, 0), "", {}, SAMPLES)
+    )
+    assert page.open == []
+    assert "generations" in [attributes["id"] for attributes in page.named("section")]
+    assert "#generations" in [attributes["href"] for attributes in page.named("a")]
+    for request, before, after in SAMPLES:
+        for shown in (request.prompt, request.target_new, before, after):
+            assert shown in page.texts["generations"]
+
+
 def data_of(page):
     return json.loads(page.texts["data"])
 
