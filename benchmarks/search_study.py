@@ -19,12 +19,18 @@ TWENTY, TEN, FOUR, TWO = ([[5, n], [10, n]] for n in (10, 5, 2, 1))
 
 def adam(**options: Any) -> dict[str, Any]:
     """Adam as published."""
-    return {"optimizer": {"class_path": ADAM}, "v_lr": 0.5, **options}
+    return {
+        "optimizer": {"class_path": ADAM},
+        "v_lr": 0.5,
+        "contexts_per_step": None,
+        "stop_probability": 0.9,
+    } | options
 
 
 def polyak(target: float = 0.95, **options: Any) -> dict[str, Any]:
     """Polyak's step."""
-    return {"optimizer": {"class_path": POLYAK, "init_args": {"target_probability": target}}, "v_lr": 1.0, **options}
+    chosen = {"v_lr": 1.0, "contexts_per_step": None, "stop_probability": 0.9} | options
+    return {"optimizer": {"class_path": POLYAK, "init_args": {"target_probability": target}}, **chosen}
 
 
 def contexts(params: list[list[int]], **options: Any) -> dict[str, Any]:
@@ -35,7 +41,8 @@ def contexts(params: list[list[int]], **options: Any) -> dict[str, Any]:
 PUBLISHED = {"preset": "rome", "clamp_norm_factor": 4.0, "stop_probability": 1.0}
 
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "shipped: Polyak, 5 contexts, p > 0.9": {},
+    "shipped": {},
+    "Polyak, 5 contexts, p > 0.9": contexts(FOUR, **polyak()),
     "Polyak, 5 contexts, p > 0.98": contexts(FOUR, **polyak(0.99, stop_probability=0.98)),
     "Polyak, 5 contexts, p > 0.98, preset rome": contexts(FOUR, **polyak(0.99, stop_probability=0.98, preset="rome")),
     "Polyak, 5 contexts, p > 0.95": contexts(FOUR, **polyak(0.98, stop_probability=0.95)),
@@ -55,6 +62,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     ),
     "Polyak, 21 contexts, 1 + 2 a step, p > 0.98, preset rome": contexts(
         TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=2, preset="rome")
+    ),
+    "Polyak, 21 contexts, 1 + 3 a step, p > 0.98": contexts(
+        TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=3)
+    ),
+    "Polyak, 21 contexts, 1 + 4 a step, p > 0.99": contexts(
+        TWENTY, **polyak(0.995, stop_probability=0.99, contexts_per_step=4)
     ),
     "Polyak, 21 contexts, 1 + 4 a step, p > 0.98": contexts(
         TWENTY, **polyak(0.99, stop_probability=0.98, contexts_per_step=4)

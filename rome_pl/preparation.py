@@ -143,7 +143,7 @@ def check_joint_solve(session: EditSession, size: int) -> None:
 
 
 def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> dict[str, tuple[bool, ...]]:
-    """Which neighbourhood prompts name a subject that another request of the stream edits, by name of the edit.
+    """Which neighbourhood prompts that are measured name a subject that another request edits, by name of the edit.
 
     Args:
         requests: The requests whose prompts are looked at.
@@ -151,6 +151,8 @@ def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> d
     """
     found: dict[str, tuple[bool, ...]] = {}
     for request in requests:
+        if request.target_true is None:  # nothing to measure after its neighbours
+            continue
         others = subjects - {request.subject}
         marks = tuple(
             any(subject in prompt and _names(prompt, subject) for subject in others) for prompt in request.neighbours

@@ -8,7 +8,7 @@ record counts, whatever became of its edit; one that lacks the prompts for a sco
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Pairs = Sequence[tuple[float, float]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ def _pairs(kind: str) -> Callable[[ProbeScores], Pairs]:
             return [] if true is None else [(new, true)]
         if kind == "paraphrases":
             return scores.paraphrases
-        touched = scores.touched or (False,) * len(scores.neighbours)
-        return [pair for pair, was in zip(scores.neighbours, touched, strict=True) if was == (kind == "touched")]
+        return _neighbours(scores, scores.neighbours, kind == "touched")
 
     return of
+
+
+def _neighbours(scores: ProbeScores, measured: Sequence[T], touched: bool = False) -> list[T]:
+    """What was measured after neighbourhood prompts whose own subject was edited too, or after the others."""
+    flags = scores.touched if scores.touched and measured else (False,) * len(measured)
+    return [found for found, was in zip(measured, flags, strict=True) if was == touched]
 
 
 def _preferred(kind: str, sign: int) -> Score:
@@ -76,10 +82,13 @@ def _margin(kind: str, sign: int) -> Score:
 
 
 def _answers(kind: str, of: Callable[[Answer], float], rate: bool) -> Score:
-    return Score(
-        lambda scores, _: _mean(_broken(answer.log_prob) or of(answer) for answer in scores.answers.get(kind, ())),
-        rate,
-    )
+    def mean(scores: ProbeScores, _: ProbeScores | None) -> float | None:
+        answers: Sequence[Answer] = scores.answers.get(kind, ())
+        if kind == "neighbour":
+            answers = _neighbours(scores, answers)
+        return _mean(_broken(answer.log_prob) or of(answer) for answer in answers)
+
+    return Score(mean, rate)
 
 
 def _accuracy(kind: str) -> Score:

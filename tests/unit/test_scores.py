@@ -19,6 +19,7 @@ from rome_pl.metrics import (
 from rome_pl.metrics.intervals import bootstrap_interval, entry, harmonic_mean
 from rome_pl.metrics.probes import measure_answers
 from rome_pl.metrics.scores import record_values
+from rome_pl.preparation import touched_neighbours
 from rome_pl.requests import EditRequest
 from tests.tiny import KeepFloat64, tiny_language_model
 
@@ -50,7 +51,7 @@ BY_HAND = {
     "NS": 0.5, "NM": (0.25 - 0.375) / 2, "NS_touched": 1.0,
     "rewrite_acc": 1.0, "rewrite_match": 1.0,
     "rephrase_acc": 0.75, "rephrase_match": 0.5,
-    "neighbour_acc": 0.5, "neighbour_match": 1 / 3,
+    "neighbour_acc": 0.75, "neighbour_match": 0.5,
     "locality_acc": 0.25, "locality_match": 0.0, "locality": 0.75,
     "portability_acc": 0.5, "portability_match": 0.0,
 }  # fmt: skip
@@ -104,6 +105,21 @@ def test_touched_neighbours_are_counted_apart():
     assert of[True, False] == {"NS": 0.0, "NM": -0.25, "NS_touched": 1.0}
     assert of[False, True] == {"NS": 1.0, "NM": 0.25, "NS_touched": 0.0}
     assert of[True, True] == {"NS_touched": 0.5}
+
+
+def test_a_request_without_a_true_target_has_no_touched_neighbours():
+    def request(name, true):
+        return EditRequest(
+            prompt=f"{name} stands in", subject=name, target_new="Oslo", target_true=true, case_id=name,
+            neighbours=["The mill of Dunholt stands in", "Ostrava lies in"],
+        )  # fmt: skip
+
+    requests = [request("Korrin", None), request("Dunholt", "Lima"), request("Tamsel", "Lima")]
+    subjects = {one.subject for one in requests}
+    assert touched_neighbours(requests, subjects) == {"Tamsel": (True, False)}
+    for one, scores in zip(requests, probe_scores(tiny_language_model("llama"), requests), strict=True):
+        marked = replace(scores, touched=touched_neighbours(requests, subjects).get(one.subject, ()))
+        assert ("NS_touched" in record_values(marked)) == (one.subject == "Tamsel")
 
 
 @pytest.mark.parametrize(
