@@ -191,6 +191,7 @@ class RomeModule(LightningModule):
             perplexity={},
             divergence=None,
             retention=[],
+            continuations={},
             changes={},
             state_checks=[],
             ledger=None,
