@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import BATCH, request_loader
-from rome_pl.edit import EditBatch, EditSession, session_of
+from rome_pl.edit import EditBatch
 from rome_pl.edit_module import RomeModule
 from rome_pl.flops import count_flops
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
@@ -25,6 +25,7 @@ from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import library_versions
+from rome_pl.session import EditSession, session_of
 
 ADAM = "torch.optim.Adam"
 POLYAK = "rome_pl.PolyakStep"

@@ -18,11 +18,12 @@ from rome_pl.callbacks import default_callbacks
 from rome_pl.convergence import agreement_of_halves, probe_keys
 from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditStatus, session_of
+from rome_pl.edit import EditStatus
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.moment_pass import PassOptions
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import SecondMoment
+from rome_pl.session import session_of
 from rome_pl.statistics import compute
 
 MULTIPLES = (10, 30, 100)

@@ -31,12 +31,13 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import Edit, EditBatch, edits_of, session_of
+from rome_pl.edit import Edit, EditBatch, edits_of
 from rome_pl.edit_module import RomeModule
 from rome_pl.language_model import LanguageModel
 from rome_pl.objective import ValueObjective, edit_rows
 from rome_pl.prefix import run_prefix
 from rome_pl.requests import EditRequest
+from rome_pl.session import session_of
 from rome_pl.value_search import SearchOptions, ValueSearch
 
 

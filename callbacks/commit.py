@@ -7,8 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.distributed import gather
-from rome_pl.edit import EditBatch, EditSession, EditStatus, edits_of, session_of
+from rome_pl.edit import EditBatch, EditStatus, edits_of
 from rome_pl.ledger import Ledger
+from rome_pl.resume import check_model
+from rome_pl.session import EditSession, session_of
 
 __all__ = ["EditCommit"]
 
@@ -20,15 +22,20 @@ class EditCommit(Callback):
 
     Args:
         ledger: Whether to keep a ledger, in ``ledger/`` under the Trainer's ``default_root_dir``.
+        resume: Whether a ledger that is there already is gone on with: what it holds is taken over and not edited
+            again, and the weights become bit for bit what they were. The stream and the settings have to be the same.
     """
 
-    def __init__(self, ledger: bool = False) -> None:
-        self.ledger = ledger
+    def __init__(self, ledger: bool = False, resume: bool = False) -> None:
+        self.ledger, self.resume = ledger, resume
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ledger and trainer.is_global_zero:
-            session_of(pl_module).ledger = Ledger(Path(trainer.default_root_dir) / "ledger")
+            session, run = session_of(pl_module), Path(trainer.default_root_dir)
+            session.ledger = Ledger(run / "ledger", self.resume)
+            if session.ledger.resuming:
+                check_model(run, session.language_model)
 
     @override
     def on_train_batch_end(
@@ -52,7 +59,7 @@ class EditCommit(Callback):
             session.ledger.append_batch(
                 [
                     (
-                        edit.record() | {"status": str(verdict), "layer": session.weight.site.layer},
+                        edit.line() | {"status": str(verdict), "layer": session.weight.site.layer},
                         edit.written if verdict is EditStatus.APPLIED else None,
                     )
                     for edit, verdict in zip(edits, verdicts, strict=True)
@@ -64,11 +71,21 @@ class EditCommit(Callback):
             edit.status = verdict
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _close(session_of(pl_module))
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         session = getattr(pl_module, "session", None)
         if not isinstance(session, EditSession):
             return
+        _close(session)
         for edit in session.edits:
             if edit.status is EditStatus.PENDING:
                 edit.decide(EditStatus.SKIPPED, f"the run ended during this edit ({type(exception).__name__})")
                 edit.scores.clear()
+
+
+def _close(session: EditSession) -> None:
+    if session.ledger is not None:
+        session.ledger.close()

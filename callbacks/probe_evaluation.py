@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.distributed import gather
-from rome_pl.edit import EditBatch, EditSession, edits_of, session_of
+from rome_pl.edit import EditBatch, edits_of
 from rome_pl.evaluation import KnownScores
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
+from rome_pl.session import EditSession, session_of
 from rome_pl.stream import MEASURED_TOGETHER
 
 __all__ = ["ProbeEvaluation"]
@@ -59,9 +60,12 @@ class ProbeEvaluation(Callback):
     ) -> None:
         session = session_of(pl_module)
         edits = [edit for edit in edits_of(outputs) if edit.name in session.base_scores]  # the others are no requests
+        for edit in edits:
+            edit.scores["base"] = session.base_scores[edit.name]
+        edits = [edit for edit in edits if edit.recorded is None]  # the others were measured when they were made
         started = time.perf_counter()
         for edit in edits:
-            edit.scores["base"] = edit.scores["immediate"] = session.base_scores[edit.name]
+            edit.scores["immediate"] = session.base_scores[edit.name]
         # In single mode an edit that is not in force leaves the model as it was; no need to measure again.
         changed = [edit for edit in edits if (session.sequential and session.weight.written) or session.in_force(edit)]
         if changed:

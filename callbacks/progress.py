@@ -7,8 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
-from rome_pl.edit import EditBatch, session_of
+from rome_pl.edit import EditBatch
 from rome_pl.moment_pass import MomentPass
+from rome_pl.session import session_of
 
 __all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar"]
 

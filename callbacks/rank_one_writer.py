@@ -6,7 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import EditBatch, EditStatus, edits_of, session_of
+from rome_pl.edit import EditBatch, EditStatus, edits_of
+from rome_pl.session import session_of
 
 __all__ = ["RankOneWriter"]
 

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditBatch, EditSession, EditStatus, session_of
+from rome_pl.edit import Edit, EditBatch, EditStatus
 from rome_pl.metrics.probes import TargetMeasure
+from rome_pl.session import EditSession, session_of
 
 __all__ = ["RepresentationCheck"]
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from rome_pl.edit import EditBatch, EditSession, session_of
+from rome_pl.edit import EditBatch
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
 from rome_pl.figures import draw_figures
 from rome_pl.html_report import html_report
@@ -26,6 +26,7 @@ from rome_pl.report import (
 )
 from rome_pl.samples import Sample, compared, note_continuations
 from rome_pl.score_tables import csv_table, markdown_table
+from rome_pl.session import EditSession, session_of
 
 __all__ = ["RunReport"]
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditBatch, EditSession, EditStatus, edits_of, session_of
+from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
 from rome_pl.metrics.probes import next_tokens
+from rome_pl.session import EditSession, session_of
 
 __all__ = ["CANARIES", "StateCheck"]
 

@@ -10,12 +10,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from rome_pl.drawing import Figure, png
-from rome_pl.edit import Edit, EditBatch, EditSession, edits_of, session_of
+from rome_pl.edit import Edit, EditBatch, edits_of
 from rome_pl.exports import detailed_records
 from rome_pl.figures import draw_figures
 from rome_pl.metrics import RunningScores
 from rome_pl.report import note_change, results
 from rome_pl.samples import Sample, compared, note_continuations
+from rome_pl.session import EditSession, session_of
 from rome_pl.stream_figures import LABELLED, loss_curves
 
 __all__ = ["LAYOUT", "TensorBoardReport"]
@@ -158,6 +159,8 @@ class TensorBoardReport(Callback):
             if "immediate" in edit.scores:
                 self._running.update(edit.scores["immediate"], edit.scores.get("base"))
             scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
+            if edit.recorded is not None:  # the run that made it has logged it
+                continue
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=edit.index)
             if edit.steps and edit.index < self.pictures:

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from rome_pl.edit import EditSession
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.requests import EditRequest
 from rome_pl.sampling import sample_requests
+from rome_pl.session import EditSession
 from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, as_it_is, retention_loader
 
 __all__ = ["RequestDataModule", "request_loader"]

@@ -1,4 +1,4 @@
-"""The command line: Lightning's CLI with one verb per task."""
+"""The command line: Lightning's CLI with one verb per task, and plain verbs on the ledger of a run."""
 
 import logging
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -30,12 +31,13 @@ from rome_pl.callbacks import (
     TensorBoardReport,
     Verification,
 )
+from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
-from rome_pl.trainer import BAD_CONFIGURATION, RomeTrainer
+from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
 
@@ -148,6 +150,12 @@ class RomeCLI(LightningCLI):
         """The configuration, not a checkpoint, is the source of options."""
 
     @override
+    def before_instantiate_classes(self) -> None:
+        """A run that is resumed by its path goes on in its own folder."""
+        if (resume := self._get(self.config, "resume", default=None)) not in (None, "auto"):
+            self.config[self.subcommand]["trainer"]["default_root_dir"] = resume
+
+    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -181,7 +189,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _quieten()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    given = list(sys.argv[1:] if args is None else args)
     try:
+        if given and given[0] in COMMANDS:
+            auto_cli(COMMANDS[given[0]], args=given[1:], prog=f"rome-pl {given[0]}", as_positional=False)
+            return APPLIED
         cli = RomeCLI(
             model_class=RomeModule,
             datamodule_class=RequestDataModule,
@@ -191,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> int:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=_normalised(sys.argv[1:] if args is None else args),
+            args=_normalised(given),
         )
     except (RomeError, OSError) as error:
         print(f"rome-pl: {error}", file=sys.stderr)
@@ -219,7 +231,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-_FLAGS = {"--dry_run": "--dry_run", "--dry-run": "--dry_run", "--overwrite": "--overwrite", "--list": "--list"}
+_SWITCHES = ("--dry_run", "--overwrite", "--list", "--force")
 
 
 def _normalised(args: Sequence[str]) -> list[str]:
@@ -228,8 +240,9 @@ def _normalised(args: Sequence[str]) -> list[str]:
     previous = ""
     for argument, following in zip(args, [*args[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
-        if flag in _FLAGS and not equals and following not in ("true", "false"):
-            argument = f"{_FLAGS[flag]}=true"
+        switch = flag.replace("-", "_").replace("__", "--", 1)
+        if switch in _SWITCHES and not equals and following not in ("true", "false"):
+            argument = f"{switch}=true"
         elif flag in ("--config", "-c") and equals:
             argument = f"{flag}={_config_path(value)}"
         elif previous in ("--config", "-c"):

@@ -18,7 +18,7 @@ from rome_pl.architecture import find_site
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
 from rome_pl.distributed import independent_gradients, leave_to_each_process, one_after_the_other
-from rome_pl.edit import Edit, EditBatch, EditError, EditSession, EditStatus
+from rome_pl.edit import Edit, EditBatch, EditError, EditStatus
 from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.errors import OptionError
 from rome_pl.flops import count_flops
@@ -30,6 +30,8 @@ from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_joint_solve, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.resume import take_over
+from rome_pl.session import EditSession
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
@@ -231,6 +233,8 @@ class RomeModule(LightningModule):
         edits = [Edit(index=self._indices[str(request.case_id)], request=request) for request in requests]
         session.edits += edits
         made = EditBatch(edits)
+        if take_over(session, edits):
+            return made
         started = time.perf_counter()
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
@@ -261,7 +265,7 @@ class RomeModule(LightningModule):
         if edits:
             with self._counting(session), frozen(session.language_model.model):
                 self._optimise(batch, places, edits)
-            if session.flops_per_edit is None and not self.hparams["compile"]:
+            if session.flops_per_edit is None and self._counted:
                 session.flops_per_edit = self._counted / len(edits)
             loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
             probability = sum(edit.steps[-1].probability for edit in edits) / len(edits)
@@ -314,7 +318,9 @@ class RomeModule(LightningModule):
     @contextmanager
     def _counting(self, session: EditSession) -> Iterator[None]:
         """Count operations, on the first batch only: counting slows a step, and cannot look into compiled code."""
-        if session.flops_per_edit is not None or self.hparams["compile"]:
+        # It also takes other kernels, and so other last bits: in a run that is gone on with, the first was counted.
+        taken_over = any(edit.recorded is not None and edit.steps for edit in session.edits)
+        if session.flops_per_edit is not None or self.hparams["compile"] or taken_over:
             yield
             return
         with count_flops() as counted:

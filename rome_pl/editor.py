@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, Trainer
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import Edit, EditStatus, session_of
+from rome_pl.edit import Edit, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.metrics.probes import measure_target
 from rome_pl.requests import EditRequest
+from rome_pl.session import session_of
 
 __all__ = ["EditOutcome", "EditRejectedError", "KnowledgeEditor", "Measured"]
 

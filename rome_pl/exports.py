@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from rome_pl.edit import Edit, EditSession
+from rome_pl.edit import Edit
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores
 from rome_pl.metrics.scores import record_values
 from rome_pl.report import prefers
 from rome_pl.requests import EditRequest, Probe
+from rome_pl.session import EditSession
 
 __all__ = ["FORMATS", "FormatName", "detailed_records", "easyedit_cases", "kmeng01_cases", "write_lines"]
 

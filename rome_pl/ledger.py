@@ -2,22 +2,91 @@
 
 Each applied edit leaves one safetensors shard (keys, value, factors of the update), written to a temporary name,
 synced and renamed; then one line of JSON is appended and synced, and that line is the commit. A record is complete or
-absent. A later line about the same edit changes its status.
+absent; lines that belong together count themselves, and are all there or none is. A later line about the same edit
+changes what an earlier one says.
+
+A run that goes on with a ledger makes its decisions again, from what the ledger holds of each edit. Until it is past
+the last line it writes nothing, and what it decides has to be what the lines say.
 """
 
+import itertools
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from rome_pl.errors import RomeError
 from rome_pl.files import whole_file
 from rome_pl.weights import Written
 
-__all__ = ["Ledger", "plain"]
+__all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
+
+log = logging.getLogger(__name__)
+
+
+class LedgerError(RomeError):
+    """A ledger that is missing, damaged, in use, or of another model."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A complete line of a ledger.
+
+    Args:
+        start: Where it begins in the file, in bytes.
+        end: Where the next one begins.
+        record: What it says.
+    """
+
+    start: int
+    end: int
+    record: dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The complete lines of a ledger; what a killed run has left half written at the end is left out, and said.
+
+    Raises:
+        LedgerError: If a line before the end is damaged.
+    """
+    content, lines, start = path.read_bytes(), list[Line](), 0
+    while start < len(content):
+        end = content.find(b"\n", start) + 1
+        # Texts may hold characters that splitlines() takes for the end of a line.
+        try:
+            record = json.loads(content[start : end or None].decode("utf-8"))
+            record["case_id"], record["status"]
+        except (ValueError, KeyError, TypeError) as error:
+            if end in (0, len(content)):
+                break
+            raise LedgerError(f"{path}, line {len(lines) + 1}: damaged ({error})") from error
+        if not end:
+            break
+        lines.append(Line(start, end, record))
+        start = end
+    lines = _without_half_a_write(lines)
+    if dropped := len(content) - (lines[-1].end if lines else 0):
+        log.warning("%s: the last %d bytes are no complete record and are left out", path, dropped)
+    return lines
+
+
+def _without_half_a_write(lines: list[Line]) -> list[Line]:
+    """The lines without those at the end that were to be written together with others."""
+    place, count = (lines[-1].record.get("together") if lines else None) or (0, 0)
+    return lines[: len(lines) - place] if place < count else lines
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock that a run holds on its ledger's folder; the operating system frees it if the run is killed."""
+    return FileLock(folder / ".lock")
 
 
 def plain(value: Any) -> Any:
@@ -36,12 +105,42 @@ class Ledger:
 
     Args:
         folder: Holds ``edits.jsonl`` and ``shards/``; created if missing.
+        resume: Whether to go on with what is there. A half written end is cut off.
+
+    Raises:
+        LedgerError: If another run writes there, or a line is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume: bool = False) -> None:
         self.folder = folder
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-        self._lines = folder / "edits.jsonl"
+        self._lock = lock_of(folder)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise LedgerError(f"{folder}: another run writes to this ledger; wait for it to end") from error
+        self._path = folder / "edits.jsonl"
+        self._ahead: deque[Line] = deque()
+        if resume and self._path.exists():
+            try:
+                self._ahead.extend(read_lines(self._path))
+            except LedgerError:
+                self.close()
+                raise
+            self._cut(self._ahead[-1].end if self._ahead else 0)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self._lock.release()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether lines of an earlier run are still ahead."""
+        return bool(self._ahead)
+
+    def ahead(self, count: int) -> list[dict[str, Any]]:
+        """What the next lines of an earlier run say, at most so many."""
+        return [line.record for line in list(self._ahead)[:count]]
 
     def append(self, record: Mapping[str, Any], written: Written | None = None) -> None:
         """Append one record; see :meth:`append_batch`."""
@@ -52,11 +151,16 @@ class Ledger:
 
         Args:
             records: Plain values, and keys, value and factors; ``index`` names the shard.
-            joint: Whether their writes were solved together. Each line then names the others under ``joint``, and a
-                line whose companions are missing is no complete record.
+            joint: Whether their writes were solved together. Each line then names the others under ``joint``.
+
+        Raises:
+            LedgerError: If an earlier run had decided otherwise at this place.
         """
+        if self._ahead:
+            self._confirm(record for record, _ in records)
+            return
         indices = [record["index"] for record, written in records if written is not None]
-        text = ""
+        lines = []
         for record, written in records:
             line = dict(record)
             if written is not None:
@@ -64,10 +168,60 @@ class Ledger:
                 self._write_shard(self.folder / "shards" / line["shard"], written)
                 if joint and len(indices) > 1:
                     line["joint"] = indices
-            text += json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n"
-        with self._lines.open("a", encoding="utf-8") as file:
+            lines.append(line)
+        self._write(lines)
+
+    def amend(
+        self, verdicts: Sequence[tuple[Mapping[str, Any], str]], writes: Sequence[tuple[Written, Sequence[Any]]]
+    ) -> None:
+        """Append what has become of edits after the run: new verdicts, and writes that were solved anew.
+
+        Args:
+            verdicts: Records of edits, each with its new status.
+            writes: Writes, each with the records of its edits.
+        """
+        lines: list[dict[str, Any]] = [
+            {"index": record["index"], "case_id": record["case_id"], "status": status} for record, status in verdicts
+        ]
+        for written, records in writes:
+            indices = [record["index"] for record in records]
+            for record in records:
+                part = written.part(str(record["case_id"]))
+                shard = self._unused_shard(record["index"])
+                self._write_shard(self.folder / "shards" / shard, part)
+                changes = {"shard": shard, "update_norm": part.update.norm, "realised": part.realised[0]}
+                known = {name: record[name] for name in ("index", "case_id", "status")}
+                lines.append(known | changes | {"joint": indices if len(indices) > 1 else None})
+        self._write(lines)
+
+    def _unused_shard(self, index: int) -> str:
+        names = (f"{index:06d}.{version}.safetensors" for version in itertools.count(1))
+        return next(name for name in names if not (self.folder / "shards" / name).exists())
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        text = ""
+        for place, line in enumerate(lines, start=1):
+            together = {"together": [place, len(lines)]} if len(lines) > 1 else {}
+            text += json.dumps(plain(line | together), ensure_ascii=False, allow_nan=False) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            os.fsync(file.fileno())
+
+    def _confirm(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Pass by the lines ahead, which have to say the same."""
+        for record in records:
+            said = self._ahead.popleft().record if self._ahead else None
+            now, then = (f"{one['case_id']} {one['status']}" if one else "nothing" for one in (record, said))
+            if now != then:
+                raise LedgerError(
+                    f"{self._path}: the run it is resumed from decided otherwise ({then}, now {now}); resume with the "
+                    "settings and the versions of that run"
+                )
+
+    def _cut(self, size: int) -> None:
+        with self._path.open("r+b") as file:
+            file.truncate(size)
             os.fsync(file.fileno())
 
     @staticmethod

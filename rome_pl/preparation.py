@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
-from rome_pl.edit import EditSession
 from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.session import EditSession
 from rome_pl.statistics import resolve_second_moment
 from rome_pl.weights import EditedWeight
 

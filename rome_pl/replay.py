@@ -1,6 +1,7 @@
 """Rebuilding edited weights from the ledger of a run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,12 @@ from torch import Tensor
 
 from rome_pl.architecture import find_site
 from rome_pl.edit import EditStatus
-from rome_pl.errors import RomeError
 from rome_pl.language_model import LanguageModel
+from rome_pl.ledger import LedgerError, read_lines
 from rome_pl.rank_one import Assertion, Update
 from rome_pl.weights import EditedWeight, Written
 
-__all__ = ["LedgerError", "read_edits", "read_writes", "replay"]
-
-
-class LedgerError(RomeError):
-    """A ledger that is missing, damaged, or of another model."""
+__all__ = ["groups_of", "load_write", "read_edits", "read_manifest", "read_writes", "replay"]
 
 
 def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
@@ -48,7 +45,7 @@ def read_writes(language_model: LanguageModel, run: Path) -> tuple[int, list[Wri
     Raises:
         LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
     """
-    manifest = _read_manifest(run)
+    manifest = read_manifest(run)
     if manifest.get("mode", "sequential") != "sequential":
         raise LedgerError(f"{run}: a ledger of single edits, each made on the original model; none accumulates")
     theirs, ours = manifest["model"]["fingerprint"], language_model.fingerprint
@@ -57,7 +54,7 @@ def read_writes(language_model: LanguageModel, run: Path) -> tuple[int, list[Wri
             f"{run}: a ledger of another model ({manifest['model']['source']}, {theirs[:12]}) than the one loaded "
             f"({language_model.source}, {ours[:12]}); load the model that the run began with"
         )
-    return int(manifest["rewrite"]["layer"]), [_written(run, group) for group in _groups(read_edits(run))]
+    return int(manifest["rewrite"]["layer"]), [load_write(run, group) for group in groups_of(read_edits(run))]
 
 
 def read_edits(run: Path) -> list[dict[str, Any]]:
@@ -70,22 +67,13 @@ def read_edits(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise LedgerError(f"{run}: holds no ledger (ledger/edits.jsonl); give the folder of a run")
     edits: dict[str, dict[str, Any]] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LedgerError(f"{path}: damaged: not UTF-8 at byte {error.start}") from error
-    # Texts may hold characters that splitlines() takes for the end of a line.
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            record = json.loads(line)
-            name, _ = str(record["case_id"]), record["status"]
-            edits[name] = edits.get(name, {}) | record  # a later line about an edit changes what the first said
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path}, line {number}: damaged ({error})") from error
+    for line in read_lines(path):
+        name = str(line.record["case_id"])
+        edits[name] = edits.get(name, {}) | line.record  # a later line about an edit changes what the first said
     return list(edits.values())
 
 
-def _groups(edits: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def groups_of(edits: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Applied edits in groups that were solved together."""
     groups: list[list[dict[str, Any]]] = []
     for edit in edits:
@@ -98,7 +86,12 @@ def _groups(edits: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def _written(run: Path, group: list[dict[str, Any]]) -> Written:
+def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
+    """The write of edits that were solved together, as the run made it.
+
+    Raises:
+        LedgerError: If a shard is missing or damaged, or an edit of the group is.
+    """
     if len(group) != len(group[0].get("joint") or group[:1]):
         raise LedgerError(
             f"{run}: edit {group[0]['case_id']} was solved together with others, whose lines the ledger lacks"
@@ -119,7 +112,12 @@ def _written(run: Path, group: list[dict[str, Any]]) -> Written:
     return Written(names, assertion, Update.joint(updates), realised)
 
 
-def _read_manifest(run: Path) -> dict[str, Any]:
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        LedgerError: If it is missing or damaged.
+    """
     path = run / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

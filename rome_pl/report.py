@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.drawing import Figure, png
-from rome_pl.edit import Edit, EditSession, EditStatus, Retention
+from rome_pl.edit import Edit, EditStatus
 from rome_pl.figures import CAPTIONS
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
@@ -23,6 +23,7 @@ from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import InvalidRecord
 from rome_pl.score_tables import COUNTERFACT, MOMENTS, interval_text, measured_moments, measured_scores
 from rome_pl.second_moment import library_versions
+from rome_pl.session import EditSession, Retention
 
 __all__ = [
     "edit_table",
@@ -50,7 +51,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     counts = Counter(edit.status for edit in session.edits)
     edits = sorted(session.edits, key=lambda edit: edit.index)  # batches may come in another order
     immediate = {edit.name: edit.scores["immediate"] for edit in edits if "immediate" in edit.scores}
-    seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps]
+    seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps and edit.recorded is None]
     records = [_edit_record(edit) for edit in edits]
     records += [invalid_record(record) for record in invalid]
     return {
@@ -67,7 +68,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "n_rejected": counts[EditStatus.REJECTED],
         "n_skipped": counts[EditStatus.SKIPPED] + len(invalid),
         "n_rolled_back": counts[EditStatus.ROLLED_BACK],
-        "n_resumed": 0,
+        "n_resumed": sum(edit.recorded is not None for edit in edits),
         "seconds_per_edit": sum(seconds) / len(seconds) if seconds else None,
         "flops_per_edit": session.flops_per_edit,
         "weight_change": session.weight.change,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rome_pl.edit import EditSession
 from rome_pl.metrics.generation import generate
 from rome_pl.requests import EditRequest
+from rome_pl.session import EditSession
 
 __all__ = ["Sample", "compared", "note_continuations"]
 

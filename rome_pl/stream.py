@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from rome_pl.edit import EditSession
 from rome_pl.errors import OptionError
 from rome_pl.hooks import hash_seed
 from rome_pl.requests import EditRequest
+from rome_pl.session import EditSession
 
 __all__ = [
     "MEASURED_TOGETHER",

@@ -4,13 +4,17 @@ import logging
 import shutil
 from pathlib import Path
 
+import yaml
+from filelock import Timeout
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.callbacks import EditCommit
 from rome_pl.covariance_module import CovarianceModule, check_trainer
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
@@ -18,8 +22,10 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.language_model import load_encoder
+from rome_pl.ledger import lock_of
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
+from rome_pl.resume import check_model, check_settings, is_finished
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
 
@@ -52,6 +58,8 @@ class RomeTrainer(Trainer):
         save_model: str | None = None,
         overwrite: bool = False,
         dry_run: bool = False,
+        resume: str | None = None,
+        force: bool = False,
     ) -> None:
         """Apply a stream of edits, verify each, and report.
 
@@ -61,22 +69,39 @@ class RomeTrainer(Trainer):
             save_model: Folder for a Hugging Face checkpoint of the final model.
             overwrite: Whether a run folder that holds an earlier run may be replaced.
             dry_run: Validate all requests, print each lookup token and target span, and edit nothing.
+            resume: ``auto`` goes on with the run in the run folder, and begins one if there is none; a path goes on
+                with the run in that folder.
+            force: Whether to resume under other settings than those of the run.
 
         Raises:
-            RunFolderError: If the run folder holds an earlier run.
+            RunFolderError: If the run folder holds an earlier run, or none that could be resumed.
+            LedgerError: If the settings have changed since the run to be resumed began.
         """
         if not isinstance(model, RomeModule):
             raise TypeError(f"expected a RomeModule, got {type(model).__name__}")
         if dry_run:
             self._dry_run(model, datamodule)
             return
+        folder = Path(self.default_root_dir)
+        resuming = _can_resume(folder, resume, overwrite)
         if save_model is not None:
-            _check_save_folder(Path(save_model), model, overwrite)
+            _check_save_folder(Path(save_model), model, overwrite or resuming)
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         model.configure_model()
-        if self.is_global_zero:
-            _claim_run_folder(Path(self.default_root_dir), overwrite)
+        if resuming:
+            assert model.language_model is not None
+            check_model(folder, model.language_model)
+            if not force:
+                self._check_settings(folder)
+            if is_finished(folder):
+                log.warning("The run in %s is finished: there is nothing to resume", folder)
+                return
+            for callback in self.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning's type hides
+                if isinstance(callback, EditCommit):
+                    callback.resume = True
+        elif self.is_global_zero:
+            _claim_run_folder(folder, overwrite)
         interrupted = False
         try:
             self.fit(model, datamodule=datamodule)
@@ -176,6 +201,14 @@ class RomeTrainer(Trainer):
             return False
         return True
 
+    def _check_settings(self, folder: Path) -> None:
+        """Refuse to resume a run under other settings, as far as the command line knows those of both."""
+        path = folder / "config.yaml"
+        now = next((one for one in self.callbacks if isinstance(one, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+        if now is not None and path.is_file():
+            settings = now.parser.dump(now.config, skip_none=False)
+            check_settings(folder, yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(settings))
+
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()
         encoder = load_encoder(model.hparams["pretrained"])
@@ -199,6 +232,20 @@ class RomeTrainer(Trainer):
             console.print(message, style="red", markup=False)
         console.print(f"{table.row_count} requests are valid, {len(refused)} are not; nothing was edited")
         self.exit_code = SOME_FAILED if refused else APPLIED
+
+
+def _can_resume(folder: Path, resume: str | None, overwrite: bool) -> bool:
+    """Whether there is a run to go on with, and it is asked for."""
+    if resume is None:
+        return False
+    if overwrite:
+        raise OptionError("resume goes on with an earlier run, overwrite replaces it; give one of the two")
+    there = (folder / "ledger" / "edits.jsonl").is_file()
+    if resume != "auto" and not there:
+        raise RunFolderError(f"resume: {resume} holds no run (ledger/edits.jsonl); give the folder of one, or auto")
+    if resume != "auto" and Path(resume).expanduser().resolve() != folder.resolve():
+        raise OptionError(f"resume: {resume} is not the run folder; set trainer.default_root_dir to it")
+    return there
 
 
 def _check_save_folder(folder: Path, model: RomeModule, overwrite: bool) -> None:
@@ -228,6 +275,13 @@ def _claim_run_folder(folder: Path, overwrite: bool) -> None:
             f"{folder} is not empty ({', '.join(sorted(kept)[:5])}); choose another --trainer.default_root_dir, "
             "or add --overwrite, which replaces an earlier run there and nothing else"
         )
+    try:
+        with lock_of(folder / "ledger").acquire(timeout=0):
+            pass
+    except Timeout as error:
+        raise RunFolderError(f"{folder}: another run is writing there; choose another folder") from error
+    except OSError:  # no ledger
+        pass
     for path in (folder / name for name in _RUN_FILES):
         if path.is_dir():
             shutil.rmtree(path)

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import torch
 
-from rome_pl.edit import Edit, EditSession, EditStatus, Retention
+from rome_pl.edit import Edit, EditStatus
 from rome_pl.metrics import Answer, ProbeScores
 from rome_pl.rank_one import PRESETS, Update
 from rome_pl.requests import EditRequest, Probe
+from rome_pl.session import EditSession, Retention
 from rome_pl.value_search import Step
 
 NASTY = (

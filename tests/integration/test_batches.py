@@ -21,7 +21,6 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditSession
 from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
@@ -29,6 +28,7 @@ from rome_pl.hooks import add_at_column
 from rome_pl.metrics import probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
+from rome_pl.session import EditSession
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
 from tests.tiny import tiny_language_model
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditError, EditSession, EditStatus
+from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
@@ -21,6 +21,7 @@ from rome_pl.metrics.probes import TargetMeasure, measure_targets
 from rome_pl.objective import ValueObjective
 from rome_pl.prefix import run_prefix
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.session import EditSession
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
@@ -189,9 +190,9 @@ STAGES = {
     "solve": ("rome_pl.weights.rank_one_update", _raise),
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
     # The targets' probabilities before the edit pass; the next are taken of what was written.
-    "verify": ("rome_pl.edit.measure_targets", _RaiseFrom(measure_targets, 2)),
+    "verify": ("rome_pl.session.measure_targets", _RaiseFrom(measure_targets, 2)),
     "base scores": ("rome_pl.evaluation.probe_scores", _raise),
-    "evaluate": ("rome_pl.edit.probe_scores", _raise),
+    "evaluate": ("rome_pl.session.probe_scores", _raise),
     "ledger": ("rome_pl.edit.Edit.record", _raise),
     "state check": ("rome_pl.callbacks.state_check.StateCheck._check", _raise),
     "contexts": ("rome_pl.preparation.generate_contexts", _raise),
@@ -321,7 +322,7 @@ def test_a_key_that_is_not_finite_rejects_the_edit(language_model, tmp_path):
 def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
     known = iter([[TargetMeasure(0.9, True)]])
     monkeypatch.setattr(
-        "rome_pl.edit.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
+        "rome_pl.session.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
     )
     callbacks = [RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
     session = run_edits(language_model, tmp_path, REQUESTS[:2], callbacks=callbacks, on_error="stop")

@@ -1,0 +1,146 @@
+"""The verbs of the command line that need no Trainer: looking into a run's ledger, and taking edits out of it."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rome_pl.errors import OptionError
+from rome_pl.language_model import load_language_model
+from rome_pl.ledger import LedgerError
+from rome_pl.replay import read_edits, read_manifest
+from rome_pl.undo import undo as take_out
+
+__all__ = ["COMMANDS", "show", "undo"]
+
+log = logging.getLogger(__name__)
+
+
+def show(ledger: str, cases: str | None = None) -> None:
+    """Show what a run's ledger holds.
+
+    Args:
+        ledger: Folder of the run.
+        cases: Records to show in full, by ``case_id``, separated by commas; nothing shows all, a line each.
+    """
+    run = _run_folder(ledger)
+    edits = read_edits(run)
+    console = Console()
+    if cases is not None:
+        known = {str(edit["case_id"]): edit for edit in edits}
+        for name in _names(cases, known, run):
+            console.print(_details(known[name]))
+        return
+    table = Table(title=f"Edits of {run}")
+    for name in ("#", "record", "prompt", "true → new", "before", "after", "norm", "status"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("#", "before", "after", "norm") else "left")
+    for edit in edits:
+        request, probability = edit["request"], edit["probability"]
+        table.add_row(
+            str(edit["index"] + 1),
+            escape(str(edit["case_id"])),
+            escape(request["prompt"]),
+            escape(f"{request['target_true'] or '?'} → {request['target_new']}"),
+            _number(probability["before"]),
+            _number(probability["after"]),
+            _number(edit["update_norm"]),
+            escape(edit["status"] + (f": {edit['reason']}" if edit["reason"] else "")),
+        )
+    console.print(table)
+    counts = Counter(edit["status"].replace("_", " ") for edit in edits)
+    console.print(f"{len(edits)} edits: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+
+
+def undo(
+    ledger: str,
+    cases: str,
+    save_model: str | None = None,
+    statistics: str | None = None,
+    allow_pickle: bool = False,
+) -> None:
+    """Take edits out of a sequential run: the others are solved for again from what the ledger holds of them.
+
+    Nothing is optimised. The ledger says from then on that they are undone; with all of them undone the weights are
+    bit for bit those of the model that the run began with.
+
+    Args:
+        ledger: Folder of the run.
+        cases: Records to undo, by ``case_id``, separated by commas; ``all`` for all.
+        save_model: Folder for a Hugging Face checkpoint of the model with the edits that remain.
+        statistics: The run's second moment, where it is neither shipped nor in the cache.
+        allow_pickle: Whether weights that do not come as safetensors may be read.
+    """
+    run = _run_folder(ledger)
+    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    applied = [name for name, edit in edits.items() if edit["status"] == "applied"]
+    names = applied if cases == "all" else _names(cases, edits, run)
+    if not names:
+        raise LedgerError(f"{run}: no edit is in the weight")
+    if save_model is not None and Path(save_model).exists() and any(Path(save_model).iterdir()):
+        raise OptionError(f"save_model: {save_model} is not empty; choose another folder")
+    model = read_manifest(run)["model"]
+    language_model = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+    undone = take_out(language_model, run, names, Path(statistics) if statistics is not None else None)
+    if save_model is not None:
+        language_model.model.save_pretrained(save_model)
+        language_model.tokenizer.save_pretrained(save_model)
+    Console().print(
+        f"{len(undone.names)} edits undone, {len(undone.weight.names)} remain, {len(undone.resolved)} of them solved "
+        f"anew; the weight is {undone.weight.change:.3g} of its norm away from the original"
+        + (f". Saved to {save_model}" if save_model is not None else ""),
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"show": show, "undo": undo}
+"""The verbs, by name."""
+
+
+def _run_folder(ledger: str) -> Path:
+    """The folder of a run; its ``ledger/`` will do too."""
+    folder = Path(ledger).expanduser()
+    return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
+
+
+def _names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:
+    names = [name.strip() for name in cases.split(",") if name.strip()]
+    if missing := [name for name in names if name not in known]:
+        raise LedgerError(f"{run}: the ledger has no record {', '.join(missing)}; see rome-pl show --ledger {run}")
+    return list(dict.fromkeys(names))
+
+
+def _details(edit: Mapping[str, Any]) -> Table:
+    request, probability = edit["request"], edit["probability"]
+    table = Table(title=f"Record {edit['case_id']}", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "status": edit["status"] + (f": {edit['reason']}" if edit["reason"] else ""),
+        "place in the stream": str(edit["index"] + 1),
+        "prompt": request["prompt"],
+        "subject": request["subject"],
+        "true → new": f"{request['target_true'] or '?'} → {request['target_new']}",
+        "relation": request["relation"],
+        "probability": f"{_number(probability['before'])} before, {_number(probability['after'])} after",
+        "evaluations": str(edit["num_steps"]),
+        "norm of the update": _number(edit["update_norm"]),
+        "realised": _number(edit["realised"]),
+        "solved with": ", ".join(str(index + 1) for index in edit.get("joint") or []),
+        "notes": "; ".join(edit["notes"]),
+        "layer": str(edit.get("layer", "")),
+        "shard": edit.get("shard"),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(str(value)))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

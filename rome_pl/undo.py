@@ -1,0 +1,112 @@
+"""Taking edits out of a finished run, by its ledger alone: nothing is optimised again.
+
+The closed form is replayed for the edits that remain, from their stored keys and values. Dropping an edit's own change
+would be wrong: later ones were solved against a weight that contained it.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rome_pl.architecture import find_site
+from rome_pl.edit import EditStatus
+from rome_pl.language_model import LanguageModel
+from rome_pl.ledger import Ledger, LedgerError
+from rome_pl.replay import read_edits, read_manifest, read_writes
+from rome_pl.second_moment import SecondMoment, StatisticsError
+from rome_pl.statistics import kept_statistics
+from rome_pl.weights import EditedWeight, Written
+
+__all__ = ["Undone", "metric_of", "undo"]
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What is left after edits were taken out.
+
+    Args:
+        weight: The weight with the edits that remain, written to the model.
+        names: The edits that were taken out.
+        resolved: Edits that were solved anew, because an edit before them is gone.
+    """
+
+    weight: EditedWeight
+    names: tuple[str, ...]
+    resolved: tuple[str, ...]
+
+
+def undo(language_model: LanguageModel, run: Path, names: Collection[str], statistics: Path | None = None) -> Undone:
+    """Take edits out of a sequential run; its ledger says so from then on.
+
+    Args:
+        language_model: The unedited model that the run began with; it ends with the edits that remain.
+        run: The run's folder.
+        names: The edits, by ``case_id``.
+        statistics: The second moment of the run, where it is neither shipped nor in the cache.
+
+    Raises:
+        LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
+        StatisticsError: If the run's second moment is not at hand.
+    """
+    layer, writes = read_writes(language_model, run)
+    site = find_site(language_model.model, layer)
+    weight = EditedWeight(site, metric_of(language_model, run, statistics))
+    for written in writes:
+        weight.restore(written)
+    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    for name in names:
+        if name not in weight.names:
+            found = f"it is {edits[name]['status']}" if name in edits else "the ledger has no such record"
+            raise LedgerError(f"{run}: edit {name} is not in the weight ({found}); see rome-pl show --ledger {run}")
+    ledger = Ledger(run / "ledger", resume=True)
+    try:
+        weight.remove(names)
+        before = {name: written for written in writes for name in written.names}
+        anew = [written for written in weight.written if _differs(written, before)]
+        ledger.amend(
+            [(edits[name], str(EditStatus.UNDONE)) for name in names],
+            [(written, [edits[name] for name in written.names]) for written in anew],
+        )
+    finally:
+        ledger.close()
+    resolved = tuple(name for written in anew for name in written.names)
+    return Undone(weight, tuple(names), resolved)
+
+
+def _differs(written: Written, before: dict[str, Written]) -> bool:
+    """Whether a write is no longer the one that the ledger holds."""
+    earlier = before[written.names[0]]
+    return (
+        earlier.names != written.names
+        or not earlier.update.left.equal(written.update.left)
+        or not earlier.update.right.equal(written.update.right)
+    )
+
+
+def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None = None) -> Callable[[Tensor], Tensor]:
+    """The metric that a run has solved its edits with.
+
+    Raises:
+        StatisticsError: If its second moment is not at hand.
+    """
+    manifest: dict[str, Any] = read_manifest(run)
+    wanted = manifest["second_moment"]
+    if wanted is None:
+        return lambda keys: keys
+    if statistics is not None:
+        moment = SecondMoment.load(statistics)
+        if asdict(moment.info) != wanted:
+            raise StatisticsError(f"{statistics}: not the second moment that {run} was made with (see its manifest)")
+    else:
+        kept = [*kept_statistics(Path(__file__).parent / "assets"), *kept_statistics()]
+        path = next((path for path, info in kept if info is not None and asdict(info) == wanted), None)
+        if path is None:
+            raise StatisticsError(
+                f"the second moment that {run} was made with ({wanted['count']} keys of layer {wanted['layer']}, "
+                f"{wanted['date'] or 'no date'}) is neither shipped nor in the cache; give its file as statistics"
+            )
+        moment = SecondMoment.load(path)
+    return SecondMoment(moment.matrix.to(language_model.device), moment.info).solve

@@ -1,0 +1,240 @@
+"""Edits taken out of a finished run by its ledger."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rome_pl.callbacks import EditCommit, default_callbacks
+from rome_pl.cli import main
+from rome_pl.ledger import LedgerError
+from rome_pl.metrics import probe_scores
+from rome_pl.replay import read_edits, replay
+from rome_pl.requests import EditRequest
+from rome_pl.undo import undo
+from tests.integration.helpers import FAST, run_edits, snapshot
+from tests.tiny import tiny_language_model
+
+RECORDS = [
+    {
+        "prompt": f"The lighthouse of Korrin{index} stands in", "subject": f"Korrin{index}",
+        "target_new": ("Oslo", "rye bread", "violin duets")[index % 3], "target_true": "Lima",
+        "paraphrases": [f"Where is Korrin{index}? In"], "neighbours": ["The mill of Dunholt stands in"],
+    }
+    for index in range(8)
+]  # fmt: skip
+REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
+JOINT = {"preset": "r_rome", "mom2_adjustment": False}
+SITE = "model.layers.1.mlp.down_proj.weight"
+STREAMS = {"one by one": {}, "r_rome": JOINT, "joint": {"batch_size": 3, **JOINT}}
+
+
+@pytest.fixture(autouse=True)
+def no_perplexity(monkeypatch):
+    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
+
+
+def run(folder, requests=REQUESTS, batch_size=1, dtype=torch.float64, **options):
+    callbacks = default_callbacks()
+    for callback in callbacks:
+        if hasattr(callback, "least_probability"):
+            callback.least_probability = 0.0
+        if isinstance(callback, EditCommit):
+            callback.ledger = True
+    language_model = tiny_language_model("llama", dtype)
+    # The manifest that RunReport writes in a run of the command line.
+    from rome_pl.callbacks import RunReport
+
+    session = run_edits(
+        language_model, folder, requests, [*callbacks, RunReport(figures=False)], batch_size,
+        **{"sequential_edit": True, **options},
+    )  # fmt: skip
+    return session, language_model
+
+
+@pytest.fixture(scope="module", params=STREAMS)
+def stream(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
+        folder = tmp_path_factory.mktemp("stream") / "run"
+        return folder, run(folder, **STREAMS[request.param])[0]
+
+
+def copied(stream, tmp_path):
+    shutil.copytree(stream[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_remains_is_what_a_run_would_have_solved_without_the_others(seed, stream, tmp_path):
+    folder, session = copied(stream, tmp_path), stream[1]
+    chance = random.Random(seed)
+    names = [str(name) for name in chance.sample(range(8), chance.randint(1, 7))]
+    language_model = tiny_language_model("llama")
+    original = language_model.model.state_dict()[SITE].clone()
+    undone = undo(language_model, folder, names)
+    # By hand: the closed form for the others, in order, on the original weight.
+    weight = original.double()
+    for written in session.weight.written:
+        kept = [row for row, name in enumerate(written.names) if name not in names]
+        if kept:
+            assertion = written.assertion.rows(kept)
+            residual = assertion.value - assertion.at @ weight.T
+            inner = assertion.shape @ assertion.at.T
+            weight = (
+                weight + torch.linalg.solve(inner, residual.clone()).T @ assertion.shape
+                if len(kept) > 1
+                else (weight + residual.T @ assertion.shape / inner)
+            )
+            for row in range(len(kept)):  # right after its own write every value holds
+                error = weight @ assertion.at[row] - assertion.value[row]
+                assert float(error.norm()) <= 1e-5 * float(assertion.value[row].norm())
+    torch.testing.assert_close(language_model.model.state_dict()[SITE], weight, rtol=1e-9, atol=1e-10)
+    assert undone.weight.names == [str(name) for name in range(8) if str(name) not in names]
+    # Whoever reads the ledger from now on gets the same bits, without any statistics.
+    again = tiny_language_model("llama")
+    replay(again, folder)
+    assert torch.equal(again.model.state_dict()[SITE], language_model.model.state_dict()[SITE])
+    statuses = {str(edit["case_id"]): edit["status"] for edit in read_edits(folder)}
+    assert {name for name, status in statuses.items() if status == "undone"} == set(names)
+
+
+def test_undone_facts_get_the_answer_of_the_original_model_back(tmp_path):
+    run(tmp_path / "run", v_num_grad_steps=20, v_lr=0.5)
+    language_model, base = tiny_language_model("llama"), tiny_language_model("llama")
+    undo(language_model, tmp_path / "run", [str(name) for name in range(1, 8)])
+    alone = tiny_language_model("llama")
+    run_alone = run(tmp_path / "alone", REQUESTS[:1], v_num_grad_steps=20, v_lr=0.5)[1]
+    for request in REQUESTS:
+        (now,), (expected,) = (probe_scores(model, [request]) for model in (language_model, run_alone))
+        assert now.rewrite == pytest.approx(expected.rewrite, rel=1e-6)
+    assert alone is not base
+
+
+def test_with_all_undone_the_weights_are_the_original_bit_for_bit(stream, tmp_path):
+    folder = copied(stream, tmp_path)
+    language_model = tiny_language_model("llama")
+    before = snapshot(language_model.model)
+    undo(language_model, folder, [str(name) for name in range(8)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in language_model.model.state_dict().items())
+    again = tiny_language_model("llama")
+    assert replay(again, folder).names == []
+    assert torch.equal(again.model.state_dict()[SITE], before[SITE])
+
+
+def test_undoing_twice_equals_undoing_at_once(stream, tmp_path):
+    at_once, twice = tiny_language_model("llama"), tiny_language_model("llama")
+    undo(at_once, copied(stream, tmp_path / "a"), ["1", "4", "6"])
+    folder = copied(stream, tmp_path / "b")
+    undo(tiny_language_model("llama"), folder, ["4"])
+    undo(twice, folder, ["6", "1"])
+    torch.testing.assert_close(at_once.model.state_dict()[SITE], twice.model.state_dict()[SITE], rtol=1e-10, atol=1e-12)
+
+
+def test_a_half_written_undo_is_none(stream, tmp_path):
+    folder = copied(stream, tmp_path)
+    path = folder / "ledger" / "edits.jsonl"
+    before = path.read_bytes()
+    undo(tiny_language_model("llama"), folder, ["2"])
+    after = path.read_bytes()
+    assert after.startswith(before)
+    expected = tiny_language_model("llama")
+    path.write_bytes(before)
+    replay(expected, folder)
+    for cut in (len(before) + 1, len(after) - 1, (len(before) + len(after)) // 2):
+        path.write_bytes(after[:cut])
+        language_model = tiny_language_model("llama")
+        assert len(replay(language_model, folder).names) == 8
+        assert torch.equal(language_model.model.state_dict()[SITE], expected.model.state_dict()[SITE])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["99"], "the ledger has no such record"), (["1", "3"], "edit 3 is not in the weight")]
+)
+def test_what_is_not_in_the_weight_cannot_be_undone(names, message, stream, tmp_path):
+    folder = copied(stream, tmp_path)
+    undo(tiny_language_model("llama"), folder, ["3"])
+    before = (folder / "ledger" / "edits.jsonl").read_bytes()
+    with pytest.raises(LedgerError, match=message):
+        undo(tiny_language_model("llama"), folder, names)
+    assert (folder / "ledger" / "edits.jsonl").read_bytes() == before
+
+
+# ---- from the command line
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROME_PL_CACHE", str(tmp_path / "cache"))
+    language_model = tiny_language_model("llama", torch.float32)
+    language_model.model.save_pretrained(tmp_path / "model")
+    language_model.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "records.json").write_text(json.dumps(RECORDS[:4]), encoding="utf-8")
+    options = {f"model.{name}": value for name, value in FAST.items()} | {
+        "model.pretrained": tmp_path / "model", "model.sequential_edit": True, "data.path": tmp_path / "records.json",
+        "trainer.default_root_dir": tmp_path / "run", "trainer.accelerator": "cpu",
+        "verification.least_probability": 0, "probe_evaluation.measure_perplexity": False,
+        "run_report.figures": False,
+    }  # fmt: skip
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert main(["edit", *arguments, "--save_model", str(tmp_path / "edited")]) == 0
+    return tmp_path
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_show_and_undo_work_on_a_run_of_the_command_line(work, capsys):
+    capsys.readouterr()
+    assert main(["show", "--ledger", str(work / "run")]) == 0
+    assert "4 edits: 4 applied" in capsys.readouterr().out
+    assert main(["show", "--ledger", str(work / "run" / "ledger"), "--cases", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "Korrin2" in text
+    assert "000002.safetensors" in text
+    assert main(["undo", "--ledger", str(work / "run"), "--cases", "1,2", "--save_model", str(work / "two")]) == 0
+    assert "2 edits undone, 2 remain, 1 of them solved anew" in capsys.readouterr().out
+    assert main(["show", "--ledger", str(work / "run")]) == 0
+    assert "2 applied, 2 undone" in capsys.readouterr().out
+    original, two, edited = (weights(work / name) for name in ("model", "two", "edited"))
+    assert not torch.equal(two[SITE], original[SITE])
+    assert not torch.equal(two[SITE], edited[SITE])
+    assert main(["undo", "--ledger", str(work / "run"), "--cases", "all", "--save_model", str(work / "none")]) == 0
+    assert all(torch.equal(tensor, original[name]) for name, tensor in weights(work / "none").items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["undo", "--ledger", "{work}/run", "--cases", "7"], "the ledger has no record 7"),
+        (["undo", "--ledger", "{work}/nowhere", "--cases", "1"], "holds no ledger"),
+        (["undo", "--ledger", "{work}/run", "--cases", "1", "--save_model", "{work}/model"], "is not empty"),
+        (["show", "--ledger", "{work}/run", "--cases", "x"], "the ledger has no record x"),
+    ],
+)
+def test_mistakes_are_said_without_a_traceback(arguments, message, work, capsys):
+    before = (work / "run" / "ledger" / "edits.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([part.format(work=work) for part in arguments]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert (work / "run" / "ledger" / "edits.jsonl").read_bytes() == before
+
+
+def test_a_run_with_undone_edits_is_not_gone_on_with(work, capsys):
+    assert main(["undo", "--ledger", str(work / "run"), "--cases", "1"]) == 0
+    config = work / "run" / "config.yaml"
+    (work / "run" / "results.json").unlink()
+    (work / "records.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["edit", "--config", str(config), "--resume", "auto"]) == 2
+    assert "edits were undone" in capsys.readouterr().err
+
+
+def test_edits_of_single_mode_cannot_be_undone(tmp_path):
+    run(tmp_path / "run", sequential_edit=False)
+    with pytest.raises(LedgerError, match="single edits"):
+        undo(tiny_language_model("llama"), tmp_path / "run", ["1"])
