@@ -181,7 +181,7 @@ DAMAGES = {
     ),
     "no ledger": (lambda folder: shutil.rmtree(folder / "ledger"), r"holds no ledger \(ledger/edits\.jsonl\)"),
     "half a line": (
-        lambda folder: edit_lines(folder, lambda lines: [lines[0], lines[1][:40]]),
+        lambda folder: edit_lines(folder, lambda lines: [lines[0], lines[1][:40], *lines[2:]]),
         r"edits\.jsonl, line 2: damaged",
     ),
     "no mapping": (
@@ -191,12 +191,8 @@ DAMAGES = {
     "no name": (lambda folder: edit_lines(folder, without("case_id")), r"edits\.jsonl, line 2: damaged"),
     "no status": (lambda folder: edit_lines(folder, without("status")), r"edits\.jsonl, line 2: damaged"),
     "not UTF-8": (
-        lambda folder: (folder / "ledger" / "edits.jsonl").write_bytes(b"\xff\xfe\n"),
-        r"edits\.jsonl: .*UTF-8",
-    ),
-    "no companion": (
-        lambda folder: edit_lines(folder, lambda lines: [*lines[:3], ""]),
-        "solved together with others",
+        lambda folder: (path := folder / "ledger" / "edits.jsonl").write_bytes(b"\xff\xfe\n" + path.read_bytes()),
+        r"edits\.jsonl, line 1: damaged .*utf-8",
     ),
     "no shard": (
         lambda folder: (folder / "ledger" / "shards" / "000001.safetensors").unlink(),
@@ -217,6 +213,26 @@ def test_what_is_missing_or_damaged_is_named(name, whole, tmp_path):
     damage(folder)
     with pytest.raises(LedgerError, match=message):
         replay(tiny_language_model(), folder)
+
+
+@pytest.mark.parametrize("end", ["half", "one byte", "garbage", "garbage that is a line"])
+def test_an_end_that_was_not_written_whole_is_left_out_and_said(end, whole, tmp_path, caplog):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    path = folder / "ledger" / "edits.jsonl"
+    complete = read_edits(folder)
+    lines = path.read_bytes().splitlines(keepends=True)
+    together = json.loads(lines[-1]).get("together", [1, 1])[1]
+    kept = lines[: len(lines) - together]
+    garbage = {"garbage": b"\x00" * 50, "garbage that is a line": b"\xff\xfe\n"}
+    cut = {"half": len(lines[-1]) // 2, "one byte": 1}
+    path.write_bytes(b"".join(lines) + garbage[end] if end in garbage else b"".join(lines)[: -cut[end]])
+    expected = complete if end in garbage else complete[: len(kept)]
+    assert read_edits(folder) == expected
+    assert "are no complete record" in caplog.text
+    assert replay(tiny_language_model(), folder).names == [
+        str(edit["case_id"]) for edit in expected if edit["status"] == "applied"
+    ]
 
 
 def test_a_damaged_ledger_leaves_the_model_as_it_was(whole, tmp_path):
