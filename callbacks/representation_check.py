@@ -93,7 +93,7 @@ class RepresentationCheck(Callback):
 
     def _overlaps(self, session: EditSession, key: Tensor) -> dict[str, float]:
         """Cosines, under the metric, to the keys of edits in the weight, where they are too large."""
-        metric = session.weight.metric
+        metric = session.weight.metric.fixed  # the one with earlier edits in it would hide what it is asked for
         if len(session.weight.written) < self._seen:  # edits were rolled back
             self._directions, self._seen = _Directions(), 0
         for written in session.weight.written[self._seen :]:

@@ -57,6 +57,7 @@ class Edit:
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
         key_mean: Mean key over contexts, ``[d_key]``.
+        output_mean: The projection's mean output over contexts, ``[d_value]``.
         key_bare: Key of the bare prompt, ``[d_key]``.
         key_balanced: Key between the two on which an update acts in full at both, for presets that ask for it.
         output_balanced: The projection's output there, ``[d_value]``.
@@ -79,6 +80,7 @@ class Edit:
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     key_mean: Tensor | None = None
+    output_mean: Tensor | None = None
     key_bare: Tensor | None = None
     key_balanced: Tensor | None = None
     output_balanced: Tensor | None = None
@@ -129,7 +131,7 @@ class Edit:
     def on_cpu(self) -> "Edit":
         """A copy whose tensors are the CPU's, for other processes."""
         moved = copy(self)
-        for name in ("key_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
+        for name in ("key_mean", "output_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else tensor.cpu())
         written = self.written
@@ -151,14 +153,16 @@ class Edit:
         """The write this edit asks for: which key shapes it and at which key its value holds is the preset's choice."""
         value = self.value
         if preset.value == "own":
-            assert self.output_balanced is not None
+            output = self.output_mean if preset.at == "mean" else self.output_balanced
+            assert output is not None
             assert self.delta is not None
-            value = self.output_balanced + self.delta.double()
+            value = output + self.delta.double()
         assert value is not None
         return Assertion(
             shape=self.key(preset.shape).double().unsqueeze(0),
             at=self.key(preset.at).double().unsqueeze(0),
             value=value.double().unsqueeze(0),
+            ridge=preset.ridge,
         )
 
     def key(self, which: KeyChoice) -> Tensor:

@@ -45,21 +45,21 @@ class RomeModule(LightningModule):
     """Optimises the value vectors of a batch of edits (ROME, Meng et al. 2022, section 3.1).
 
     Each edit of a batch has an offset, optimiser state, clamp and end of its own. The step's result is
-    ``{"edits": list[Edit]}``; callbacks write, verify and report them. The fit has one epoch. In single mode several
-    devices share the stream.
+    ``{"edits": list[Edit]}``; callbacks write, verify and report them. In single mode devices share the stream.
 
     Args:
         pretrained: Model to edit: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
         layers: Rewrite layer, numbered from 0, as a list of one; nothing takes the published one of the model.
-        preset: Variant of the closed form: ``r_rome`` (one key everywhere), ``rome`` (as published), ``easyedit``
-            (ROME's keys, no statistics), or ``balanced`` (the offset in full under the bare prompt and the other
-            contexts alike, which counts where tokenizer and model know no BOS).
-        mom2_adjustment: Whether the closed form uses the second moment of keys; nothing leaves it to the preset.
-        mom2_n_samples: Key vectors to compute the second moment from; nothing takes 30 per dimension.
-        statistics: File with the second moment; nothing takes one that was shipped, cached, or is computed now.
-        corpus: Text file or hub data set to compute the second moment from; nothing lets the model write its own.
+        preset: Variant of the closed form, see :data:`rome_pl.rank_one.PRESETS`.
+        mom2_adjustment: Whether it uses the second moment of keys; nothing leaves it to the preset.
+        mom2_update_weight: How many keys the second moment counts for (MEMIT's name); nothing leaves it to the preset.
+        nullspace_threshold: Eigenvalues of the second moment below it span what ``alphaedit`` writes in.
+        L2: Ridge of ``alphaedit``.
+        mom2_n_samples: Key vectors to compute it from; nothing takes 30 per dimension.
+        statistics: File with it; nothing takes one that was shipped, cached, or is computed now.
+        corpus: Text file or hub data set to compute it from; nothing lets the model write its own.
         sequential_edit: Whether edits accumulate. Otherwise each is made on the original model and taken back.
         fact_token: Which token is looked up.
         v_num_grad_steps: Most evaluations of the loss per edit; an optimiser step lies between two.
@@ -67,22 +67,21 @@ class RomeModule(LightningModule):
         v_weight_decay: Weight of the penalty on the offset's norm.
         clamp_norm_factor: Largest norm of the offset, in norms of the original output at the lookup token.
         kl_factor: Weight of the divergence that keeps the subject's essence.
-        kl_position: Where the divergence is taken: ``subject`` (the lookup token, as in the public code) or ``last``
-            (the end of "… is a", as in the paper).
+        kl_position: Where it is taken: ``subject`` (the lookup token, as in the public code) or ``last`` (the end of
+            "… is a", as in the paper).
         stop_loss: The optimisation ends when the total loss falls below this.
-        stop_probability: It also ends when the target's probability (geometric mean over contexts and tokens) exceeds
-            this.
-        stop_greedy: It also ends when under every context of the step each token of the target is the likeliest one.
+        stop_probability: Or when the target's probability, the geometric mean over contexts and tokens, exceeds this.
+        stop_greedy: Or when under every context of the step each token of the target is the likeliest one.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
         contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew
             (seeded by record and step); nothing takes all, as published. Keys are always means over all contexts.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Contexts of your own, in any language, instead of generated ones.
-        compile: Whether steps go through ``torch.compile``, which pays after some hundred edits.
+        compile: Whether steps go through ``torch.compile``: pays after some hundred edits.
         on_error: Whether a record that cannot be edited is skipped or stops the run.
         seed: Seed of everything random.
-        keep_original_weight: Refused: ``sequential_edit: false`` does what it did elsewhere.
+        keep_original_weight: Refused: see ``sequential_edit``.
     """
 
     def __init__(
@@ -93,6 +92,9 @@ class RomeModule(LightningModule):
         layers: list[int] | None = None,
         preset: PresetName = "r_rome",
         mom2_adjustment: bool | None = None,
+        mom2_update_weight: float | None = None,
+        nullspace_threshold: float = 2e-2,
+        L2: float = 10.0,  # its published name
         mom2_n_samples: int | None = None,
         statistics: str | None = None,
         corpus: str | None = None,
@@ -177,8 +179,8 @@ class RomeModule(LightningModule):
             assert self.language_model is not None
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
                 self._prepared = prepare_session(self.language_model, self._site, hparams)
-            pad_id = self.language_model.encoder.pad_id
-            self._engine = SuffixEngine(self.language_model.model, self._site, pad_id, hparams["compile"])
+            model, pad_id = self.language_model.model, self.language_model.encoder.pad_id
+            self._engine = SuffixEngine(model, self._site, pad_id, hparams["compile"])
         session = self._prepared
         session.weight.resume()
         # What was prepared, and the weight with its edits, serve every fit of this module; the rest is this one's.
@@ -222,9 +224,7 @@ class RomeModule(LightningModule):
         """Turn requests to edit into an :class:`EditBatch` with its prefix pass, under the weights as they are now."""
         requests = [batch] if isinstance(batch, EditRequest) else batch
         if not isinstance(requests, list) or not all(isinstance(request, EditRequest) for request in requests):
-            raise TypeError(
-                f"expected an EditRequest or a list of them, got {type(batch).__name__}; see request_loader"
-            )
+            raise TypeError(f"expected an EditRequest or several, got {type(batch).__name__}; see request_loader")
         if not self.trainer.training:
             return requests
         session = self._session

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
@@ -232,6 +233,7 @@ class Ledger:
             "value": written.assertion.value,
             "left": written.update.left,
             "right": written.update.right,
+            "ridge": torch.tensor(written.assertion.ridge, dtype=torch.float64),
         }
         with whole_file(path) as work:
             save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)

@@ -5,13 +5,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from torch import Tensor
-
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
 from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
+from rome_pl.metric import make_metric
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.session import EditSession
@@ -67,7 +66,14 @@ def prepare_session(language_model: LanguageModel, site: RewriteSite, options: M
     contexts = options["contexts"]
     if contexts is None:
         contexts = generate_contexts(language_model, options["context_template_length_params"], options["seed"])
-    metric: Callable[[Tensor], Tensor] = moment.solve if moment is not None else _identity
+    weight = options["mom2_update_weight"]
+    metric = make_metric(
+        preset.metric,
+        moment,
+        weight=preset.mom2_update_weight if weight is None else weight,
+        ridge=options["L2"],
+        threshold=options["nullspace_threshold"],
+    )
     return EditSession(
         language_model=language_model,
         weight=EditedWeight(site, metric),
@@ -165,7 +171,3 @@ def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> d
 def _names(prompt: str, subject: str) -> bool:
     """Whether a subject stands in a prompt as whole words."""
     return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) is not None
-
-
-def _identity(keys: Tensor) -> Tensor:
-    return keys

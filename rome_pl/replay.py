@@ -106,7 +106,9 @@ def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
                 f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt"
             ) from error
     updates = [Update(part["left"], part["right"]) for part in parts]
-    assertion = Assertion.joint([Assertion(part["key_shape"], part["key_at"], part["value"]) for part in parts])
+    assertion = Assertion.joint(
+        [Assertion(part["key_shape"], part["key_at"], part["value"], float(part["ridge"])) for part in parts]
+    )
     names = tuple(str(edit["case_id"]) for edit in group)
     realised = tuple(float(edit["realised"]) for edit in group)
     return Written(names, assertion, Update.joint(updates), realised)

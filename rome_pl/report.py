@@ -92,6 +92,7 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
             "device": str(language_model.device),
         },
         "rewrite": {"layer": session.weight.site.layer, "weight": session.weight.site.name},
+        "metric": session.weight.metric.settings,
         "second_moment": asdict(moment.info) if moment is not None else None,
         "contexts": list(session.contexts),
     }

@@ -94,7 +94,7 @@ class EditSession:
             keys: Its keys under all contexts, the bare prompt's first, ``[contexts, d_key]``, float64.
             outputs: The projection's outputs there, ``[contexts, d_value]``, float64.
         """
-        edit.key_bare, edit.key_mean = keys[0].clone(), keys.mean(0)
+        edit.key_bare, edit.key_mean, edit.output_mean = keys[0].clone(), keys.mean(0), outputs.mean(0)
         if "balanced" in (self.preset.shape, self.preset.at):
             share = 1.0
             if len(keys) > 1 and bool(keys.isfinite().all()):

@@ -4,17 +4,16 @@ The closed form is replayed for the edits that remain, from their stored keys an
 would be wrong: later ones were solved against a weight that contained it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from rome_pl.architecture import find_site
 from rome_pl.edit import EditStatus
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger, LedgerError
+from rome_pl.metric import Metric, make_metric
 from rome_pl.replay import read_edits, read_manifest, read_writes
 from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics
@@ -86,7 +85,7 @@ def _differs(written: Written, before: dict[str, Written]) -> bool:
     )
 
 
-def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None = None) -> Callable[[Tensor], Tensor]:
+def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None = None) -> Metric:
     """The metric that a run has solved its edits with.
 
     Raises:
@@ -95,7 +94,7 @@ def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None 
     manifest: dict[str, Any] = read_manifest(run)
     wanted = manifest["second_moment"]
     if wanted is None:
-        return lambda keys: keys
+        return make_metric(moment=None, **manifest["metric"])
     if statistics is not None:
         moment = SecondMoment.load(statistics)
         if asdict(moment.info) != wanted:
@@ -109,4 +108,5 @@ def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None 
                 f"{wanted['date'] or 'no date'}) is neither shipped nor in the cache; give its file as statistics"
             )
         moment = SecondMoment.load(path)
-    return SecondMoment(moment.matrix.to(language_model.device), moment.info).solve
+    moment = SecondMoment(moment.matrix.to(language_model.device), moment.info)
+    return make_metric(moment=moment, **manifest["metric"])

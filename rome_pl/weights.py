@@ -7,12 +7,13 @@ solved against a weight that still held it.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.metric import Metric, PlainMetric
 from rome_pl.rank_one import Assertion, Update, rank_one_update
 
 __all__ = ["EditedWeight", "Written"]
@@ -47,22 +48,20 @@ class Written:
         )
 
 
-@dataclass
 class EditedWeight:
     """The rewrite site's weight with its edits.
 
     Args:
         site: The projection.
-        metric: Applies ``M`` to keys ``[n, d_key]``.
+        metric: The metric, or what applies it to keys ``[n, d_key]``.
     """
 
-    site: RewriteSite
-    metric: Callable[[Tensor], Tensor]
-    written: list[Written] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._original = self.site.weight.detach().clone()
-        self._master = self.site.matrix(self._original).double()
+    def __init__(self, site: RewriteSite, metric: Metric | Callable[[Tensor], Tensor]) -> None:
+        self.site = site
+        self.metric = metric if isinstance(metric, Metric) else PlainMetric(metric)
+        self.written: list[Written] = []
+        self._original = site.weight.detach().clone()
+        self._master = site.matrix(self._original).double()
         self._before_pending: Tensor | None = None
 
     def resume(self) -> None:
@@ -132,6 +131,7 @@ class EditedWeight:
         """Take up a write that an earlier run has made, without solving it again."""
         update = written.update.to(self._master.device)
         self._master = torch.addmm(self._master, update.left.T, update.right)
+        self.metric.remember(written.assertion.shape.to(self._master.device))
         self.written.append(written)
         self._store()
 
@@ -147,6 +147,8 @@ class EditedWeight:
 
     def commit(self) -> None:
         """Keep the pending write."""
+        if self._before_pending is not None:
+            self.metric.remember(self.written[-1].assertion.shape)
         self._before_pending = None
 
     def revert(self) -> None:
@@ -167,11 +169,13 @@ class EditedWeight:
         if missing:
             raise KeyError(f"not written, or undone already: {sorted(missing)}")
         master, replayed = self.site.matrix(self._original).double(), []
+        self.metric.forget()
         for written in self.written:
             kept = [row for row, name in enumerate(written.names) if name not in names]
             if kept:
                 remaining = tuple(written.names[row] for row in kept)
                 master, again = self._solve(master, remaining, written.assertion.rows(kept))
+                self.metric.remember(again.assertion.shape)
                 replayed.append(again)
         self._master, self.written, self._before_pending = master, replayed, None
         self._store()

@@ -89,12 +89,20 @@ def test_norm_of_the_factors_is_the_norm_of_the_product(problem):
 
 
 def test_presets_are_the_published_table_and_ours():
-    table = {name: (preset.shape, preset.at, preset.mom2_adjustment, preset.value) for name, preset in PRESETS.items()}
+    table = {
+        name: (p.shape, p.at, p.mom2_adjustment, p.value, p.metric, p.ridge, p.mom2_update_weight)
+        for name, p in PRESETS.items()
+    }
     assert table == {
-        "rome": ("mean", "bare", True, "bare"),
-        "r_rome": ("mean", "mean", True, "bare"),
-        "balanced": ("balanced", "balanced", True, "own"),
-        "easyedit": ("mean", "bare", False, "bare"),
+        "rome": ("mean", "bare", True, "bare", "second_moment", 0.0, 1.0),
+        "r_rome": ("mean", "mean", True, "bare", "second_moment", 0.0, 1.0),
+        "p_rome": ("bare", "bare", True, "bare", "second_moment", 0.0, 1.0),
+        "balanced": ("balanced", "balanced", True, "own", "second_moment", 0.0, 1.0),
+        "easyedit": ("mean", "bare", False, "bare", "second_moment", 0.0, 1.0),
+        "emmet": ("mean", "mean", True, "own", "second_moment", 0.1, 1000.0),
+        "memit": ("mean", "mean", True, "own", "second_moment", 1.0, 15000.0),
+        "accumulated": ("mean", "mean", True, "own", "past_keys", 0.0, 1000.0),
+        "alphaedit": ("mean", "mean", True, "own", "null_space", 1.0, 1.0),
     }
 
 
