@@ -1,0 +1,146 @@
+"""What becomes of a model, and of its edits, as one sequential edit follows another.
+
+    python benchmarks/long_stream.py --preset balanced --records counterfact.json --limit 500 --json balanced.json
+
+At each checkpoint all records so far are scored on the weights as they are then, rejected edits included. The run is
+kept beside the JSON file: the same command goes on where it was interrupted, and more records may be asked for later.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import load, median, module_for, parser, shipped_options
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, RunReport, Verification
+from rome_pl.data_modules.request_data import request_loader
+from rome_pl.edit import EditStatus
+from rome_pl.evaluation import KnownScores
+from rome_pl.metrics import ProbeScores, held_out_text, perplexity, summarise
+from rome_pl.rank_one import PRESETS
+from rome_pl.requests import EditRequest
+from rome_pl.second_moment import library_versions
+from rome_pl.session import EditSession, session_of
+from rome_pl.stream import MEASURED_TOGETHER
+
+BEYOND = 1.5
+"""A model whose perplexity has grown by this factor has collapsed."""
+
+
+def main() -> None:
+    """Edit, measure, write and print."""
+    arguments = parser(__doc__ or "", 150)
+    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    arguments.add_argument("--config", default="smollm2", help="shipped config that the other options come from")
+    arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
+    arguments.add_argument("--batch-size", type=int, default=1, help="edits solved jointly")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
+    arguments.add_argument("--save_model", type=Path, help="folder for the final model")
+    options = arguments.parse_args()
+    language_model, requests = load(options)
+    chosen = shipped_options(options.config) | {"preset": options.preset, "sequential_edit": True}
+    chosen |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in options.set)}
+    target: Path = options.json or Path("runs") / f"long_stream_{options.preset}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    base = zip(requests, KnownScores(language_model).measure(requests), strict=True)
+    checkpoints = Checkpoints(target, options.every, {str(request.case_id): scores for request, scores in base})
+    checkpoints.content |= {"preset": options.preset, "options": chosen, "versions": library_versions()}
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=target.with_suffix(".run"),
+        callbacks=[
+            RepresentationCheck(),
+            RankOneWriter(),
+            Verification(),
+            EditCommit(ledger=True, resume=True),
+            checkpoints,
+            RunReport(figures=False, largest_table=0),
+        ],
+    )
+    trainer.fit(module_for(language_model, chosen), request_loader(requests, options.batch_size))
+    if options.save_model is not None:
+        language_model.model.save_pretrained(options.save_model)
+        language_model.tokenizer.save_pretrained(options.save_model)
+    print(_table(checkpoints.content["curve"]))
+
+
+class Checkpoints(Callback):
+    """Scores all edits so far every so many edits, and at the end; what was measured once is not measured again.
+
+    Args:
+        target: The JSON file.
+        every: Edits between two checkpoints.
+        base: Scores of the unedited model, by name of the request.
+    """
+
+    def __init__(self, target: Path, every: int, base: dict[str, ProbeScores]) -> None:
+        self.target, self.every, self.base = target, every, base
+        self.content: dict[str, Any] = {"curve": []}
+        if target.exists():
+            self.content = json.loads(target.read_text(encoding="utf-8"))
+        self._perplexity = 0.0
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._perplexity = perplexity(session_of(pl_module).language_model, held_out_text(None))
+        self.content["perplexity_base"] = self._perplexity
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        session = session_of(pl_module)
+        done, before = len(session.edits), len(session.edits) - len(batch.edits)
+        if done // self.every == before // self.every and not trainer.is_last_batch:
+            return
+        if any(point["n"] == done for point in self.content["curve"]):
+            return
+        point = self._measure(session, session.requests[:done])
+        self.content["curve"] = sorted([*self.content["curve"], point], key=lambda point: point["n"])
+        broken = (point["n"] for point in self.content["curve"] if point["perplexity_ratio"] > BEYOND)
+        self.content["collapsed_by"] = next(broken, None)
+        self.target.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        print(_line(point), flush=True)
+
+    def _measure(self, session: EditSession, requests: tuple[EditRequest, ...]) -> dict[str, Any]:
+        scores: list[ProbeScores] = []
+        for start in range(0, len(requests), MEASURED_TOGETHER):
+            scores += session.probe(requests[start : start + MEASURED_TOGETHER])
+        names = [str(request.case_id) for request in requests]
+        base = dict(zip(names, session.mark(requests, [self.base[name] for name in names]), strict=True))
+        now, then = summarise(dict(zip(names, scores, strict=True)), base), summarise(base, base)
+        own = [edit for edit in session.edits if edit.steps and edit.recorded is None][-self.every :]
+        return {
+            "n": len(session.edits),
+            **{name: now[name]["value"] for name in ("ES", "PS", "NS", "EM", "PM", "NM")},
+            **{f"{name}_interval": [now[name]["low"], now[name]["high"]] for name in ("ES", "PS", "NS")},
+            **{f"{name}_base": then[name]["value"] for name in ("ES", "PS", "NS")},
+            "perplexity_ratio": perplexity(session.language_model, held_out_text(None)) / self._perplexity,
+            "delta_norm_ratio": session.weight.change,
+            "seconds_per_edit": median([sum(edit.seconds.values()) for edit in own]) if own else None,
+            "rejected": sum(edit.status is EditStatus.REJECTED for edit in session.edits),
+        }
+
+
+_COLUMNS = ("n", "ES", "PS", "NS", "NS_base", "perplexity_ratio", "delta_norm_ratio", "seconds_per_edit", "rejected")
+
+
+def _line(point: dict[str, Any]) -> str:
+    cells = (f"{point[name]:.3f}" if isinstance(point[name], float) else str(point[name]) for name in _COLUMNS)
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(curve: list[dict[str, Any]]) -> str:
+    return "\n".join([f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *map(_line, curve)])
+
+
+if __name__ == "__main__":
+    main()
