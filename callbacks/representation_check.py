@@ -1,5 +1,6 @@
 """Looks at the model's representation of a request before the edit is optimised."""
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,15 +11,19 @@ from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus
 from rome_pl.metrics.probes import TargetMeasure
+from rome_pl.preparation import conflicts
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["RepresentationCheck"]
 
+log = logging.getLogger(__name__)
+
 
 class RepresentationCheck(Callback):
-    """Is the fact known already; is the key finite, of ordinary norm, and far from the keys of facts already edited?
+    """Is the fact known already, or edited before; is the key finite, of ordinary norm, and far from earlier ones?
 
     A key that is not finite rejects the edit. The other findings are notes on the edit, or reject it if so configured.
+    Where edits accumulate, requests that contradict or repeat an earlier one of the stream are said before the first.
 
     Args:
         on_known: What to do with a fact whose target the model already gives greedily: ``edit`` it, with a note, or
@@ -27,6 +32,7 @@ class RepresentationCheck(Callback):
         largest_overlap: Largest cosine, under the metric of the write, to the key of an earlier edit of the stream;
             above it, the new edit disturbs the older one.
         on_odd_key: What to do with a key beyond these bounds: ``note`` it, or ``reject`` the edit.
+        on_conflict: What to do with a request that contradicts or repeats an earlier one: the same.
 
     Raises:
         ValueError: If a bound is out of range.
@@ -38,19 +44,26 @@ class RepresentationCheck(Callback):
         largest_norm_ratio: float = 10.0,
         largest_overlap: float = 0.9,
         on_odd_key: Literal["note", "reject"] = "note",
+        on_conflict: Literal["note", "reject"] = "note",
     ) -> None:
         if not largest_norm_ratio > 1:
             raise ValueError(f"largest_norm_ratio: expected a number above 1, got {largest_norm_ratio}")
         if not 0 < largest_overlap <= 1:
             raise ValueError(f"largest_overlap: expected a number in (0, 1], got {largest_overlap}")
-        self.on_known, self.on_odd_key = on_known, on_odd_key
+        self.on_known, self.on_odd_key, self.on_conflict = on_known, on_odd_key, on_conflict
         self.largest_norm_ratio, self.largest_overlap = largest_norm_ratio, largest_overlap
         self._directions = _Directions()
         self._seen = 0
+        self._conflicts: dict[str, str] = {}
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._directions, self._seen = _Directions(), 0
+        session = session_of(pl_module)
+        self._conflicts = conflicts(session.requests) if session.sequential else {}
+        if self._conflicts:
+            name, finding = next(iter(self._conflicts.items()))
+            log.warning("%d records are about facts of earlier ones: record %s %s", len(self._conflicts), name, finding)
 
     @override
     def on_train_batch_start(
@@ -73,6 +86,11 @@ class RepresentationCheck(Callback):
                 edit.decide(EditStatus.SKIPPED, "the model gives this target already (on_known: skip)")
                 return
             edit.notes.append("the model gave this target already")
+        if (conflict := self._conflicts.get(edit.name)) is not None:
+            if self.on_conflict == "reject":
+                edit.decide(EditStatus.REJECTED, conflict)
+                return
+            edit.notes.append(conflict)
         for finding in self._odd(session, key):
             if self.on_odd_key == "reject":
                 edit.decide(EditStatus.REJECTED, finding)

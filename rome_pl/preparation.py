@@ -17,7 +17,14 @@ from rome_pl.session import EditSession
 from rome_pl.statistics import resolve_second_moment
 from rome_pl.weights import EditedWeight
 
-__all__ = ["admit_requests", "check_joint_solve", "check_trainer", "prepare_session", "touched_neighbours"]
+__all__ = [
+    "admit_requests",
+    "check_joint_solve",
+    "check_trainer",
+    "conflicts",
+    "prepare_session",
+    "touched_neighbours",
+]
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +172,36 @@ def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> d
         )
         if any(marks):
             found[str(request.case_id)] = marks
+    return found
+
+
+def conflicts(requests: Sequence[EditRequest]) -> dict[str, str]:
+    """What is odd about requests in the light of those before them in a stream, by name of the edit.
+
+    Two requests are about one fact if they have the same subject and the same prompt, or the same relation. The later
+    one contradicts the earlier or repeats it.
+
+    Args:
+        requests: The stream.
+    """
+    found: dict[str, str] = {}
+    earlier: dict[tuple[str, str, str], EditRequest] = {}
+    for request in requests:
+        facts = [(request.subject, "prompt", request.prompt)]
+        if request.relation is not None:
+            facts.append((request.subject, "relation", request.relation))
+        for fact in facts:
+            other = earlier.get(fact)
+            if other is not None and other.target_new == request.target_new:
+                found[str(request.case_id)] = f"asks for what record {other.case_id} asks for already"
+            elif other is not None:
+                found[str(request.case_id)] = (
+                    f"contradicts record {other.case_id}, which asks for {other.target_new!r} of the same subject and "
+                    f"{fact[1]}: the later edit wins, and the earlier one counts as lost"
+                )
+            if str(request.case_id) in found:
+                break
+        earlier.update(dict.fromkeys(facts, request))
     return found
 
 

@@ -493,3 +493,39 @@ def test_the_optimiser_comes_from_outside_with_the_learning_rate_of_the_method(l
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["lr"] == FAST["v_lr"]
     assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+CONFLICTING = [
+    replace(REQUESTS[0], case_id="first", relation="P1"),
+    replace(REQUESTS[0], case_id="again", relation="P1"),
+    replace(REQUESTS[0], case_id="otherwise", target_new="Bern", relation="P1"),
+    replace(REQUESTS[0], case_id="other words", prompt="Korrin belongs to", subject_span=None, target_new="rye",
+            relation="P1"),
+    replace(REQUESTS[0], case_id="other fact", prompt="Korrin belongs to", subject_span=None, relation="P2"),
+    REQUESTS[1],
+]  # fmt: skip
+FINDINGS = {
+    "again": "asks for what record first asks for already",
+    "otherwise": "contradicts record again, which asks for 'Oslo' of the same subject and prompt",
+    "other words": "contradicts record otherwise, which asks for 'Bern' of the same subject and relation",
+    "other fact": "contradicts record other words, which asks for 'rye' of the same subject and prompt",
+}
+
+
+def test_requests_about_facts_of_earlier_ones_are_said(language_model, tmp_path, caplog):
+    session = run_edits(language_model, tmp_path, CONFLICTING, sequential_edit=True)
+    assert {edit.name for edit in session.edits if edit.notes} >= set(FINDINGS)
+    for edit in session.edits:
+        said = [note for note in edit.notes if "record" in note and ("asks for" in note)]
+        assert len(said) == (edit.name in FINDINGS)
+        assert all(note.startswith(FINDINGS[edit.name]) for note in said)
+    assert "4 records are about facts of earlier ones: record again asks for" in caplog.text
+
+
+def test_requests_about_facts_of_earlier_ones_can_be_rejected(language_model, tmp_path):
+    callbacks = [RepresentationCheck(on_conflict="reject"), *lenient_callbacks()[1:]]
+    session = run_edits(language_model, tmp_path, CONFLICTING, callbacks, sequential_edit=True)
+    statuses = {edit.name: edit.status for edit in session.edits}
+    assert {name for name, status in statuses.items() if status is EditStatus.REJECTED} == set(FINDINGS)
+    alone = run_edits(language_model, tmp_path, CONFLICTING, callbacks)  # single edits do not meet
+    assert {edit.status for edit in alone.edits} == {EditStatus.APPLIED}
