@@ -1,6 +1,7 @@
 """How well second moments are known: whether two halves of the text agree on what an edit takes from them."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,20 @@ from rome_pl.records import parse_records, read_records
 from rome_pl.requests import RequestError
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
 
-__all__ = ["Check", "agreement_of_halves", "compare_halves", "keeps_documents_apart", "probe_keys"]
+__all__ = [
+    "KEYS_PER_DIMENSION",
+    "Check",
+    "agreement_of_halves",
+    "compare_halves",
+    "keeps_documents_apart",
+    "probe_keys",
+    "warn_of_little_text",
+]
+
+log = logging.getLogger(__name__)
+
+KEYS_PER_DIMENSION = 30
+"""Default number of key vectors, as a multiple of d_key."""
 
 PROBES = 32
 """Subjects whose keys show whether two halves of the text agree."""
@@ -80,7 +94,11 @@ def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
 
 
 def compare_halves(
-    sums: MomentSums, layers: Sequence[int], probes: Mapping[int, Tensor], peers: Peers
+    sums: MomentSums,
+    layers: Sequence[int],
+    probes: Mapping[int, Tensor],
+    peers: Peers,
+    keep: Callable[[int, Tensor, Tensor, float], None] = lambda *_: None,
 ) -> dict[int, float]:
     """Agreement of the halves of all processes' sums, for some layers; a collective, in which processes take turns.
 
@@ -89,13 +107,15 @@ def compare_halves(
         layers: The layers to compare, the same on every process.
         probes: Probe keys by layer; without any nothing is known.
         peers: The processes.
+        keep: Called by the process that has compared a layer, with both halves, which it may use up, and the agreement.
     """
     found: dict[int, float] = {}
     if sums.halves > 1 and probes:
         for turn, layer in enumerate(layers):
-            one, other = (peers.sum_on(turn % peers.world_size, sums.matrix(layer, half)) for half in range(2))
+            one, other = (sums.brought_together(layer, half, peers, turn) for half in range(2))
             if peers.mine(turn) and bool(one.any()) and bool(other.any()):
                 found[layer] = agreement_of_halves(one, other, probes[layer])
+                keep(layer, one, other, found[layer])
     return {layer: value for part in peers.gather(found) for layer, value in part.items()}
 
 
@@ -152,3 +172,16 @@ def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> b
     without, within = kept[0], kept[1][-len(pieces[1]) :]
     tolerance = LEAK.get(next(language_model.model.parameters()).dtype, LEAK_HALF)
     return float((within - without).norm()) <= tolerance * float(without.norm())
+
+
+def warn_of_little_text(size: int, count: int) -> None:
+    """Say what it means that there were fewer keys than dimensions, and how much is missing."""
+    if count < size:
+        log.warning(
+            "The corpus gave %d keys for a dimension of %d: the second moment is singular, and only the ridge makes it "
+            "solvable. At least %d more are needed, better %d in all",
+            count,
+            size,
+            size - count,
+            KEYS_PER_DIMENSION * size,
+        )

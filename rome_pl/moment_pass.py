@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
-from rome_pl.convergence import Check, compare_halves, keeps_documents_apart, probe_keys
+from rome_pl.convergence import (
+    KEYS_PER_DIMENSION,
+    Check,
+    compare_halves,
+    keeps_documents_apart,
+    probe_keys,
+    warn_of_little_text,
+)
 from rome_pl.corpus import Corpus
 from rome_pl.distributed import Peers
 from rome_pl.files import content_key
@@ -27,9 +34,6 @@ from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError, lib
 from rome_pl.unfinished import UnfinishedJob
 
 __all__ = ["KEYS_PER_DIMENSION", "Finished", "MomentPass", "PassOptions"]
-
-KEYS_PER_DIMENSION = 30
-"""Default number of key vectors, as a multiple of d_key."""
 
 MEETINGS = (0.25, 0.5, 1.0)
 """Where halves are compared, as parts of the wanted number of keys."""
@@ -129,6 +133,7 @@ class MomentPass:
         self._group = -1
         self._sums: MomentSums | None = None
         self._probes: dict[int, Tensor] = {}
+        self._saved: set[int] = set()
 
     def _kept(self, sites: Sequence[RewriteSite]) -> list[MomentInfo | None]:
         """What is there already, the same on all processes."""
@@ -263,14 +268,20 @@ class MomentPass:
         # A comparison costs what some hundred tokens cost: where the pass goes on anyway, a few layers tell.
         few = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         last = block.ends or block.closes == len(self.plan.boundaries[block.group]) - 1
+        count = sum(peers.gather(sum(self._sums.counts)))
+
+        def keep(layer: int, one: Tensor, other: Tensor, found: float) -> None:
+            if last:  # what was brought together for the last meeting is what is kept
+                self._save(self.groups[block.group][layers.index(layer)], one.add_(other), count, found)
+
         agreement: dict[int, float] = {}
         for some in [layers] if last else [few, [layer for layer in layers if layer not in few]]:
-            agreement |= compare_halves(self._sums, some, self._probes, peers)
+            agreement |= compare_halves(self._sums, some, self._probes, peers, keep)
             if not agreement or min(agreement.values()) < stop:
                 break
+        self._saved = set(agreement) if last else set()
         enough = bool(agreement) and min(agreement.values()) >= stop
-        keys = sum(peers.gather(sum(self._sums.counts)))
-        return Check(block.seen, keys, dict(sorted(agreement.items())), enough)
+        return Check(block.seen, count, dict(sorted(agreement.items())), enough)
 
     def _finish(self, group: int) -> None:
         assert self._sums is not None
@@ -278,30 +289,31 @@ class MomentPass:
         count = sum(peers.gather(sum(sums.counts)))
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
-        last = self.history[group][-1]
-        folder = self._jobs[group].folder
+        last, folder = self.history[group][-1], self._jobs[group].folder
         done: list[Finished] = []
         for index, site in enumerate(self.groups[group]):
-            total = sums.matrix(site.layer, 0)
-            for half in range(1, self._halves):
-                total += sums.matrix(site.layer, half)
-            total = peers.sum_on(index % peers.world_size, total)
-            path, info = self._target(site), self._describe(site, count, last)
-            if peers.mine(index):
-                # Not in its place before all layers are written: a run killed meanwhile goes on with the sums.
-                SecondMoment(total / count, info).save(folder / path.name)
-            done.append(Finished(site.layer, path, info))
+            if site.layer not in self._saved:
+                parts = [sums.brought_together(site.layer, half, peers, index) for half in range(self._halves)]
+                if peers.mine(index):
+                    self._save(site, sum(parts[1:], start=parts[0]), count, last.agreement.get(site.layer))
+            info = self._describe(site, count, last.agreement.get(site.layer))
+            done.append(Finished(site.layer, self._target(site), info))
         peers.wait()
         for index, one in enumerate(done):
             if peers.mine(index):
                 (folder / one.path.name).replace(one.path)
         self.finished += done
-        _warn_of_little_text(self.groups[group], count)
+        warn_of_little_text(max(site.d_key for site in self.groups[group]), count)
         self.plan.finished.add(group)
         self._sums = None
         self._jobs[group].remove()
 
-    def _describe(self, site: RewriteSite, count: int, last: Check) -> MomentInfo:
+    def _save(self, site: RewriteSite, total: Tensor, count: int, agreement: float | None) -> None:
+        # Not in its place before all layers are written: a run killed meanwhile goes on with the sums.
+        path = self._jobs[self._group].folder / self._target(site).name
+        SecondMoment(total / count, self._describe(site, count, agreement)).save(path)
+
+    def _describe(self, site: RewriteSite, count: int, agreement: float | None) -> MomentInfo:
         return MomentInfo(
             weights=self.language_model.fingerprint_below(site),
             tokenizer=self.language_model.tokenizer_fingerprint,
@@ -312,7 +324,7 @@ class MomentPass:
             versions=json.dumps(library_versions()),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             source=self.corpus.source,
-            agreement=last.agreement.get(site.layer),
+            agreement=agreement,
         )
 
     def _plan(self) -> Plan:
@@ -334,17 +346,4 @@ class MomentPass:
             self.corpus.fingerprint,
             [site.layer for site in group],
             [self.packer.rows, self.packer.length, self._halves, self.wanted],
-        )
-
-
-def _warn_of_little_text(sites: Sequence[RewriteSite], count: int) -> None:
-    size = max(site.d_key for site in sites)
-    if count < size:
-        log.warning(
-            "The corpus gave %d keys for a dimension of %d: the second moment is singular, and only the ridge makes it "
-            "solvable. At least %d more are needed, better %d in all",
-            count,
-            size,
-            size - count,
-            KEYS_PER_DIMENSION * size,
         )

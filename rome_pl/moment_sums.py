@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.distributed import Peers
 from rome_pl.files import whole_file
 from rome_pl.hooks import stopped_before
 from rome_pl.second_moment import StatisticsError, pack_upper, symmetric, unpack_upper
@@ -92,6 +93,26 @@ class MomentSums:
     def matrix(self, layer: int, half: int) -> Tensor:
         """A copy of one half's sum, ``[d_key, d_key]``, symmetric."""
         return symmetric(self.totals[layer][half])
+
+    def brought_together(self, layer: int, half: int, peers: Peers, turn: int) -> Tensor:
+        """One half's sum over all processes on the one whose turn it is, as by :meth:`matrix`; a collective.
+
+        Only what lies on and above the diagonal travels. On the other processes the result is of no use.
+        """
+        if peers.world_size == 1:
+            return self.matrix(layer, half)
+        total = self.totals[layer][half]
+        width = -(-len(total) // PANELS)
+        panels = [total[start : start + width, start:] for start in range(0, len(total), width)]
+        packed = torch.cat([panel.reshape(-1) for panel in panels])
+        packed = peers.sum_on(turn % peers.world_size, packed)
+        if not peers.mine(turn):
+            return packed
+        whole, taken = torch.zeros_like(total), 0
+        for start, panel in zip(range(0, len(total), width), panels, strict=True):
+            whole[start : start + width, start:] = packed[taken : taken + panel.numel()].reshape(panel.shape)
+            taken += panel.numel()
+        return symmetric(whole)
 
     def merge(self, other: "PartialSums") -> None:
         """Add what an earlier run has left.
