@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
+from rome_pl.metrics import held_out_text, perplexity
 from rome_pl.metrics.probes import next_tokens
 from rome_pl.session import EditSession, session_of
 
@@ -32,8 +33,15 @@ CANARIES = (
 log = logging.getLogger(__name__)
 
 
+MOST_DROPPED = 0.2
+"""A stream of which a larger share had to be dropped stops: the preset does not suit the model."""
+
+FEW = 10
+"""Of fewer edits than these a share means nothing: they count as so many."""
+
+
 class StateCheck(Callback):
-    """Every n edits of a sequential stream: are the weights finite, is their change small, do canary prompts hold?
+    """Every n edits of a sequential stream: are the weights finite, is their change small, does the model still talk?
 
     Args:
         every_n_edits: Interval.
@@ -41,8 +49,12 @@ class StateCheck(Callback):
             after 50 edits that do it no harm).
         least_canary_agreement: Least share of canaries whose likeliest next token is the unedited model's.
         canaries: Prompts of your own, in the model's language; nothing takes the shipped English ones.
-        on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); or ``stop`` (undo
-            them and end the stream).
+        largest_perplexity_ratio: Largest perplexity of held-out text, relative to the unedited model's; nothing
+            measures none, which is cheaper.
+        perplexity_text: UTF-8 text for it; nothing takes the one shipped.
+        on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); ``recover`` (undo them,
+            and write them again one by one, without those after which the check fails); or ``stop`` (undo them and end
+            the stream). A stream of which more than a fifth had to be dropped by ``recover`` ends too.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -54,7 +66,9 @@ class StateCheck(Callback):
         largest_change: float = 5.0,
         least_canary_agreement: float = 0.5,
         canaries: list[str] | None = None,
-        on_failure: Literal["warn", "rollback", "stop"] = "warn",
+        largest_perplexity_ratio: float | None = None,
+        perplexity_text: str | None = None,
+        on_failure: Literal["warn", "rollback", "recover", "stop"] = "warn",
     ) -> None:
         if every_n_edits < 1:
             raise ValueError(f"every_n_edits: expected a number from 1 on, got {every_n_edits}")
@@ -62,18 +76,30 @@ class StateCheck(Callback):
             raise ValueError(f"least_canary_agreement: expected a share in [0, 1], got {least_canary_agreement}")
         if not largest_change > 0:
             raise ValueError(f"largest_change: expected a positive number, got {largest_change}")
+        if largest_perplexity_ratio is not None and not largest_perplexity_ratio > 1:
+            raise ValueError(f"largest_perplexity_ratio: expected a number above 1, got {largest_perplexity_ratio}")
         self.every_n_edits, self.on_failure = every_n_edits, on_failure
         self.largest_change, self.least_canary_agreement = largest_change, least_canary_agreement
+        self.largest_perplexity_ratio, self.perplexity_text = largest_perplexity_ratio, perplexity_text
         self.canaries: Sequence[str] = canaries or CANARIES
         self._expected: list[int] = []
+        self._perplexity = 0.0
         self._since_good: list[Edit] = []
+        self._dropped = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.largest_perplexity_ratio is not None:
+            held_out_text(self.perplexity_text)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
-        self._since_good = []
+        self._since_good, self._dropped = [], 0
         if session.sequential:
             self._expected = next_tokens(session.language_model, self.canaries)
+            if self.largest_perplexity_ratio is not None:
+                self._perplexity = perplexity(session.language_model, held_out_text(self.perplexity_text))
 
     @override
     def on_train_batch_end(
@@ -88,18 +114,24 @@ class StateCheck(Callback):
         due = done // self.every_n_edits > (done - len(edits)) // self.every_n_edits
         if not due and not trainer.is_last_batch:
             return
-        failures = self._check(session, done)
-        if not failures:
+        found = self._look(session)
+        session.state_checks.append({"edits": done, **found})
+        if not found["failures"]:
             self._since_good = []
             return
-        finding = f"after {done} edits: " + "; ".join(failures)
+        finding = f"after {done} edits: " + "; ".join(found["failures"])
         if self.on_failure == "warn":
             log.warning("The model's state is bad %s", finding)
+            return
+        if self.on_failure == "recover":
+            self._recover(session, finding)
+            self._end_if_hopeless(trainer, session)
             return
         self._roll_back(session, finding)
         trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
 
-    def _check(self, session: EditSession, edits: int) -> list[str]:
+    def _look(self, session: EditSession) -> dict[str, Any]:
+        """What there is to say about the model's state, and what of it is bad."""
         finite = bool(session.weight.site.weight.isfinite().all())
         now = next_tokens(session.language_model, self.canaries)
         agreement = sum(a == b for a, b in zip(now, self._expected, strict=True)) / len(now)
@@ -113,23 +145,71 @@ class StateCheck(Callback):
             failures.append(
                 f"{agreement:.0%} of the canaries hold (least_canary_agreement: {self.least_canary_agreement})"
             )
-        session.state_checks.append(
-            {"edits": edits, "finite": finite, "change": change, "canary_agreement": agreement, "failures": failures}
-        )
-        return failures
+        found = {"finite": finite, "change": change, "canary_agreement": agreement, "failures": failures}
+        if self.largest_perplexity_ratio is not None:
+            text = held_out_text(self.perplexity_text)
+            ratio = perplexity(session.language_model, text) / self._perplexity
+            found["perplexity_ratio"] = ratio
+            if not ratio <= self.largest_perplexity_ratio:
+                failures.append(
+                    f"perplexity of held-out text is {ratio:.2f} times the unedited model's "
+                    f"(largest_perplexity_ratio: {self.largest_perplexity_ratio})"
+                )
+        return found
 
     def _roll_back(self, session: EditSession, finding: str) -> None:
         log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
         session.weight.remove([edit.name for edit in self._since_good])
-        for edit in self._since_good:
-            edit.decide(EditStatus.ROLLED_BACK, finding)
-            if session.ledger is not None:
-                session.ledger.append(
-                    {
-                        "index": edit.index,
-                        "case_id": edit.request.case_id,
-                        "status": str(edit.status),
-                        "reason": finding,
-                    }
-                )
+        self._record(session, self._since_good, [], finding)
         self._since_good = []
+
+    def _recover(self, session: EditSession, finding: str) -> None:
+        """Undo the edits since the last good check, and write them again without those that the check fails after."""
+        edits, weight = self._since_good, session.weight
+        log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
+        weight.remove([edit.name for edit in edits])
+        dropped, anew = [], []
+        for edit in edits:
+            assert edit.written is not None
+            try:
+                written = weight.write([edit.name], edit.written.assertion)
+            except ValueError:  # exploding, or not finite
+                dropped.append(edit)
+                continue
+            if self._look(session)["failures"]:
+                weight.revert()
+                dropped.append(edit)
+                continue
+            weight.commit()
+            if not written.same_as(edit.written):
+                edit.written = written
+                anew.append(edit)
+        self._record(session, dropped, anew, finding)
+        self._dropped += len(dropped)
+        self._since_good = []
+
+    def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
+        check = {"edits": len(session.edits), "recovered": True, **self._look(session)}
+        session.state_checks.append(check)
+        done = len(session.edits)
+        if self._dropped > MOST_DROPPED * max(done, FEW):
+            verdict = (
+                f"{self._dropped} of {done} edits had to be dropped to keep the model healthy: the preset does not "
+                "suit this model; try another preset or layer, or fewer edits"
+            )
+        elif check["failures"]:
+            verdict = f"the model's state stays bad without them: {'; '.join(check['failures'])}"
+        else:
+            return
+        check["verdict"] = verdict
+        log.error("The stream ends: %s", verdict)
+        trainer.should_stop = True
+
+    def _record(self, session: EditSession, dropped: Sequence[Edit], anew: Sequence[Edit], finding: str) -> None:
+        for edit in dropped:
+            edit.decide(EditStatus.ROLLED_BACK, finding)
+        if session.ledger is not None:
+            session.ledger.amend(
+                [(edit.record(), {"status": str(edit.status), "reason": finding}) for edit in dropped],
+                [(edit.written, [edit.record()]) for edit in anew if edit.written is not None],
+            )

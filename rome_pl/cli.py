@@ -204,6 +204,7 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=_normalised(given),
+            parser_kwargs={"epilog": f"Without a Trainer, on the folder of a run: {', '.join(COMMANDS)}."},
         )
     except (RomeError, OSError) as error:
         print(f"rome-pl: {error}", file=sys.stderr)

@@ -173,17 +173,26 @@ class Ledger:
         self._write(lines)
 
     def amend(
-        self, verdicts: Sequence[tuple[Mapping[str, Any], str]], writes: Sequence[tuple[Written, Sequence[Any]]]
+        self,
+        verdicts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+        writes: Sequence[tuple[Written, Sequence[Mapping[str, Any]]]],
     ) -> None:
-        """Append what has become of edits after the run: new verdicts, and writes that were solved anew.
+        """Append what has become of edits after they were recorded: new verdicts, and writes that were solved anew.
 
         Args:
-            verdicts: Records of edits, each with its new status.
+            verdicts: Records of edits, each with what is said of it now, its ``status`` among it.
             writes: Writes, each with the records of its edits.
+
+        Raises:
+            LedgerError: If an earlier run had decided otherwise at this place.
         """
         lines: list[dict[str, Any]] = [
-            {"index": record["index"], "case_id": record["case_id"], "status": status} for record, status in verdicts
+            {"index": record["index"], "case_id": record["case_id"], **changes} for record, changes in verdicts
         ]
+        applied = [{name: record[name] for name in ("index", "case_id", "status")} for _, of in writes for record in of]
+        if self._ahead:
+            self._confirm([*lines, *applied])
+            return
         for written, records in writes:
             indices = [record["index"] for record in records]
             for record in records:
@@ -191,8 +200,7 @@ class Ledger:
                 shard = self._unused_shard(record["index"])
                 self._write_shard(self.folder / "shards" / shard, part)
                 changes = {"shard": shard, "update_norm": part.update.norm, "realised": part.realised[0]}
-                known = {name: record[name] for name in ("index", "case_id", "status")}
-                lines.append(known | changes | {"joint": indices if len(indices) > 1 else None})
+                lines.append({**applied.pop(0), **changes, "joint": indices if len(indices) > 1 else None})
         self._write(lines)
 
     def _unused_shard(self, index: int) -> str:

@@ -17,7 +17,7 @@ from rome_pl.metric import Metric, make_metric
 from rome_pl.replay import read_edits, read_manifest, read_writes
 from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics
-from rome_pl.weights import EditedWeight, Written
+from rome_pl.weights import EditedWeight
 
 __all__ = ["Undone", "metric_of", "undo"]
 
@@ -64,25 +64,15 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
     try:
         weight.remove(names)
         before = {name: written for written in writes for name in written.names}
-        anew = [written for written in weight.written if _differs(written, before)]
+        anew = [written for written in weight.written if not written.same_as(before[written.names[0]])]
         ledger.amend(
-            [(edits[name], str(EditStatus.UNDONE)) for name in names],
+            [(edits[name], {"status": str(EditStatus.UNDONE)}) for name in names],
             [(written, [edits[name] for name in written.names]) for written in anew],
         )
     finally:
         ledger.close()
     resolved = tuple(name for written in anew for name in written.names)
     return Undone(weight, tuple(names), resolved)
-
-
-def _differs(written: Written, before: dict[str, Written]) -> bool:
-    """Whether a write is no longer the one that the ledger holds."""
-    earlier = before[written.names[0]]
-    return (
-        earlier.names != written.names
-        or not earlier.update.left.equal(written.update.left)
-        or not earlier.update.right.equal(written.update.right)
-    )
 
 
 def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None = None) -> Metric:

@@ -36,6 +36,11 @@ class Written:
     update: Update
     realised: tuple[float, ...]
 
+    def same_as(self, other: "Written") -> bool:
+        """Whether it changes the weight by the same bits."""
+        pairs = ((self.update.left, other.update.left), (self.update.right, other.update.right))
+        return self.names == other.names and all(one.equal(two.to(one.device)) for one, two in pairs)
+
     def part(self, name: str) -> "Written":
         """One edit's rows of a joint write."""
         row = self.names.index(name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import EditError, EditStatus
@@ -16,10 +17,12 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
+from rome_pl.ledger import read_lines
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
 from rome_pl.objective import ValueObjective
 from rome_pl.prefix import run_prefix
+from rome_pl.replay import groups_of, load_write
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.session import EditSession
 from rome_pl.weights import EditedWeight
@@ -529,3 +532,87 @@ def test_requests_about_facts_of_earlier_ones_can_be_rejected(language_model, tm
     assert {name for name, status in statuses.items() if status is EditStatus.REJECTED} == set(FINDINGS)
     alone = run_edits(language_model, tmp_path, CONFLICTING, callbacks)  # single edits do not meet
     assert {edit.status for edit in alone.edits} == {EditStatus.APPLIED}
+
+
+MANY = [
+    EditRequest(
+        prompt=f"The lighthouse of Korrin{index} stands in", subject=f"Korrin{index}", target_new="Oslo",
+        target_true="Lima", case_id=index,
+    )
+    for index in range(12)
+]  # fmt: skip
+
+
+class _Fails(StateCheck):
+    """Finds the state bad while certain edits are in the weight."""
+
+    def __init__(self, bad, **options):
+        super().__init__(every_n_edits=4, on_failure="recover", **options)
+        self.bad = bad
+
+    def _look(self, session):
+        inside = self.bad & set(session.weight.names)
+        return super()._look(session) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
+
+
+def recovered(tmp_path, bad):
+    language_model = tiny_language_model()
+    callbacks = [*lenient_callbacks()[:-2], _Fails(bad)]
+    for callback in callbacks:
+        if isinstance(callback, EditCommit):
+            callback.ledger = True
+    session = run_edits(language_model, tmp_path, MANY, callbacks, sequential_edit=True)
+    return session, language_model
+
+
+def test_recovery_drops_the_edits_that_break_the_model_and_keeps_the_others(tmp_path):
+    session, language_model = recovered(tmp_path, {"1", "6"})
+    statuses = [str(edit.status) for edit in session.edits]
+    assert [index for index, status in enumerate(statuses) if status == "rolled_back"] == [1, 6]
+    assert statuses.count("applied") == 10
+    assert session.weight.names == [str(index) for index in range(12) if index not in (1, 6)]
+    # What is in the weight is the closed form for the others, in order, with the values as they were found.
+    expected = EditedWeight(find_site(tiny_language_model().model, 1), session.weight.metric)
+    for edit in session.edits:
+        if edit.status is EditStatus.APPLIED:
+            expected.write([edit.name], edit.written.assertion)
+            expected.commit()
+    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.site.weight)
+    assert [(check["edits"], bool(check["failures"])) for check in session.state_checks] == [
+        (4, True), (4, False), (8, True), (8, False), (12, False)
+    ]  # fmt: skip
+
+
+def test_a_ledger_knows_what_recovery_has_written_anew(tmp_path):
+    session, language_model = recovered(tmp_path, {"1", "6"})
+    session.ledger.close()
+    lines = read_lines(tmp_path / "ledger" / "edits.jsonl")
+    merged = {}
+    for line in lines:
+        merged[line.record["case_id"]] = merged.get(line.record["case_id"], {}) | line.record
+    weight = EditedWeight(find_site(tiny_language_model().model, 1), session.weight.metric)
+    for group in groups_of(list(merged.values())):
+        weight.restore(load_write(tmp_path, group))
+    assert torch.equal(weight.site.weight, language_model.model.state_dict()[WEIGHT])
+    assert {name for name, record in merged.items() if record["status"] == "rolled_back"} == {1, 6}
+
+
+def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):
+    session, _ = recovered(tmp_path, {"0", "2", "3"})
+    assert len(session.edits) == 4
+    assert "3 of 4 edits had to be dropped" in session.state_checks[-1]["verdict"]
+    assert "does not suit this model" in caplog.text
+
+
+def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
+    check = StateCheck(every_n_edits=2, largest_perplexity_ratio=1.5)
+    found = iter([10.0, 12.0, 16.0])
+    monkeypatch.setattr("rome_pl.callbacks.state_check.perplexity", lambda *_: next(found))
+    session = run_edits(
+        tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
+    )
+    assert [round(check["perplexity_ratio"], 9) for check in session.state_checks] == [1.2, 1.6]
+    assert not any("perplexity" in failure for failure in session.state_checks[0]["failures"])
+    assert "1.60 times the unedited model's" in session.state_checks[1]["failures"][-1]
+    with pytest.raises(ValueError, match="largest_perplexity_ratio"):
+        StateCheck(largest_perplexity_ratio=0.9)

@@ -17,7 +17,7 @@ FOLDERS = {
 }
 LIGHTNING = {"covariance_module", "edit_module", "evaluation_module", "editor", "trainer", "cli"}
 CORE = {path.stem for path in FOLDERS["rome_pl"].glob("*.py")} - LIGHTNING - {"__init__"}
-NUMERICS = {"rank_one", "second_moment", "weights", "hooks", "architecture"}
+NUMERICS = {"rank_one", "metric", "second_moment", "weights", "hooks", "architecture"}
 
 
 def imports(path):
