@@ -128,20 +128,29 @@ def probe_keys(language_model: LanguageModel, sites: Sequence[RewriteSite]) -> d
     """
     path = Path(str(files("rome_pl") / "assets" / "sample_records.json"))
     requests, _ = parse_records(read_records(path)[:PROBES], str(path), None)
-    found: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
+    texts: list[tuple[int, ...]] = []
     for request in requests:
         try:
             row = language_model.encoder.edit(request).rows[0]
         except RequestError:  # longer than the model reads
             continue
-        ids = torch.tensor([row.ids[: row.lookup + 1]], device=language_model.device)
+        texts.append(row.ids[: row.lookup + 1])
+    found: dict[int, Tensor] = {}
+    if not texts:
+        return found
+    # No token looks ahead, so what fills the rows on the right changes nothing before it.
+    width = max(map(len, texts))
+    ids = torch.full((len(texts), width), language_model.encoder.pad_id)
+    for place, text in enumerate(texts):
+        ids[place, : len(text)] = torch.tensor(text)
+    last = torch.tensor([place * width + len(text) - 1 for place, text in enumerate(texts)])
 
-        def take(layer: int, keys: Tensor) -> None:
-            found[layer].append(keys[-1].double())
+    def take(layer: int, keys: Tensor) -> None:
+        found[layer] = keys[last.to(keys.device)].double()
 
-        with frozen(language_model.model), keys_of(sites, take):
-            language_model.model(input_ids=ids, use_cache=False)
-    return {layer: torch.stack(keys) for layer, keys in found.items() if keys}
+    with frozen(language_model.model), keys_of(sites, take):
+        language_model.model(input_ids=ids.to(language_model.device), use_cache=False)
+    return found
 
 
 @torch.no_grad()
