@@ -81,7 +81,8 @@ def _draw(result: dict[str, dict[str, float]], path: Path) -> None:
             bottom = bottom + height
         axes.set(ylabel="seconds an edit")
         axes.spines[["top", "right"]].set_visible(False)
-    close.legend(frameon=False, fontsize=8, loc="outside right upper")
+    handles, labels = close.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path)
 
 
