@@ -111,9 +111,8 @@ def compare_halves(
     """
     found: dict[int, float] = {}
     if sums.halves > 1 and probes:
-        for turn, layer in enumerate(layers):
-            one, other = (sums.brought_together(layer, half, peers, turn) for half in range(2))
-            if peers.mine(turn) and bool(one.any()) and bool(other.any()):
+        for layer, (one, other) in sums.dealt_out(layers, peers):
+            if bool(one.any()) and bool(other.any()):
                 found[layer] = agreement_of_halves(one, other, probes[layer])
                 keep(layer, one, other, found[layer])
     return {layer: value for part in peers.gather(found) for layer, value in part.items()}

@@ -290,14 +290,14 @@ class MomentPass:
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
         last, folder = self.history[group][-1], self._jobs[group].folder
-        done: list[Finished] = []
-        for index, site in enumerate(self.groups[group]):
-            if site.layer not in self._saved:
-                parts = [sums.brought_together(site.layer, half, peers, index) for half in range(self._halves)]
-                if peers.mine(index):
-                    self._save(site, sum(parts[1:], start=parts[0]), count, last.agreement.get(site.layer))
-            info = self._describe(site, count, last.agreement.get(site.layer))
-            done.append(Finished(site.layer, self._target(site), info))
+        sites = {site.layer: site for site in self.groups[group]}
+        missing = [layer for layer in sites if layer not in self._saved]
+        for layer, halves in sums.dealt_out(missing, peers):
+            self._save(sites[layer], sum(halves[1:], start=halves[0]), count, last.agreement.get(layer))
+        done = [
+            Finished(layer, self._target(site), self._describe(site, count, last.agreement.get(layer)))
+            for layer, site in sites.items()
+        ]
         peers.wait()
         for index, one in enumerate(done):
             if peers.mine(index):

@@ -94,10 +94,32 @@ class MomentSums:
         """A copy of one half's sum, ``[d_key, d_key]``, symmetric."""
         return symmetric(self.totals[layer][half])
 
-    def brought_together(self, layer: int, half: int, peers: Peers, turn: int) -> Tensor:
-        """One half's sum over all processes on the one whose turn it is, as by :meth:`matrix`; a collective.
+    def dealt_out(self, layers: Sequence[int], peers: Peers) -> Iterator[tuple[int, list[Tensor]]]:
+        """The sums of some layers over all processes, each layer to one process; a collective.
 
-        Only what lies on and above the diagonal travels. On the other processes the result is of no use.
+        As many layers as there are processes are brought together before any process goes on with its own: they work
+        side by side, and none has to hold more than one layer.
+
+        Args:
+            layers: The layers, the same on every process.
+            peers: The processes.
+
+        Yields:
+            This process's layers, each with the halves as by :meth:`matrix`.
+        """
+        for start in range(0, len(layers), peers.world_size):
+            mine: tuple[int, list[Tensor]] | None = None
+            for turn, layer in enumerate(layers[start : start + peers.world_size]):
+                halves = [self._brought_together(layer, half, peers, turn) for half in range(self.halves)]
+                if peers.mine(turn):
+                    mine = layer, halves
+            if mine is not None:
+                yield mine
+
+    def _brought_together(self, layer: int, half: int, peers: Peers, turn: int) -> Tensor:
+        """One half's sum over all processes on the one whose turn it is; on the others the result is of no use.
+
+        Only what lies on and above the diagonal travels.
         """
         if peers.world_size == 1:
             return self.matrix(layer, half)
@@ -105,7 +127,7 @@ class MomentSums:
         width = -(-len(total) // PANELS)
         panels = [total[start : start + width, start:] for start in range(0, len(total), width)]
         packed = torch.cat([panel.reshape(-1) for panel in panels])
-        packed = peers.sum_on(turn % peers.world_size, packed)
+        packed = peers.sum_on(turn, packed)
         if not peers.mine(turn):
             return packed
         whole, taken = torch.zeros_like(total), 0
