@@ -90,6 +90,8 @@ class RomeTrainer(Trainer):
         datamodule.setup()
         model.configure_model()
         if resuming:
+            if self.world_size > 1:
+                raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
             assert model.language_model is not None
             check_model(folder, model.language_model)
             if not force:

@@ -279,6 +279,7 @@ def test_a_path_is_gone_on_with_in_its_own_folder(command, tmp_path):
     [
         (["--resume", "{empty}"], "holds no run"),
         (["--resume", "auto", "--overwrite"], "give one of the two"),
+        (["--resume", "auto", "--trainer.devices", "2"], "on one device only"),
         (["--resume", "auto", "--model.v_lr", "0.3"], "- model.v_lr: 0.1\n  + model.v_lr: 0.3"),
         (["--resume", "auto", "--data.batch_size", "2"], "+ data.batch_size: 2"),
         (["--resume", "auto", "--verification.least_probability", "0.5"], "verification.least_probability"),
