@@ -143,6 +143,10 @@ class Ledger:
         """What the next lines of an earlier run say, at most so many."""
         return [line.record for line in list(self._ahead)[:count]]
 
+    def skip(self) -> None:
+        """Take what is there as it is: write behind it from now on."""
+        self._ahead.clear()
+
     def append(self, record: Mapping[str, Any], written: Written | None = None) -> None:
         """Append one record; see :meth:`append_batch`."""
         self.append_batch([(record, written)])

@@ -61,6 +61,7 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
             found = f"it is {edits[name]['status']}" if name in edits else "the ledger has no such record"
             raise LedgerError(f"{run}: edit {name} is not in the weight ({found}); see rome-pl show --ledger {run}")
     ledger = Ledger(run / "ledger", resume=True)
+    ledger.skip()
     try:
         weight.remove(names)
         before = {name: written for written in writes for name in written.names}

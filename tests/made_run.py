@@ -65,6 +65,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
     """
     weight = SimpleNamespace(
         change=0.25,
+        metric=SimpleNamespace(settings={}),
         site=SimpleNamespace(layer=1, name="layers.1.weight", weight=torch.zeros(1)),
         written=[],
     )

@@ -148,7 +148,8 @@ def stack_packs(language_model: LanguageModel, packs: Sequence[Pack]) -> Stacked
             whole[row, : len(part)] = torch.tensor(part)
     if any(pack.ends.count(len(pack.ids)) < len(pack.ids) for pack in packs):
         seen = (columns <= columns.unsqueeze(1)) & (columns.unsqueeze(1) < ends.unsqueeze(1))
-        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
+        dtype = next(model.parameters()).dtype
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
     else:
         mask = torch.ones_like(ids)  # no token looks ahead, so padding on the right needs no mask
     masks = forward_masks(model, to_device(mask, device), to_device(depths, device))
@@ -178,7 +179,7 @@ def _try_branches(language_model: LanguageModel) -> bool:
     stem = min(3, deepest - 1)
     texts = [trunk, trunk[:stem] + branch[:4], trunk[:stem] + other[:3]]
     texts = [text[:deepest] for text in texts]
-    tolerance = TOLERANCE.get(model.dtype, TOLERANCE_HALF)
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, TOLERANCE_HALF)
     with frozen(model):
         alone = dict(_last_log_probs(language_model, pack_texts(texts, [0] * len(texts), branches=False)))
         try:

@@ -20,7 +20,8 @@ CONFIGS = sorted(Path(rome_pl.configs.__file__).parent.rglob("*.yaml"))
 METHOD_OPTIONS = {
     "layers", "fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor",
     "mom2_adjustment",
-    "mom2_n_samples", "context_template_length_params", "preset", "seed",
+    "mom2_n_samples", "mom2_update_weight", "nullspace_threshold", "L2",
+    "context_template_length_params", "preset", "seed",
 }  # fmt: skip
 
 RECORDS = [

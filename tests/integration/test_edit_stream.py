@@ -197,7 +197,7 @@ STAGES = {
     "base scores": ("rome_pl.evaluation.probe_scores", _raise),
     "evaluate": ("rome_pl.session.probe_scores", _raise),
     "ledger": ("rome_pl.edit.Edit.record", _raise),
-    "state check": ("rome_pl.callbacks.state_check.StateCheck._check", _raise),
+    "state check": ("rome_pl.callbacks.state_check.StateCheck._look", _raise),
     "contexts": ("rome_pl.preparation.generate_contexts", _raise),
 }
 
@@ -478,7 +478,7 @@ def test_a_second_epoch_is_refused(language_model, tmp_path):
         ({"layers": [9]}, "has 3 layers"),
         ({"v_lr": -1.0}, "v_lr"),
         ({"v_num_grad_steps": 0}, "v_num_grad_steps"),
-        ({"preset": "emmet"}, "preset"),
+        ({"preset": "mend"}, "preset"),
         ({"contexts_per_step": -1}, "contexts_per_step"),
     ],
 )

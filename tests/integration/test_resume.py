@@ -152,7 +152,7 @@ def test_a_run_that_decides_otherwise_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([REQUESTS[0], REQUESTS[2], REQUESTS[1]], "same order"),
+        ([REQUESTS[0], REQUESTS[2], REQUESTS[1]], "same records, order"),
         ([EditRequest(**(RECORDS[0] | {"target_new": "Bern"}), case_id=0)], "another target_new .'Oslo', now 'Bern'."),
         ([EditRequest(**(RECORDS[0] | {"paraphrases": []}), case_id=0)], "another paraphrases"),
     ],

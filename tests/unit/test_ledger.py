@@ -27,7 +27,7 @@ def test_a_record_and_its_tensors_come_back(tmp_path, written):
         {"index": 1, "case_id": "ü", "status": "rejected"},
     ]
     tensors = load_file(tmp_path / "ledger" / "shards" / "000000.safetensors")
-    assert set(tensors) == {"key_shape", "key_at", "value", "left", "right"}
+    assert set(tensors) == {"key_shape", "key_at", "value", "left", "right", "ridge"}
     assert torch.equal(tensors["value"], written.assertion.value)
 
 

@@ -85,13 +85,14 @@ def test_rejected_edits_are_not_replayed(batch_size, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_edits_rolled_back_are_not_replayed(batch_size, tmp_path, monkeypatch):
-    original, calls = StateCheck._check, []
+    original, calls = StateCheck._look, []
 
-    def second_fails(self, session, edits):
-        calls.append(edits)
-        return [*original(self, session, edits), *(["injected"] if len(calls) == 2 else [])]
+    def second_fails(self, session):
+        calls.append(len(session.edits))
+        found = original(self, session)
+        return found | {"failures": [*found["failures"], *(["injected"] if len(calls) == 2 else [])]}
 
-    monkeypatch.setattr(StateCheck, "_check", second_fails)
+    monkeypatch.setattr(StateCheck, "_look", second_fails)
     state = {"every_n_edits": 2, "on_failure": "rollback", "largest_change": 1e9, "least_canary_agreement": 0.0}
     session = run(tmp_path, batch_size=batch_size, state=state)
     assert calls == [2, 4, 5]
