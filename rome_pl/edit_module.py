@@ -319,8 +319,8 @@ class RomeModule(LightningModule):
     def _counting(self, session: EditSession) -> Iterator[None]:
         """Count operations, on the first batch only: counting slows a step, and cannot look into compiled code."""
         # It also takes other kernels, and so other last bits: in a run that is gone on with, the first was counted.
-        taken_over = any(edit.recorded is not None and edit.steps for edit in session.edits)
-        if session.flops_per_edit is not None or self.hparams["compile"] or taken_over:
+        known = session.flops_per_edit is not None or self.hparams["compile"]
+        if known or any(edit.recorded is not None and edit.steps for edit in session.edits):
             yield
             return
         with count_flops() as counted:
