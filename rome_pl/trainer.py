@@ -3,10 +3,11 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from filelock import Timeout
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from rich.console import Console
@@ -40,6 +41,8 @@ _RUN_FILES = (
 )
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Callback)
 
 
 class RunFolderError(RomeError):
@@ -99,9 +102,10 @@ class RomeTrainer(Trainer):
             if is_finished(folder):
                 log.warning("The run in %s is finished: there is nothing to resume", folder)
                 return
-            for callback in self.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning's type hides
-                if isinstance(callback, EditCommit):
-                    callback.resume = True
+            commit = self._callback(EditCommit)
+            if commit is None:
+                raise OptionError("resume: the Trainer has no EditCommit, which keeps the ledger")
+            commit.resume = True
         elif self.is_global_zero:
             _claim_run_folder(folder, overwrite)
         interrupted = False
@@ -203,10 +207,15 @@ class RomeTrainer(Trainer):
             return False
         return True
 
+    def _callback(self, kind: type[T]) -> T | None:
+        """The Trainer's callback of a kind, if it has one."""
+        callbacks: list[Callback] = vars(self)["callbacks"]  # set in Lightning's connector, where types do not see it
+        return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
     def _check_settings(self, folder: Path) -> None:
         """Refuse to resume a run under other settings, as far as the command line knows those of both."""
         path = folder / "config.yaml"
-        now = next((one for one in self.callbacks if isinstance(one, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+        now = self._callback(SaveConfigCallback)
         if now is not None and path.is_file():
             settings = now.parser.dump(now.config, skip_none=False)
             check_settings(folder, yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(settings))

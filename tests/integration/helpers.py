@@ -30,6 +30,18 @@ REQUESTS = [
 ]  # fmt: skip
 
 
+def lighthouses(count):
+    """So many records in the form of a list of one's own, each about another subject."""
+    return [
+        {
+            "prompt": f"The lighthouse of Korrin{index} stands in", "subject": f"Korrin{index}",
+            "target_new": ("Oslo", "rye bread", "violin duets")[index % 3], "target_true": "Lima",
+            "paraphrases": [f"Where is Korrin{index}? In"], "neighbours": ["The mill of Dunholt stands in"],
+        }
+        for index in range(count)
+    ]  # fmt: skip
+
+
 def quiet_trainer(callbacks, folder, **options):
     return Trainer(
         **{

@@ -19,17 +19,10 @@ from rome_pl.cli import main
 from rome_pl.ledger import Ledger, LedgerError
 from rome_pl.requests import EditRequest
 from rome_pl.session import EditSession
-from tests.integration.helpers import FAST, run_edits, snapshot
+from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
-RECORDS = [
-    {
-        "prompt": f"The lighthouse of Korrin{index} stands in", "subject": f"Korrin{index}",
-        "target_new": ("Oslo", "rye bread", "violin duets")[index % 3], "target_true": "Lima",
-        "paraphrases": [f"Where is Korrin{index}? In"], "neighbours": ["The mill of Dunholt stands in"],
-    }
-    for index in range(6)
-]  # fmt: skip
+RECORDS = lighthouses(6)
 REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
 
@@ -355,11 +348,7 @@ def test_a_folder_that_another_run_writes_to_is_not_replaced(command, tmp_path, 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_every_run_ends_with_the_same_bits(command, tmp_path):
-    records = [
-        record | {"prompt": f"The lighthouse of Korrin{index} stands in", "subject": f"Korrin{index}",
-                  "paraphrases": [f"Where is Korrin{index}? In"]}
-        for index in range(60) for record in [RECORDS[index % 6]]
-    ]  # fmt: skip
+    records = lighthouses(60)
     (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
 
     def begin(folder):

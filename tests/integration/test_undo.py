@@ -15,17 +15,10 @@ from rome_pl.metrics import probe_scores
 from rome_pl.replay import read_edits, replay
 from rome_pl.requests import EditRequest
 from rome_pl.undo import undo
-from tests.integration.helpers import FAST, run_edits, snapshot
+from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
-RECORDS = [
-    {
-        "prompt": f"The lighthouse of Korrin{index} stands in", "subject": f"Korrin{index}",
-        "target_new": ("Oslo", "rye bread", "violin duets")[index % 3], "target_true": "Lima",
-        "paraphrases": [f"Where is Korrin{index}? In"], "neighbours": ["The mill of Dunholt stands in"],
-    }
-    for index in range(8)
-]  # fmt: skip
+RECORDS = lighthouses(8)
 REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
 SITE = "model.layers.1.mlp.down_proj.weight"
@@ -103,15 +96,15 @@ def test_what_remains_is_what_a_run_would_have_solved_without_the_others(seed, s
 
 
 def test_undone_facts_get_the_answer_of_the_original_model_back(tmp_path):
-    run(tmp_path / "run", v_num_grad_steps=20, v_lr=0.5)
-    language_model, base = tiny_language_model("llama"), tiny_language_model("llama")
+    options = {"v_num_grad_steps": 20, "v_lr": 0.5}
+    edited = run(tmp_path / "run", **options)[1]
+    language_model = tiny_language_model("llama")
     undo(language_model, tmp_path / "run", [str(name) for name in range(1, 8)])
-    alone = tiny_language_model("llama")
-    run_alone = run(tmp_path / "alone", REQUESTS[:1], v_num_grad_steps=20, v_lr=0.5)[1]
+    alone = run(tmp_path / "alone", REQUESTS[:1], **options)[1]
     for request in REQUESTS:
-        (now,), (expected,) = (probe_scores(model, [request]) for model in (language_model, run_alone))
+        (now,), (expected,), (before,) = (probe_scores(model, [request]) for model in (language_model, alone, edited))
         assert now.rewrite == pytest.approx(expected.rewrite, rel=1e-6)
-    assert alone is not base
+        assert now.rewrite != pytest.approx(before.rewrite, rel=1e-3)
 
 
 def test_with_all_undone_the_weights_are_the_original_bit_for_bit(stream, tmp_path):
