@@ -168,7 +168,24 @@ class StateCheck(Callback):
         edits, weight = self._since_good, session.weight
         log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
         weight.remove([edit.name for edit in edits])
-        dropped, anew = [], []
+        try:
+            dropped, anew = self._write_again(session, edits)
+        except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
+            weight.revert()
+            weight.remove([edit.name for edit in edits if edit.name in weight.names])
+            for edit in edits:
+                assert edit.written is not None
+                weight.write([edit.name], edit.written.assertion)
+                weight.commit()
+            raise
+        self._record(session, dropped, anew, finding)
+        self._dropped += len(dropped)
+        self._since_good = []
+
+    def _write_again(self, session: EditSession, edits: Sequence[Edit]) -> tuple[list[Edit], list[Edit]]:
+        """Write edits one by one; those that the check fails after, and those whose write is another than before."""
+        weight = session.weight
+        dropped, anew = list[Edit](), list[Edit]()
         for edit in edits:
             assert edit.written is not None
             try:
@@ -184,9 +201,7 @@ class StateCheck(Callback):
             if not written.same_as(edit.written):
                 edit.written = written
                 anew.append(edit)
-        self._record(session, dropped, anew, finding)
-        self._dropped += len(dropped)
-        self._since_good = []
+        return dropped, anew
 
     def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
         check = {"edits": len(session.edits), "recovered": True, **self._look(session)}

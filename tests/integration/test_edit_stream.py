@@ -597,6 +597,25 @@ def test_a_ledger_knows_what_recovery_has_written_anew(tmp_path):
     assert {name for name, record in merged.items() if record["status"] == "rolled_back"} == {1, 6}
 
 
+def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, monkeypatch):
+    expected = run_edits(tiny_language_model(), tmp_path / "a", MANY[:4], sequential_edit=True)
+    language_model, calls = tiny_language_model(), []
+    check = _Fails({"1"})
+    look = check._look
+
+    def stopped(session):
+        calls.append(session.weight.names)
+        if len(calls) == 4:  # the failing check, and three edits written again
+            raise RuntimeError("the lights went out")
+        return look(session)
+
+    monkeypatch.setattr(check, "_look", stopped)
+    with pytest.raises(RuntimeError, match="lights"):
+        run_edits(language_model, tmp_path / "b", MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True)
+    assert len(calls[-1]) == 2  # the second edit had been dropped
+    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.weight.site.weight)
+
+
 def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):
     session, _ = recovered(tmp_path, {"0", "2", "3"})
     assert len(session.edits) == 4
