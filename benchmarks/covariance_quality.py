@@ -88,7 +88,7 @@ def _edit(language_model: LanguageModel, requests: list[EditRequest], settings: 
         "base": scores(session.base_scores.values()),
         "final": scores(session.final_scores.values()),
         "perplexity": session.perplexity,
-        "weight_change": session.weight.change,
+        "weight_change": session.layers.change,
     }
 
 

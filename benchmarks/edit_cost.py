@@ -68,7 +68,7 @@ def main() -> None:
     plain_options, default = PlainOptions(), shipped_options()
     equal = equal_options(default, plain_options)
     site_module = module_for(language_model, equal)
-    site, encoder = site_module._site, language_model.encoder
+    site, encoder = site_module._sites[-1], language_model.encoder
     contexts = join_contexts(generate_contexts(language_model, DEFAULT_LENGTH_PARAMS, 0))
     timed = requests[: options.timed]
     result: dict[str, Any] = {
@@ -191,8 +191,8 @@ def plain_scores(
     for request, plain in zip(requests, plains, strict=True):
         keys = {"mean": plain.key_mean, "bare": plain.key_bare}
         assertion = Assertion(keys[choice.shape][None], keys[choice.at][None], plain.value[None])
-        update = session.weight.propose(str(request.case_id), assertion).update
-        measured += probe_scores(language_model, [request], Changes(session.weight.site.projection, [update]))
+        update = session.layers.last.propose(str(request.case_id), assertion).update
+        measured += probe_scores(language_model, [request], Changes([session.layers.last.site.projection], [[update]]))
     return measured
 
 
@@ -209,7 +209,7 @@ def exact_difference(
     for edit in session.edits:
         assert edit.value is not None
         encoded = double.encoder.edit(edit.request, session.contexts, "subject_last", "subject")
-        plain = plain_edit(model, session.weight.site, encoded, without_stop, double.encoder.pad_id)
+        plain = plain_edit(model, session.layers.last.site, encoded, without_stop, double.encoder.pad_id)
         assert len(plain.losses) == len(edit.steps) == options.steps
         largest = max(largest, float((edit.value - plain.value).norm() / plain.value.norm()))
     language_model.model.float()

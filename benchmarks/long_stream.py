@@ -124,7 +124,7 @@ class Checkpoints(Callback):
             **{f"{name}_interval": [now[name]["low"], now[name]["high"]] for name in ("ES", "PS", "NS")},
             **{f"{name}_base": then[name]["value"] for name in ("ES", "PS", "NS")},
             "perplexity_ratio": perplexity(session.language_model, held_out_text(None)) / self._perplexity,
-            "delta_norm_ratio": session.weight.change,
+            "delta_norm_ratio": session.layers.change,
             "seconds_per_edit": median([sum(edit.seconds.values()) for edit in own]) if own else None,
             "rejected": sum(edit.status is EditStatus.REJECTED for edit in session.edits),
         }

@@ -31,8 +31,9 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import Edit, EditBatch, edits_of
+from rome_pl.edit import EditBatch, edits_of
 from rome_pl.edit_module import RomeModule
+from rome_pl.keys import EditKeys
 from rome_pl.language_model import LanguageModel
 from rome_pl.objective import ValueObjective, edit_rows
 from rome_pl.prefix import run_prefix
@@ -146,7 +147,7 @@ class _Turns(Callback):
 def bare_edit(module: RomeModule, request: EditRequest) -> Tensor:
     """One edit by the engine alone: encode, prefix pass, search, solve."""
     session, options = session_of(module), module.hparams
-    model, weight = session.language_model, session.weight
+    model, weight = session.language_model, session.layers.last
     encoded = model.encoder.edit(request, session.contexts, session.fact_token, options["kl_position"])
     layout = edit_rows([encoded])
     prefix = run_prefix(model.model, weight.site, layout.rows, model.encoder.pad_id)
@@ -164,9 +165,8 @@ def bare_edit(module: RomeModule, request: EditRequest) -> Tensor:
         search.project()
     delta = search.found()[0].delta
     value = objective.base_output[0].double() + delta.double()
-    edit = Edit(index=0, request=request, delta=delta, value=value)
-    session.take_keys(edit, objective.keys(0), objective.outputs(0))
-    weight.propose(edit.name, edit.assertion(session.preset))
+    keys = EditKeys.of(objective.keys(0), objective.outputs(0), session.preset, weight.metric)
+    weight.propose(str(request.case_id), keys.assertion(session.preset, delta))
     return value
 
 

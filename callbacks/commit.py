@@ -59,14 +59,14 @@ class EditCommit(Callback):
             session.ledger.append_batch(
                 [
                     (
-                        edit.line() | {"status": str(verdict), "layer": session.weight.site.layer},
+                        edit.line() | {"status": str(verdict), "layers": session.layers.numbers},
                         edit.written if verdict is EditStatus.APPLIED else None,
                     )
                     for edit, verdict in zip(edits, verdicts, strict=True)
                 ],
                 joint=session.sequential,
             )
-        session.weight.commit()
+        session.layers.commit()
         for edit, verdict in zip(edits, verdicts, strict=True):
             edit.status = verdict
 

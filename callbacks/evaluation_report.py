@@ -102,7 +102,7 @@ def _results(module: Any, n_invalid: int) -> dict[str, Any]:
         "consistency": {moment: found.consistency for moment, found in fluency.items()},
         "n_requested": len(module.requests) + len(module.refused) + n_invalid,
         "n_skipped": len(module.refused) + n_invalid,
-        "n_edits": len(module.weight.names) if module.weight is not None else None,
+        "n_edits": len(module.layers.names) if module.layers is not None else None,
         "seconds": module.seconds,
     }
 

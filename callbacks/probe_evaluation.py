@@ -49,7 +49,7 @@ class ProbeEvaluation(Callback):
         session = session_of(pl_module)
         log.info("Measuring %d records on the unedited model", len(session.requests))
         # Unless an earlier fit has edited the model, what other runs have measured of it holds.
-        known = None if session.weight.written else KnownScores(session.language_model)
+        known = None if session.layers.written else KnownScores(session.language_model)
         session.base_scores = self._measure_all(trainer, session, known)
         if self.measure_perplexity:
             session.perplexity["base"] = perplexity(session.language_model, self._text)
@@ -67,7 +67,7 @@ class ProbeEvaluation(Callback):
         for edit in edits:
             edit.scores["immediate"] = session.base_scores[edit.name]
         # In single mode an edit that is not in force leaves the model as it was; no need to measure again.
-        changed = [edit for edit in edits if (session.sequential and session.weight.written) or session.in_force(edit)]
+        changed = [edit for edit in edits if (session.sequential and session.layers.written) or session.in_force(edit)]
         if changed:
             for edit, scores in zip(changed, session.measure_probes(changed), strict=True):
                 edit.scores["immediate"] = scores
@@ -106,5 +106,5 @@ class ProbeEvaluation(Callback):
 
 @contextmanager
 def _unedited(session: EditSession) -> Iterator[LanguageModel]:
-    with session.weight.unedited():
+    with session.layers.unedited():
         yield session.language_model

@@ -39,14 +39,15 @@ class RankOneWriter(Callback):
         edits, session = edits_of(outputs), session_of(pl_module)
         wanted = [edit for edit in edits if edit.status is EditStatus.PENDING]
         started = time.perf_counter()
-        session.write(wanted)
+        session.write(wanted, batch.spread)
+        batch.spread = None
         lost = []
         for edit in wanted:
             if edit.written is not None and edit.written.realised[0] < self.least_realised:
                 edit.decide(
                     EditStatus.REJECTED,
                     f"only {edit.written.realised[0]:.0%} of the change survives rounding to "
-                    f"{session.weight.site.weight.dtype}; load the model in float32",
+                    f"{session.layers.last.site.weight.dtype}; load the model in float32",
                 )
                 lost.append(edit)
         session.withdraw(lost, edits)
@@ -57,4 +58,4 @@ class RankOneWriter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         session = getattr(pl_module, "session", None)
         if session is not None:
-            session.weight.revert()
+            session.layers.revert()

@@ -76,7 +76,8 @@ class RepresentationCheck(Callback):
                 self._check(session, edit, before)
 
     def _check(self, session: EditSession, edit: Edit, before: TargetMeasure) -> None:
-        key = edit.key(session.preset.shape)
+        assert edit.keys is not None
+        key = edit.keys.key(session.preset.shape)
         if not bool(key.isfinite().all()):
             edit.decide(EditStatus.REJECTED, "the key is not finite: load the model in float32 or bfloat16")
             return
@@ -99,8 +100,8 @@ class RepresentationCheck(Callback):
 
     def _odd(self, session: EditSession, key: Tensor) -> list[str]:
         findings = []
-        if session.moment is not None:
-            ratio = float(key.norm()) / session.moment.typical_norm
+        if session.layers.moments:
+            ratio = float(key.norm()) / session.layers.moments[-1].typical_norm
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
         for name, overlap in self._overlaps(session, key).items():
@@ -111,19 +112,20 @@ class RepresentationCheck(Callback):
 
     def _overlaps(self, session: EditSession, key: Tensor) -> dict[str, float]:
         """Cosines, under the metric, to the keys of edits in the weight, where they are too large."""
-        metric = session.weight.metric.fixed  # the one with earlier edits in it would hide what it is asked for
-        if len(session.weight.written) < self._seen:  # edits were rolled back
+        weight = session.layers.last
+        metric = weight.metric.fixed  # the one with earlier edits in it would hide what it is asked for
+        if len(weight.written) < self._seen:  # edits were rolled back
             self._directions, self._seen = _Directions(), 0
-        for written in session.weight.written[self._seen :]:
+        for written in weight.written[self._seen :]:
             for name in written.names:
                 self._directions.add(name, _unit(metric, written.part(name).assertion.shape))
-        self._seen = len(session.weight.written)
+        self._seen = len(weight.written)
         if not self._seen:
             return {}
         row = key.double().unsqueeze(0)
         cosines = self._directions.products(row[0]) / (metric(row) * row).sum().sqrt()
         above = (cosines.abs() > self.largest_overlap).nonzero()[:, 0].tolist()
-        inside = set(session.weight.names) if above else set()  # edits may have been rolled back
+        inside = set(weight.names) if above else set()  # edits may have been rolled back
         return {
             self._directions.names[index]: float(cosines[index])
             for index in above

@@ -52,7 +52,7 @@ class RetentionCheck(Callback):
         for name, scores in self._scores.items():
             running.update(scores, session.base_scores.get(name))
         measured = perplexity(session.language_model, held_out_text(self.text)) if self.measure_perplexity else None
-        point = Retention(len(session.edits), measured, session.weight.change, self._scores)
+        point = Retention(len(session.edits), measured, session.layers.change, self._scores)
         session.retention.append(point)
         scalars = {f"retention/{name}": value for name, value in running.compute().items()}
         if measured is not None:

@@ -132,10 +132,10 @@ class StateCheck(Callback):
 
     def _look(self, session: EditSession) -> dict[str, Any]:
         """What there is to say about the model's state, and what of it is bad."""
-        finite = bool(session.weight.site.weight.isfinite().all())
+        finite = session.layers.finite
         now = next_tokens(session.language_model, self.canaries)
         agreement = sum(a == b for a, b in zip(now, self._expected, strict=True)) / len(now)
-        change = session.weight.change
+        change = session.layers.change
         failures = []
         if not finite:
             failures.append("a weight is not finite")
@@ -159,24 +159,23 @@ class StateCheck(Callback):
 
     def _roll_back(self, session: EditSession, finding: str) -> None:
         log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
-        session.weight.remove([edit.name for edit in self._since_good])
+        session.layers.remove([edit.name for edit in self._since_good])
         self._record(session, self._since_good, [], finding)
         self._since_good = []
 
     def _recover(self, session: EditSession, finding: str) -> None:
         """Undo the edits since the last good check, and write them again without those that the check fails after."""
-        edits, weight = self._since_good, session.weight
+        edits, layers = self._since_good, session.layers
         log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
-        weight.remove([edit.name for edit in edits])
+        layers.remove([edit.name for edit in edits])
         try:
             dropped, anew = self._write_again(session, edits)
         except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
-            weight.revert()
-            weight.remove([edit.name for edit in edits if edit.name in weight.names])
+            layers.revert()
+            layers.remove([edit.name for edit in edits if edit.name in layers.names])
             for edit in edits:
-                assert edit.written is not None
-                weight.write([edit.name], edit.written.assertion)
-                weight.commit()
+                session.write_again(edit)
+                layers.commit()
             raise
         self._record(session, dropped, anew, finding)
         self._dropped += len(dropped)
@@ -184,20 +183,20 @@ class StateCheck(Callback):
 
     def _write_again(self, session: EditSession, edits: Sequence[Edit]) -> tuple[list[Edit], list[Edit]]:
         """Write edits one by one; those that the check fails after, and those whose write is another than before."""
-        weight = session.weight
+        layers = session.layers
         dropped, anew = list[Edit](), list[Edit]()
         for edit in edits:
             assert edit.written is not None
             try:
-                written = weight.write([edit.name], edit.written.assertion)
+                written = session.write_again(edit)
             except ValueError:  # exploding, or not finite
                 dropped.append(edit)
                 continue
             if self._look(session)["failures"]:
-                weight.revert()
+                layers.revert()
                 dropped.append(edit)
                 continue
-            weight.commit()
+            layers.commit()
             if not written.same_as(edit.written):
                 edit.written = written
                 anew.append(edit)

@@ -199,7 +199,7 @@ def _scalars(edit: Edit) -> dict[str, float]:
         last = edit.steps[-1]
         scalars |= {"edit/loss": last.loss, "edit/nll": last.nll, "edit/kl": last.kl, "edit/steps": len(edit.steps)}
     if edit.written is not None:
-        scalars["edit/update_norm"] = edit.written.update.norm
+        scalars["edit/update_norm"] = edit.written.norm
     return scalars
 
 
@@ -208,7 +208,7 @@ def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -
     chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
     data = getattr(trainer, "datamodule", None)
     return {name: value for name, value in chosen.items() if not name.startswith("_")} | {
-        "layers": session.weight.site.layer,
+        "layers": ", ".join(map(str, session.layers.numbers)),
         "data": str(getattr(data, "path", "")),
         "requests": len(session.requests),
     }

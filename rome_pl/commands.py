@@ -60,7 +60,7 @@ def undo(
     ledger: str,
     cases: str,
     save_model: str | None = None,
-    statistics: str | None = None,
+    statistics: list[str] | None = None,
     allow_pickle: bool = False,
 ) -> None:
     """Take edits out of a sequential run: the others are solved for again from what the ledger holds of them.
@@ -72,7 +72,7 @@ def undo(
         ledger: Folder of the run.
         cases: Records to undo, by ``case_id``, separated by commas; ``all`` for all.
         save_model: Folder for a Hugging Face checkpoint of the model with the edits that remain.
-        statistics: The run's second moment, where it is neither shipped nor in the cache.
+        statistics: The run's second moments, where they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
     """
     run = _run_folder(ledger)
@@ -85,13 +85,13 @@ def undo(
         raise OptionError(f"save_model: {save_model} is not empty; choose another folder")
     model = read_manifest(run)["model"]
     language_model = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
-    undone = take_out(language_model, run, names, Path(statistics) if statistics is not None else None)
+    undone = take_out(language_model, run, names, [Path(path) for path in statistics or []])
     if save_model is not None:
         language_model.model.save_pretrained(save_model)
         language_model.tokenizer.save_pretrained(save_model)
     Console().print(
-        f"{len(undone.names)} edits undone, {len(undone.weight.names)} remain, {len(undone.resolved)} of them solved "
-        f"anew; the weight is {undone.weight.change:.3g} of its norm away from the original"
+        f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
+        f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
         + (f". Saved to {save_model}" if save_model is not None else ""),
         soft_wrap=True,
         markup=False,
@@ -133,7 +133,7 @@ def _details(edit: Mapping[str, Any]) -> Table:
         "realised": _number(edit["realised"]),
         "solved with": ", ".join(str(index + 1) for index in edit.get("joint") or []),
         "notes": "; ".join(edit["notes"]),
-        "layer": str(edit.get("layer", "")),
+        "layer": ", ".join(map(str, edit.get("layers", []))),
         "shard": edit.get("shard"),
     }
     for name, value in rows.items():

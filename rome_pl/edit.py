@@ -6,19 +6,21 @@ they see after it. Neither knows Lightning.
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rome_pl.edited_layers import Written
 from rome_pl.encoding import EncodedEdit
+from rome_pl.keys import EditKeys
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective
-from rome_pl.rank_one import Assertion, KeyChoice, Preset, Update
 from rome_pl.requests import EditRequest
+from rome_pl.spread import Spread
 from rome_pl.value_search import Step
-from rome_pl.weights import Written
 
 __all__ = ["Edit", "EditBatch", "EditError", "EditStatus", "edits_of"]
 
@@ -56,13 +58,10 @@ class Edit:
         failed: Whether it could not be tried, which ``on_error`` decides about.
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
-        key_mean: Mean key over contexts, ``[d_key]``.
-        output_mean: The projection's mean output over contexts, ``[d_value]``.
-        key_bare: Key of the bare prompt, ``[d_key]``.
-        key_balanced: Key between the two on which an update acts in full at both, for presets that ask for it.
-        output_balanced: The projection's output there, ``[d_value]``.
+        keys: Its keys at the last rewrite layer.
+        place: Its number among the edits of its batch that are optimised.
         delta: The optimised value offset, ``[d_value]``.
-        value: The offset on top of the bare prompt's output, ``[d_value]``: the value that most presets assert.
+        value: The offset on top of the bare prompt's output, ``[d_value]``: the value that published presets assert.
         steps: Losses, one per evaluation.
         written: Its write, once done; in single mode the write that was measured.
         before: Probability of the target before the edit: geometric mean over its tokens, on the bare prompt.
@@ -79,11 +78,8 @@ class Edit:
     failed: bool = False
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
-    key_mean: Tensor | None = None
-    output_mean: Tensor | None = None
-    key_bare: Tensor | None = None
-    key_balanced: Tensor | None = None
-    output_balanced: Tensor | None = None
+    keys: EditKeys | None = None
+    place: int = 0
     delta: Tensor | None = None
     value: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
@@ -108,7 +104,7 @@ class Edit:
             "num_steps": len(self.steps),
             "loss": self.steps[-1].loss if self.steps else None,
             "value_norm": float(self.delta.norm()) if self.delta is not None else None,
-            "update_norm": written.update.norm if written else None,
+            "update_norm": written.norm if written else None,
             "realised": written.realised[0] if written else None,
         }
         # An edit that was taken over has no offset any more, and its norms are those that were measured then.
@@ -130,14 +126,11 @@ class Edit:
 
     def on_cpu(self) -> "Edit":
         """A copy whose tensors are the CPU's, for other processes."""
-        moved = copy(self)
-        for name in ("key_mean", "output_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
-            tensor = getattr(self, name)
-            setattr(moved, name, None if tensor is None else tensor.cpu())
-        written = self.written
-        if written is not None:
-            update = Update(written.update.left.cpu(), written.update.right.cpu())
-            moved.written = replace(written, assertion=written.assertion.to(update.left.device), update=update)
+        moved, cpu = copy(self), torch.device("cpu")
+        moved.keys = None if self.keys is None else self.keys.to(cpu)
+        moved.delta = None if self.delta is None else self.delta.cpu()
+        moved.value = None if self.value is None else self.value.cpu()
+        moved.written = None if self.written is None else self.written.to(cpu)
         return moved
 
     def decide(self, status: EditStatus, reason: str) -> None:
@@ -149,28 +142,6 @@ class Edit:
         self.failed = True
         self.decide(EditStatus.SKIPPED, reason)
 
-    def assertion(self, preset: Preset) -> Assertion:
-        """The write this edit asks for: which key shapes it and at which key its value holds is the preset's choice."""
-        value = self.value
-        if preset.value == "own":
-            output = self.output_mean if preset.at == "mean" else self.output_balanced
-            assert output is not None
-            assert self.delta is not None
-            value = output + self.delta.double()
-        assert value is not None
-        return Assertion(
-            shape=self.key(preset.shape).double().unsqueeze(0),
-            at=self.key(preset.at).double().unsqueeze(0),
-            value=value.double().unsqueeze(0),
-            ridge=preset.ridge,
-        )
-
-    def key(self, which: KeyChoice) -> Tensor:
-        """One of its keys, ``[d_key]``."""
-        key = {"mean": self.key_mean, "bare": self.key_bare, "balanced": self.key_balanced}[which]
-        assert key is not None
-        return key
-
 
 @dataclass
 class EditBatch:
@@ -181,11 +152,13 @@ class EditBatch:
             this one.
         objective: Losses of the offsets of :attr:`optimised`, with the prefix pass behind them; freed after use.
         optimised: The edits that could be encoded.
+        spread: How their offsets are shared, where there are several rewrite layers; freed after use.
     """
 
     edits: list[Edit]
     objective: ValueObjective | None = None
     optimised: list[Edit] = field(default_factory=list)
+    spread: Spread | None = None
 
 
 def edits_of(outputs: Any) -> list[Edit]:

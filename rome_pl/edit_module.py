@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +23,7 @@ from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.errors import OptionError
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
+from rome_pl.keys import EditKeys
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective, edit_rows
@@ -32,6 +33,7 @@ from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.session import EditSession
+from rome_pl.spread import Spread
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
@@ -51,14 +53,15 @@ class RomeModule(LightningModule):
         pretrained: Model to edit: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
-        layers: Rewrite layer, numbered from 0, as a list of one; nothing takes the published one of the model.
+        layers: Rewrite layers, numbered from 0; values are searched at the last one, and offsets shared among all as in
+            MEMIT. Nothing takes the published one of the model.
         preset: Variant of the closed form, see :data:`rome_pl.rank_one.PRESETS`.
         mom2_adjustment: Whether it uses the second moment of keys; nothing leaves it to the preset.
         mom2_update_weight: How many keys the second moment counts for (MEMIT's name); nothing leaves it to the preset.
         nullspace_threshold: Eigenvalues of the second moment below it span what ``alphaedit`` writes in.
         L2: Ridge of ``alphaedit``.
         mom2_n_samples: Key vectors to compute it from; nothing takes 30 per dimension.
-        statistics: File with it; nothing takes one that was shipped, cached, or is computed now.
+        statistics: File with it, or one for each layer; nothing takes what was shipped, cached, or is computed now.
         corpus: Text file or hub data set to compute it from; nothing lets the model write its own.
         sequential_edit: Whether edits accumulate. Otherwise each is made on the original model and taken back.
         fact_token: Which token is looked up.
@@ -96,7 +99,7 @@ class RomeModule(LightningModule):
         nullspace_threshold: float = 2e-2,
         L2: float = 10.0,  # its published name
         mom2_n_samples: int | None = None,
-        statistics: str | None = None,
+        statistics: str | list[str] | None = None,
         corpus: str | None = None,
         sequential_edit: bool = False,
         fact_token: FactToken = "subject_last",
@@ -178,29 +181,12 @@ class RomeModule(LightningModule):
         if self._prepared is None:
             assert self.language_model is not None
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
-                self._prepared = prepare_session(self.language_model, self._site, hparams)
+                self._prepared = prepare_session(self.language_model, self._sites, hparams)
             model, pad_id = self.language_model.model, self.language_model.encoder.pad_id
-            self._engine = SuffixEngine(model, self._site, pad_id, hparams["compile"])
+            self._engine = SuffixEngine(model, self._sites[-1], pad_id, hparams["compile"], self._sites[:-1])
         session = self._prepared
-        session.weight.resume()
-        # What was prepared, and the weight with its edits, serve every fit of this module; the rest is this one's.
-        self.session = replace(
-            session,
-            requests=(),
-            num_refused=0,
-            edits=[],
-            base_scores={},
-            final_scores={},
-            touched={},
-            perplexity={},
-            divergence=None,
-            retention=[],
-            continuations={},
-            changes={},
-            state_checks=[],
-            ledger=None,
-            flops_per_edit=self.session.flops_per_edit if self.session is not None else None,
-        )
+        session.layers.resume()
+        self.session = session.anew(self.session.flops_per_edit if self.session is not None else None)
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -251,8 +237,11 @@ class RomeModule(LightningModule):
         with self._counting(session):
             prefix = self._engine.run(layout.rows)
         made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
+        if prefix.below:
+            made.spread = Spread(prefix, layout)
         for place, edit in enumerate(made.optimised):
-            session.take_keys(edit, made.objective.keys(place), made.objective.outputs(place))
+            keys, outputs = made.objective.keys(place), made.objective.outputs(place)
+            edit.place, edit.keys = place, EditKeys.of(keys, outputs, session.preset, session.layers.last.metric)
         for edit in made.optimised:
             edit.seconds["prefix"] = (time.perf_counter() - started) / len(made.optimised)
         return made
@@ -336,11 +325,12 @@ class RomeModule(LightningModule):
     def _adopt(self, language_model: LanguageModel) -> None:
         layers = self.hparams["layers"]
         config = language_model.model.config.get_text_config(decoder=True)
-        self._site = find_site(language_model.model, layers[0] if layers is not None else default_layer(config))
+        numbers = [default_layer(config)] if layers is None else sorted(layers)
+        self._sites = [find_site(language_model.model, number) for number in numbers]
         self.language_model = language_model
         self.model = language_model.model  # registered, so that Lightning moves it to the device
         # The offsets that are optimised come and go with their batches; this one stands for them before the first.
-        self.delta = torch.nn.Parameter(torch.zeros(self._site.d_value, device=self._site.weight.device))
+        self.delta = torch.nn.Parameter(torch.zeros(self._sites[-1].d_value, device=self._sites[-1].weight.device))
         leave_to_each_process(self, "model")
 
     @property

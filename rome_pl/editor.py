@@ -171,10 +171,10 @@ class KnowledgeEditor:
         """
         if self._module.session is None:
             raise KeyError("nothing was edited yet")
-        weight = session_of(self._module).weight
-        weight.resume()
-        names = [result.edit.name for result in results] if results else weight.names
-        weight.remove(names)
+        layers = session_of(self._module).layers
+        layers.resume()
+        names = [result.edit.name for result in results] if results else layers.names
+        layers.remove(names)
 
     def _run(self, request: EditRequest, callbacks: list[Callback], device: torch.device) -> None:
         with _quiet(), _interruptible():

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 
 from rome_pl.distributed import gather, one_after_the_other
 from rome_pl.edit import EditStatus
+from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
 from rome_pl.evaluation import KnownScores
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
@@ -21,7 +22,6 @@ from rome_pl.metrics.scores import record_values
 from rome_pl.preparation import touched_neighbours
 from rome_pl.replay import read_edits, read_writes, replay
 from rome_pl.requests import EditRequest, RequestError
-from rome_pl.weights import EditedWeight
 
 __all__ = ["EvaluationModule"]
 
@@ -65,7 +65,7 @@ class EvaluationModule(LightningModule):
             raise OptionError(f"fluency_tokens: expected a number from 0 on, got {fluency_tokens}")
         self.language_model: LanguageModel | None = None
         self.unedited_model: LanguageModel | None = None
-        self.weight: EditedWeight | None = None
+        self.layers: EditedLayers | None = None
         self.requests: list[EditRequest] = []
         self.refused: list[RequestError] = []
         self.scores: dict[str, ProbeScores] = {}
@@ -85,7 +85,7 @@ class EvaluationModule(LightningModule):
     @property
     def edited(self) -> bool:
         """Whether there are two models to compare."""
-        return self.weight is not None or self.unedited_model is not None
+        return self.layers is not None or self.unedited_model is not None
 
     def configure_model(self) -> None:
         """Load the model or models, on first use."""
@@ -122,8 +122,8 @@ class EvaluationModule(LightningModule):
             LedgerError: If the ledger is damaged or of another model.
         """
         model = self._language_model
-        if self.hparams["ledger"] is not None and self.weight is None:
-            self.weight = replay(model, self._run)
+        if self.hparams["ledger"] is not None and self.layers is None:
+            self.layers = replay(model, self._run)
         self.requests, self.refused = [], []
         for request in requests:
             try:
@@ -131,7 +131,7 @@ class EvaluationModule(LightningModule):
                 self.requests.append(request)
             except RequestError as error:
                 self.refused.append(error)
-        if self.weight is not None:
+        if self.layers is not None:
             tried = [edit for edit in read_edits(self._run) if edit["status"] != EditStatus.SKIPPED]
             self._touched = touched_neighbours(self.requests, {edit["request"]["subject"] for edit in tried})
         return self.requests
@@ -207,8 +207,8 @@ class EvaluationModule(LightningModule):
     @contextmanager
     def _unedited(self) -> Iterator[LanguageModel]:
         """The model without edits."""
-        if self.weight is not None:
-            with self.weight.unedited():
+        if self.layers is not None:
+            with self.layers.unedited():
                 yield self._language_model
         else:
             yield self.unedited_model or self._language_model

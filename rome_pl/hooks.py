@@ -15,6 +15,7 @@ __all__ = [
     "add_rank_one",
     "capture_columns",
     "capture_input",
+    "capture_output",
     "clean_padding",
     "frozen",
     "hash_seed",
@@ -95,6 +96,22 @@ def capture_input(module: nn.Module, columns: slice) -> Iterator[dict[str, Tenso
         kept["hidden"] = hidden[:, columns].detach().clone()
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_output(layer: nn.Module, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep the hidden states ``[rows, columns, d]`` that leave a decoder layer, under ``hidden``."""
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        kept["hidden"] = hidden[:, columns].detach().clone()
+
+    handle = layer.register_forward_hook(hook)
     try:
         yield kept
     finally:

@@ -120,8 +120,8 @@ def _facts(content: Content, manifest: Mapping[str, Any]) -> Iterator[str]:
     model, rewrite = manifest["model"], manifest.get("rewrite")
     if rewrite:
         yield f"{content['mode']} edits"
-        yield f"layer {rewrite['layer']}"
-        yield str(rewrite["weight"])
+        yield f"layer {', '.join(map(str, rewrite['layers']))}"
+        yield ", ".join(rewrite["weights"])
     if manifest.get("ledger"):
         yield f"with the edits of {manifest['ledger']}"
     if manifest.get("base"):

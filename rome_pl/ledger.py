@@ -24,9 +24,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from rome_pl.edited_layers import Written
 from rome_pl.errors import RomeError
 from rome_pl.files import whole_file
-from rome_pl.weights import Written
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
 
@@ -203,7 +203,7 @@ class Ledger:
                 part = written.part(str(record["case_id"]))
                 shard = self._unused_shard(record["index"])
                 self._write_shard(self.folder / "shards" / shard, part)
-                changes = {"shard": shard, "update_norm": part.update.norm, "realised": part.realised[0]}
+                changes = {"shard": shard, "update_norm": part.norm, "realised": part.realised[0]}
                 lines.append({**applied.pop(0), **changes, "joint": indices if len(indices) > 1 else None})
         self._write(lines)
 
@@ -240,12 +240,16 @@ class Ledger:
     @staticmethod
     def _write_shard(path: Path, written: Written) -> None:
         tensors = {
-            "key_shape": written.assertion.shape,
-            "key_at": written.assertion.at,
-            "value": written.assertion.value,
-            "left": written.update.left,
-            "right": written.update.right,
-            "ridge": torch.tensor(written.assertion.ridge, dtype=torch.float64),
+            f"layers.{place}.{name}": tensor
+            for place, layer in enumerate(written.layers)
+            for name, tensor in (
+                ("key_shape", layer.assertion.shape),
+                ("key_at", layer.assertion.at),
+                ("value", layer.assertion.value),
+                ("left", layer.update.left),
+                ("right", layer.update.right),
+                ("ridge", torch.tensor(layer.assertion.ridge, dtype=torch.float64)),
+            )
         }
         with whole_file(path) as work:
             save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)

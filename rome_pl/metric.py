@@ -6,6 +6,7 @@ time they are factorised again, so that an edit costs the same however long the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -43,8 +44,8 @@ class Metric(ABC):
         """Take note of the keys of a write, ``[n, d_key]``."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Forget all writes."""
+    def afresh(self) -> "Metric":
+        """The same metric, which has been told of no write."""
 
 
 class PlainMetric(Metric):
@@ -66,8 +67,8 @@ class PlainMetric(Metric):
         pass
 
     @override
-    def forget(self) -> None:
-        pass
+    def afresh(self) -> "Metric":
+        return self
 
 
 class _Remembering(Metric):
@@ -84,8 +85,10 @@ class _Remembering(Metric):
         self._factor = None
 
     @override
-    def forget(self) -> None:
-        self._past = self._factor = None
+    def afresh(self) -> "Metric":
+        made = copy(self)
+        made._past = made._factor = None
+        return made
 
     def _seen(self, keys: Tensor) -> Tensor:
         """What of the keys is summed."""

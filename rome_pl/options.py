@@ -37,8 +37,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             "weights, 'sequential_edit: true' keeps every edit"
         )
     layers = options["layers"]
-    if layers is not None and len(layers) != 1:
-        raise OptionError(f"layers: ROME writes each fact into one layer; give a list of one, got {layers}")
+    if layers is not None and (not layers or len(set(layers)) < len(layers)):
+        raise OptionError(f"layers: expected one layer, or several different ones, got {layers}")
     if options["preset"] not in PRESETS:
         raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {options['preset']!r}")
     for name, least in _LEAST.items():

@@ -19,8 +19,10 @@ from rome_pl.architecture import RewriteSite, decoder_layers
 from rome_pl.encoding import AlignedRows, EncodedRow, align, to_device
 from rome_pl.hooks import (
     add_at_column,
+    add_rank_one,
     capture_columns,
     capture_input,
+    capture_output,
     clean_padding,
     frozen,
     head_on,
@@ -28,11 +30,27 @@ from rome_pl.hooks import (
     run_from_layer,
     stopped_after,
 )
+from rome_pl.rank_one import Update
 
-__all__ = ["PrefixPass", "run_prefix"]
+__all__ = ["Lookup", "PrefixPass", "run_prefix"]
 
 GROUP_TOKENS = 256
 """Rows of similar prefix length share a forward of at least so many tokens, for the sake of little padding."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What there is at the lookup column of a rewrite layer, for each row.
+
+    Args:
+        keys: The projection's input, ``[rows, d_key]``.
+        outputs: Its output, bias included, ``[rows, d_value]``.
+        hidden: Hidden states leaving the decoder layer, ``[rows, hidden]``.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+    hidden: Tensor
 
 
 @dataclass
@@ -51,6 +69,7 @@ class PrefixPass:
         answer: Wraps hidden states as the family's decoder layers return them.
         start: First column that suffix forwards run: the lookup column, or 0 where whole rows have to run.
         stand_ins: Modules that run instead of decoder layers above the site, by index.
+        below: The same pass as seen from lower rewrite layers, the lowest first.
     """
 
     model: Any
@@ -64,6 +83,7 @@ class PrefixPass:
     answer: Any
     start: int
     stand_ins: Mapping[int, nn.Module] = field(default_factory=dict)
+    below: tuple["PrefixPass", ...] = ()
 
     def logits(self, delta: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """Logits at chosen positions with ``delta`` added at the lookup column; differentiable in ``delta``.
@@ -107,7 +127,48 @@ class PrefixPass:
             hidden=self.hidden[index, first : self.hidden.shape[1] - self.rows.suffix + aligned.suffix],
             cache=[(keys[index, :, cut:], values[index, :, cut:]) for keys, values in self.cache],
             start=aligned.prefix if self.start else 0,
+            below=(),
         )
+
+    @torch.no_grad()
+    def through(self, sites: Sequence[RewriteSite], updates: Sequence[Update | None] = ()) -> list[Lookup]:
+        """Run the lookup column from this pass's layer on, with the weights as they are now.
+
+        What columns before it would make of these weights is left out, as it is for an offset; unless whole rows have
+        to run.
+
+        Args:
+            sites: The rewrite layers from this pass's own on, the lowest first; nothing above the last one runs.
+            updates: A change of the first sites' weights that each row sees, one factor a row; ``None`` for nothing.
+
+        Returns:
+            What each site reads and gives at the lookup column.
+        """
+        rows, start = self.rows, self.start
+        last = rows.prefix + 1  # nothing after it can change it
+        column = slice(rows.prefix - start, rows.prefix - start + 1)
+        layers = decoder_layers(self.model)[1]
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model))
+            stack.enter_context(
+                run_from_layer(self.model, self.site.layer, self.hidden[:, : last - start], self.answer)
+            )
+            for site, update in zip(sites, updates, strict=False):
+                if update is not None:
+                    stack.enter_context(add_rank_one(site.projection, update.left, update.right))
+            seen = [stack.enter_context(capture_columns(site.projection, len(rows.source), column)) for site in sites]
+            left = [stack.enter_context(capture_output(layers[site.layer], column)) for site in sites]
+            stack.enter_context(clean_padding(self.model, rows.attention_mask[:, :last]))
+            with stopped_after(layers[sites[-1].layer]):
+                self.model(
+                    input_ids=rows.input_ids[:, start:last],
+                    **self._fresh_cache(),
+                    **forward_masks(self.model, rows.attention_mask[:, :last], rows.position_ids[:, start:last]),
+                )
+        return [
+            Lookup(at["input"][:, 0], at["output"][:, 0], hidden["hidden"][:, 0])
+            for at, hidden in zip(seen, left, strict=True)
+        ]
 
     def _fresh_cache(self) -> dict[str, Any]:
         """A cache of the prefix that a forward may extend. Built anew each time, so no graph outlives its step."""
@@ -118,7 +179,12 @@ class PrefixPass:
 
 @torch.no_grad()
 def run_prefix(
-    model: Any, site: RewriteSite, rows: Sequence[EncodedRow], pad_id: int, whole_rows: bool = False
+    model: Any,
+    site: RewriteSite,
+    rows: Sequence[EncodedRow],
+    pad_id: int,
+    whole_rows: bool = False,
+    below: Sequence[RewriteSite] = (),
 ) -> PrefixPass:
     """Run whole rows once, as far as an offset cannot change them, and keep what later forwards need.
 
@@ -128,8 +194,9 @@ def run_prefix(
         rows: Rows of one or more edits.
         pad_id: Id that fills the padding.
         whole_rows: Whether later forwards have to run all columns, because the model's cache cannot stand in for some.
+        below: Lower rewrite layers, the lowest first, from which forwards will start too.
     """
-    device = site.weight.device
+    device, sites = site.weight.device, (*below, site)
     aligned = align(rows, pad_id, device)
     start, (_, layers) = 0 if whole_rows else aligned.prefix, decoder_layers(model)
     answers: list[Any] = []
@@ -137,8 +204,8 @@ def run_prefix(
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         cache = [] if whole_rows else _run_columns_before_lookup(model, rows, start, pad_id, device)
-        at_lookup = stack.enter_context(capture_columns(site.projection, len(rows), lookup))
-        entering = stack.enter_context(capture_input(layers[site.layer], slice(None)))
+        seen = [stack.enter_context(capture_columns(one.projection, len(rows), lookup)) for one in sites]
+        entering = [stack.enter_context(capture_input(layers[one.layer], slice(None))) for one in sites]
         handle = layers[site.layer].register_forward_hook(lambda _, __, output: answers.append(layer_answer(output)))
         stack.callback(handle.remove)
         if whole_rows:
@@ -152,18 +219,22 @@ def run_prefix(
                 **options,
                 **forward_masks(model, aligned.attention_mask, aligned.position_ids[:, start:]),
             )
-    return PrefixPass(
-        model=model,
-        site=site,
-        rows=aligned,
-        pad_id=pad_id,
-        keys=at_lookup["input"][:, 0],
-        outputs=at_lookup["output"][:, 0],
-        hidden=entering["hidden"],
-        cache=cache[site.layer :],
-        answer=answers[0],
-        start=start,
-    )
+    passes = [
+        PrefixPass(
+            model=model,
+            site=one,
+            rows=aligned,
+            pad_id=pad_id,
+            keys=at_lookup["input"][:, 0],
+            outputs=at_lookup["output"][:, 0],
+            hidden=hidden["hidden"],
+            cache=cache[one.layer :],
+            answer=answers[0],
+            start=start,
+        )
+        for one, at_lookup, hidden in zip(sites, seen, entering, strict=True)
+    ]
+    return replace(passes[-1], below=tuple(passes[:-1]))
 
 
 def _run_columns_before_lookup(

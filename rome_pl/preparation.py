@@ -3,18 +3,21 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import repeat
 from typing import Any
 
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
+from rome_pl.edited_layers import EditedLayers
 from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metric import make_metric
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.second_moment import SecondMoment
 from rome_pl.session import EditSession
-from rome_pl.statistics import resolve_second_moment
+from rome_pl.statistics import resolve_second_moments
 from rome_pl.weights import EditedWeight
 
 __all__ = [
@@ -53,18 +56,20 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
         raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
 
 
-def prepare_session(language_model: LanguageModel, site: RewriteSite, options: Mapping[str, Any]) -> EditSession:
+def prepare_session(
+    language_model: LanguageModel, sites: Sequence[RewriteSite], options: Mapping[str, Any]
+) -> EditSession:
     """Prepare a session from the options of :class:`rome_pl.RomeModule`.
 
     Raises:
         StatisticsError: If the configured statistics do not fit, or the corpus cannot be read.
     """
     preset, adjust = PRESETS[options["preset"]], options["mom2_adjustment"]
-    moment = None
+    moments: list[SecondMoment] = []
     if preset.mom2_adjustment if adjust is None else adjust:
-        moment = resolve_second_moment(
+        moments = resolve_second_moments(
             language_model,
-            site,
+            sites,
             statistics=options["statistics"],
             corpus=options["corpus"],
             wanted=options["mom2_n_samples"],
@@ -74,18 +79,20 @@ def prepare_session(language_model: LanguageModel, site: RewriteSite, options: M
     if contexts is None:
         contexts = generate_contexts(language_model, options["context_template_length_params"], options["seed"])
     weight = options["mom2_update_weight"]
-    metric = make_metric(
-        preset.metric,
-        moment,
-        weight=preset.mom2_update_weight if weight is None else weight,
-        ridge=options["L2"],
-        threshold=options["nullspace_threshold"],
-    )
+    metrics = [
+        make_metric(
+            preset.metric,
+            moment,
+            weight=preset.mom2_update_weight if weight is None else weight,
+            ridge=options["L2"],
+            threshold=options["nullspace_threshold"],
+        )
+        for moment in (moments or repeat(None, len(sites)))
+    ]
     return EditSession(
         language_model=language_model,
-        weight=EditedWeight(site, metric),
+        layers=EditedLayers(list(map(EditedWeight, sites, metrics)), moments),
         preset=preset,
-        moment=moment,
         sequential=options["sequential_edit"],
         fact_token=options["fact_token"],
         contexts=join_contexts(contexts),

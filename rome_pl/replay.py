@@ -11,15 +11,16 @@ from torch import Tensor
 
 from rome_pl.architecture import find_site
 from rome_pl.edit import EditStatus
+from rome_pl.edited_layers import EditedLayers, Written
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError, read_lines
 from rome_pl.rank_one import Assertion, Update
-from rome_pl.weights import EditedWeight, Written
+from rome_pl.weights import EditedWeight, LayerWrite
 
 __all__ = ["groups_of", "load_write", "read_edits", "read_manifest", "read_writes", "replay"]
 
 
-def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
+def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
     """Put the edits of a sequential run into the unedited model that the run began with, as that run left them.
 
     Args:
@@ -27,20 +28,20 @@ def replay(language_model: LanguageModel, run: Path) -> EditedWeight:
         run: The run's folder, with ``manifest.json`` and ``ledger/``.
 
     Returns:
-        The weight with its edits. Edits can be taken out of it only by a run, which has the metric.
+        The weights with their edits. Edits can be taken out of them only by a run, which has the metric.
 
     Raises:
         LedgerError: As :func:`read_writes`.
     """
-    layer, writes = read_writes(language_model, run)
-    weight = EditedWeight(find_site(language_model.model, layer), _no_metric)
+    numbers, writes = read_writes(language_model, run)
+    layers = EditedLayers([EditedWeight(find_site(language_model.model, number), _no_metric) for number in numbers])
     for written in writes:
-        weight.restore(written)
-    return weight
+        layers.restore(written)
+    return layers
 
 
-def read_writes(language_model: LanguageModel, run: Path) -> tuple[int, list[Written]]:
-    """The layer that a sequential run has edited, and its writes in their order; arguments as those of :func:`replay`.
+def read_writes(language_model: LanguageModel, run: Path) -> tuple[list[int], list[Written]]:
+    """The layers that a sequential run has edited, and its writes in their order; arguments as those of :func:`replay`.
 
     Raises:
         LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
@@ -54,7 +55,7 @@ def read_writes(language_model: LanguageModel, run: Path) -> tuple[int, list[Wri
             f"{run}: a ledger of another model ({manifest['model']['source']}, {theirs[:12]}) than the one loaded "
             f"({language_model.source}, {ours[:12]}); load the model that the run began with"
         )
-    return int(manifest["rewrite"]["layer"]), [load_write(run, group) for group in groups_of(read_edits(run))]
+    return list(manifest["rewrite"]["layers"]), [load_write(run, group) for group in groups_of(read_edits(run))]
 
 
 def read_edits(run: Path) -> list[dict[str, Any]]:
@@ -105,13 +106,23 @@ def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
             raise LedgerError(
                 f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt"
             ) from error
-    updates = [Update(part["left"], part["right"]) for part in parts]
-    assertion = Assertion.joint(
-        [Assertion(part["key_shape"], part["key_at"], part["value"], float(part["ridge"])) for part in parts]
-    )
     names = tuple(str(edit["case_id"]) for edit in group)
     realised = tuple(float(edit["realised"]) for edit in group)
-    return Written(names, assertion, Update.joint(updates), realised)
+    return Written(tuple(_layer_write(parts, place, names, realised) for place in range(len(group[0]["layers"]))))
+
+
+def _layer_write(
+    parts: Sequence[dict[str, Tensor]], place: int, names: tuple[str, ...], realised: tuple[float, ...]
+) -> LayerWrite:
+    """One layer's part of a write, from the shards of its edits."""
+
+    def read(name: str) -> list[Tensor]:
+        return [part[f"layers.{place}.{name}"] for part in parts]
+
+    columns = zip(read("key_shape"), read("key_at"), read("value"), map(float, read("ridge")), strict=True)
+    assertion = Assertion.joint([Assertion(*column) for column in columns])
+    updates = [Update(left, right) for left, right in zip(read("left"), read("right"), strict=True)]
+    return LayerWrite(names, assertion, Update.joint(updates), realised)
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     path = run / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        manifest["model"]["fingerprint"], manifest["rewrite"]["layer"]
+        manifest["model"]["fingerprint"], manifest["rewrite"]["layers"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise LedgerError(f"{path}: missing or damaged ({error}); give the folder of a run of rome-pl edit") from error
     return manifest

@@ -71,7 +71,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "n_resumed": sum(edit.recorded is not None for edit in edits),
         "seconds_per_edit": sum(seconds) / len(seconds) if seconds else None,
         "flops_per_edit": session.flops_per_edit,
-        "weight_change": session.weight.change,
+        "weight_change": session.layers.change,
         "state_checks": session.state_checks,
         "records": records,
     }
@@ -79,7 +79,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
 
 def manifest(session: EditSession, seed: int) -> dict[str, Any]:
     """The content of manifest.json: what has to be the same for the run to be the same."""
-    language_model, moment = session.language_model, session.moment
+    language_model, layers = session.language_model, session.layers
     return {
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
@@ -88,12 +88,12 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
             "source": language_model.source,
             "fingerprint": language_model.fingerprint,
             "tokenizer": language_model.tokenizer_fingerprint,
-            "dtype": str(session.weight.site.weight.dtype),
+            "dtype": str(layers.last.site.weight.dtype),
             "device": str(language_model.device),
         },
-        "rewrite": {"layer": session.weight.site.layer, "weight": session.weight.site.name},
-        "metric": session.weight.metric.settings,
-        "second_moment": asdict(moment.info) if moment is not None else None,
+        "rewrite": {"layers": layers.numbers, "weights": [weight.site.name for weight in layers.weights]},
+        "metric": layers.last.metric.settings,
+        "second_moments": [asdict(moment.info) for moment in layers.moments],
         "contexts": list(session.contexts),
     }
 
@@ -139,7 +139,7 @@ def settings_of(folder: Path, hparams: Mapping[str, Any]) -> str:
 def note_change(session: EditSession) -> float:
     """The norm of the weight's change now, kept in the session; known for so many edits already, it is no work."""
     if len(session.edits) not in session.changes:
-        session.changes[len(session.edits)] = session.weight.change
+        session.changes[len(session.edits)] = session.layers.change
     return session.changes[len(session.edits)]
 
 

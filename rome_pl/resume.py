@@ -61,7 +61,7 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
             if edit.name in written.names:
                 edit.written = written.part(edit.name)
         if session.sequential:
-            session.weight.restore(written)
+            session.layers.restore(written)
     return True
 
 

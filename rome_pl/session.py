@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from rome_pl.edit import Edit, EditStatus
+from rome_pl.edited_layers import Ask, EditedLayers, Written
 from rome_pl.encoding import FactToken
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger
 from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
-from rome_pl.rank_one import Assertion, DisablingEditError, Preset, balance
+from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
 from rome_pl.requests import EditRequest
-from rome_pl.second_moment import SecondMoment
-from rome_pl.weights import EditedWeight
+from rome_pl.spread import Spread
 
 __all__ = ["EditSession", "Retention", "session_of"]
 
@@ -42,9 +39,8 @@ class EditSession:
 
     Args:
         language_model: The model being edited.
-        weight: The rewrite site's weight with its edits.
+        layers: The rewrite layers' weights with their edits.
         preset: The variant of the closed form.
-        moment: Second moment of the keys; ``None`` where the preset's metric is the identity.
         sequential: Whether edits accumulate.
         fact_token: Which token is looked up.
         contexts: Texts put before prompts, the empty one first.
@@ -65,9 +61,8 @@ class EditSession:
     """
 
     language_model: LanguageModel
-    weight: EditedWeight
+    layers: EditedLayers
     preset: Preset
-    moment: SecondMoment | None
     sequential: bool
     fact_token: FactToken
     contexts: tuple[str, ...]
@@ -86,44 +81,41 @@ class EditSession:
     ledger: Ledger | None = None
     flops_per_edit: float | None = None
 
-    def take_keys(self, edit: Edit, keys: Tensor, outputs: Tensor) -> None:
-        """Give an edit the keys that the preset needs.
+    def anew(self, flops_per_edit: float | None) -> "EditSession":
+        """What was prepared, and the weights with their edits, for another fit; the rest is each fit's own."""
+        return EditSession(
+            language_model=self.language_model,
+            layers=self.layers,
+            preset=self.preset,
+            sequential=self.sequential,
+            fact_token=self.fact_token,
+            contexts=self.contexts,
+            flops_per_edit=flops_per_edit,
+        )
 
-        Args:
-            edit: The edit.
-            keys: Its keys under all contexts, the bare prompt's first, ``[contexts, d_key]``, float64.
-            outputs: The projection's outputs there, ``[contexts, d_value]``, float64.
-        """
-        edit.key_bare, edit.key_mean, edit.output_mean = keys[0].clone(), keys.mean(0), outputs.mean(0)
-        if "balanced" in (self.preset.shape, self.preset.at):
-            share = 1.0
-            if len(keys) > 1 and bool(keys.isfinite().all()):
-                share = balance(keys[0], keys[1:].mean(0), self.weight.metric)
-            weights = torch.full((len(keys), 1), (1 - share) / max(1, len(keys) - 1), dtype=keys.dtype)
-            weights[0] = share
-            weights = weights.to(keys.device)
-            edit.key_balanced, edit.output_balanced = (weights * keys).sum(0), (weights * outputs).sum(0)
-
-    def write(self, edits: Sequence[Edit]) -> None:
+    def write(self, edits: Sequence[Edit], spread: Spread | None = None) -> None:
         """Write the pending edits of a batch, jointly; those that cannot be written are rejected.
 
-        In single mode each is only solved for, on the original weight, and nothing is written.
+        In single mode each is only solved for, on the original weights, and nothing is written.
+
+        Args:
+            edits: The batch.
+            spread: How offsets are shared among layers, where there are several and the edits were not written before.
         """
         pending = [edit for edit in edits if edit.status is EditStatus.PENDING]
         if not self.sequential:
             for edit in pending:
                 try:
-                    edit.written = self.weight.propose(edit.name, edit.assertion(self.preset))
+                    edit.written = self.layers.propose(edit.name, self._ask([edit], spread))
                 except ValueError as error:  # exploding or not finite
                     edit.decide(EditStatus.REJECTED, str(error))
             return
-        for edit in [edit for edit in pending if edit.name in self.weight.names]:
+        for edit in [edit for edit in pending if edit.name in self.layers.names]:
             pending.remove(edit)
             edit.decide(EditStatus.REJECTED, f"edit {edit.name} is in the weight already; give it another case_id")
         while pending:
-            assertion = Assertion.joint([edit.assertion(self.preset) for edit in pending])
             try:
-                written = self.weight.write([edit.name for edit in pending], assertion)
+                written = self.layers.write([edit.name for edit in pending], self._ask(pending, spread))
             except DisablingEditError as error:
                 pending.pop(error.row).decide(EditStatus.REJECTED, str(error))
             except ValueError as error:  # not finite, and no saying whose fault it is
@@ -134,10 +126,36 @@ class EditSession:
                     edit.written = written.part(edit.name)
                 return
 
+    def write_again(self, edit: Edit) -> Written:
+        """Write an edit that was taken back; what it asserts is what it asserted then. It stays pending.
+
+        Raises:
+            ValueError: If it cannot be written.
+        """
+        return self.layers.write([edit.name], self._ask([edit], None))
+
+    def _ask(self, edits: Sequence[Edit], spread: Spread | None) -> Ask:
+        """What edits assert at each layer; of those written before, the same as then."""
+        preset, weights = self.preset, self.layers.weights
+
+        def ask(place: int, below: Sequence[Update]) -> Assertion:
+            if all(edit.written is not None for edit in edits):
+                return Assertion.joint([edit.written.assertions[place] for edit in edits if edit.written is not None])
+            offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
+            if spread is None:
+                keys = [edit.keys for edit in edits if edit.keys is not None]
+                asked = [key.assertion(preset, delta) for key, (_, delta) in zip(keys, offsets, strict=True)]
+            else:
+                not_written = [] if self.sequential else below
+                asked = spread.assertions(place, offsets, preset, weights[place].metric, not_written)
+            return Assertion.joint(asked)
+
+        return ask
+
     def withdraw(self, edits: Sequence[Edit], batch: Sequence[Edit]) -> None:
         """Take edits of a batch, which were just decided against, back; the others of the batch are written anew."""
         if self.sequential and edits:
-            self.weight.revert()
+            self.layers.revert()
             self.write(batch)
 
     def measure_targets(self, edits: Sequence[Edit], *, written: bool) -> list[TargetMeasure]:
@@ -173,8 +191,8 @@ class EditSession:
     def _changes(self, edits: Sequence[Edit]) -> Changes | None:
         if self.sequential:  # it is in the weights
             return None
-        updates = [edit.written.update if self.in_force(edit) and edit.written else None for edit in edits]
-        return Changes(self.weight.site.projection, updates)
+        updates = [edit.written.updates if self.in_force(edit) and edit.written else None for edit in edits]
+        return Changes([weight.site.projection for weight in self.layers.weights], updates)
 
 
 def session_of(module: object) -> EditSession:

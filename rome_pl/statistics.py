@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +19,7 @@ __all__ = [
     "artefact_path",
     "compute",
     "kept_statistics",
-    "resolve_second_moment",
+    "resolve_second_moments",
     "statistics_folder",
     "unfinished_folder",
 ]
@@ -68,16 +68,16 @@ def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentIn
             yield path, None
 
 
-def resolve_second_moment(
+def resolve_second_moments(
     language_model: LanguageModel,
-    site: RewriteSite,
+    sites: Sequence[RewriteSite],
     *,
-    statistics: str | None = None,
+    statistics: str | Sequence[str] | None = None,
     corpus: str | None = None,
     wanted: int | None = None,
     seed: int = 0,
-) -> SecondMoment:
-    """The second moment of the site's keys, on the model's device.
+) -> list[SecondMoment]:
+    """The second moment of each site's keys, on the model's device.
 
     In this order: the configured artefact; that of the configured corpus, computed on first use; unless a number of
     keys is asked for, the one shipped with the package for these very weights, or else the one in the cache that was
@@ -86,8 +86,8 @@ def resolve_second_moment(
 
     Args:
         language_model: The model.
-        site: The projection whose input is the key.
-        statistics: Path of an artefact.
+        sites: The projections whose input is the key.
+        statistics: Path of an artefact, or of one for each site in any order.
         corpus: Text, as in :class:`Corpus`.
         wanted: Number of key vectors to compute from; ``None`` takes 30 per dimension.
         seed: Seed of a generated corpus.
@@ -96,30 +96,63 @@ def resolve_second_moment(
         StatisticsError: If configured statistics are damaged or belong to another model or layer.
         CorpusError: If the corpus cannot be read.
     """
-    weights = language_model.fingerprint_below(site)
+    weights = {site.layer: language_model.fingerprint_below(site) for site in sites}
     if statistics is not None:
-        moment = SecondMoment.load(Path(statistics))
-        moment.check(weights=weights, layer=site.layer, where=statistics)
-        return _to(moment, language_model)
-    if corpus is None and wanted is None:
-        shipped = kept_statistics(Path(__file__).parent / "assets")
-        kept = sorted(kept_statistics(), key=lambda pair: pair[1].count if pair[1] is not None else 0, reverse=True)
-        for path, info in (*shipped, *kept):
-            if info is not None and info.layer == site.layer and info.weights == weights:
-                log.info("Second moment of layer %d: %d keys, from %s", site.layer, info.count, path)
-                return _to(SecondMoment.load(path), language_model)
+        paths = [statistics] if isinstance(statistics, str) else list(statistics)
+        found = _configured(paths, sites)
+    elif corpus is None and wanted is None:
+        found = _at_hand(sites, weights)
+    else:
+        found = {}
+    missing = [site for site in sites if site.layer not in found]
+    if missing:
+        found |= _of_text(language_model, missing, corpus, wanted, seed)
+    moments = []
+    for site in sites:
+        moment = SecondMoment.load(found[site.layer])  # what every later run will read
+        moment.check(weights=weights[site.layer], layer=site.layer, where=str(found[site.layer]))
+        moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
+    return moments
+
+
+def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int, Path]:
+    """The configured artefacts, by layer."""
+    if len(paths) == len(sites) == 1:  # a wrong layer is said by the check
+        return {sites[0].layer: Path(paths[0])}
+    by_layer = {SecondMoment.read_info(Path(path)).layer: Path(path) for path in paths}
+    if missing := [site.layer for site in sites if site.layer not in by_layer]:
+        raise StatisticsError(
+            f"statistics: none of {', '.join(paths)} is of layer {missing[0]}; give one file for each rewrite layer"
+        )
+    return by_layer
+
+
+def _at_hand(sites: Sequence[RewriteSite], weights: Mapping[int, str]) -> dict[int, Path]:
+    """Artefacts that were shipped or are in the cache, by layer."""
+    shipped = kept_statistics(Path(__file__).parent / "assets")
+    kept = sorted(kept_statistics(), key=lambda pair: pair[1].count if pair[1] is not None else 0, reverse=True)
+    found: dict[int, Path] = {}
+    for path, info in (*shipped, *kept):
+        if info is not None and info.layer not in found and info.weights == weights.get(info.layer):
+            log.info("Second moment of layer %d: %d keys, from %s", info.layer, info.count, path)
+            found[info.layer] = path
+    return {site.layer: found[site.layer] for site in sites if site.layer in found}
+
+
+def _of_text(
+    language_model: LanguageModel, sites: Sequence[RewriteSite], corpus: str | None, wanted: int | None, seed: int
+) -> dict[int, Path]:
+    """Artefacts of a text, computed in one pass where they are not in the cache, by layer."""
     text = (
         Corpus(corpus)
         if corpus is not None
-        else GeneratedCorpus.of(language_model, wanted or KEYS_PER_DIMENSION * site.d_key, seed)
+        else GeneratedCorpus.of(language_model, wanted or KEYS_PER_DIMENSION * sites[0].d_key, seed)
     )
     options = PassOptions(tokens=wanted)
-    path = artefact_path(statistics_folder(), language_model, site, text, options)
-    if not path.is_file():
-        compute(language_model, [site], text, options)
-    moment = SecondMoment.load(path)  # what every later run will read
-    moment.check(weights=weights, layer=site.layer, where=str(path))
-    return _to(moment, language_model)
+    paths = {site.layer: artefact_path(statistics_folder(), language_model, site, text, options) for site in sites}
+    if missing := [site for site in sites if not paths[site.layer].is_file()]:
+        compute(language_model, missing, text, options)
+    return paths
 
 
 def compute(
@@ -197,7 +230,3 @@ def _when_free(begin: Callable[[], MomentPass]) -> MomentPass:
                 log.warning("Waiting: %s", error)
             waiting = True
             time.sleep(WAIT)
-
-
-def _to(moment: SecondMoment, language_model: LanguageModel) -> SecondMoment:
-    return SecondMoment(moment.matrix.to(language_model.device), moment.info)

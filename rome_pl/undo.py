@@ -4,22 +4,24 @@ The closed form is replayed for the edits that remain, from their stored keys an
 would be wrong: later ones were solved against a weight that contained it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from rome_pl.architecture import find_site
 from rome_pl.edit import EditStatus
+from rome_pl.edited_layers import EditedLayers
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger, LedgerError
-from rome_pl.metric import Metric, make_metric
+from rome_pl.metric import make_metric
 from rome_pl.replay import read_edits, read_manifest, read_writes
 from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics
 from rome_pl.weights import EditedWeight
 
-__all__ = ["Undone", "metric_of", "undo"]
+__all__ = ["Undone", "edited_layers", "undo"]
 
 
 @dataclass(frozen=True)
@@ -27,45 +29,44 @@ class Undone:
     """What is left after edits were taken out.
 
     Args:
-        weight: The weight with the edits that remain, written to the model.
+        layers: The weights with the edits that remain, written to the model.
         names: The edits that were taken out.
         resolved: Edits that were solved anew, because an edit before them is gone.
     """
 
-    weight: EditedWeight
+    layers: EditedLayers
     names: tuple[str, ...]
     resolved: tuple[str, ...]
 
 
-def undo(language_model: LanguageModel, run: Path, names: Collection[str], statistics: Path | None = None) -> Undone:
+def undo(language_model: LanguageModel, run: Path, names: Collection[str], statistics: Sequence[Path] = ()) -> Undone:
     """Take edits out of a sequential run; its ledger says so from then on.
 
     Args:
         language_model: The unedited model that the run began with; it ends with the edits that remain.
         run: The run's folder.
         names: The edits, by ``case_id``.
-        statistics: The second moment of the run, where it is neither shipped nor in the cache.
+        statistics: The second moments of the run, where they are neither shipped nor in the cache.
 
     Raises:
         LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
         StatisticsError: If the run's second moment is not at hand.
     """
-    layer, writes = read_writes(language_model, run)
-    site = find_site(language_model.model, layer)
-    weight = EditedWeight(site, metric_of(language_model, run, statistics))
+    numbers, writes = read_writes(language_model, run)
+    layers = edited_layers(language_model, numbers, run, statistics)
     for written in writes:
-        weight.restore(written)
+        layers.restore(written)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     for name in names:
-        if name not in weight.names:
+        if name not in layers.names:
             found = f"it is {edits[name]['status']}" if name in edits else "the ledger has no such record"
             raise LedgerError(f"{run}: edit {name} is not in the weight ({found}); see rome-pl show --ledger {run}")
     ledger = Ledger(run / "ledger", resume=True)
     ledger.skip()
     try:
-        weight.remove(names)
+        layers.remove(names)
         before = {name: written for written in writes for name in written.names}
-        anew = [written for written in weight.written if not written.same_as(before[written.names[0]])]
+        anew = [written for written in layers.written if not written.same_as(before[written.names[0]])]
         ledger.amend(
             [(edits[name], {"status": str(EditStatus.UNDONE)}) for name in names],
             [(written, [edits[name] for name in written.names]) for written in anew],
@@ -73,31 +74,41 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
     finally:
         ledger.close()
     resolved = tuple(name for written in anew for name in written.names)
-    return Undone(weight, tuple(names), resolved)
+    return Undone(layers, tuple(names), resolved)
 
 
-def metric_of(language_model: LanguageModel, run: Path, statistics: Path | None = None) -> Metric:
-    """The metric that a run has solved its edits with.
+def edited_layers(
+    language_model: LanguageModel, numbers: Sequence[int], run: Path, statistics: Sequence[Path] = ()
+) -> EditedLayers:
+    """A run's rewrite layers without any edit, with the metrics that it has solved its edits with.
 
     Raises:
-        StatisticsError: If its second moment is not at hand.
+        StatisticsError: If a second moment of the run is not at hand.
     """
     manifest: dict[str, Any] = read_manifest(run)
-    wanted = manifest["second_moment"]
-    if wanted is None:
-        return make_metric(moment=None, **manifest["metric"])
-    if statistics is not None:
-        moment = SecondMoment.load(statistics)
-        if asdict(moment.info) != wanted:
-            raise StatisticsError(f"{statistics}: not the second moment that {run} was made with (see its manifest)")
-    else:
-        kept = [*kept_statistics(Path(__file__).parent / "assets"), *kept_statistics()]
-        path = next((path for path, info in kept if info is not None and asdict(info) == wanted), None)
-        if path is None:
-            raise StatisticsError(
-                f"the second moment that {run} was made with ({wanted['count']} keys of layer {wanted['layer']}, "
-                f"{wanted['date'] or 'no date'}) is neither shipped nor in the cache; give its file as statistics"
-            )
-        moment = SecondMoment.load(path)
-    moment = SecondMoment(moment.matrix.to(language_model.device), moment.info)
-    return make_metric(moment=moment, **manifest["metric"])
+    moments = [_moment(language_model, run, wanted, statistics) for wanted in manifest["second_moments"]]
+    weights = [
+        EditedWeight(find_site(language_model.model, number), make_metric(moment=moment, **manifest["metric"]))
+        for number, moment in zip(numbers, moments or repeat(None, len(numbers)), strict=True)
+    ]
+    return EditedLayers(weights, moments)
+
+
+def _moment(
+    language_model: LanguageModel, run: Path, wanted: Mapping[str, Any], statistics: Sequence[Path]
+) -> SecondMoment:
+    given = [(path, SecondMoment.read_info(path)) for path in statistics]
+    kept = [*given, *kept_statistics(Path(__file__).parent / "assets"), *kept_statistics()]
+    path = next((path for path, info in kept if info is not None and asdict(info) == wanted), None)
+    if path is None and given:
+        raise StatisticsError(
+            f"{', '.join(map(str, statistics))}: not the second moment of layer {wanted['layer']} that {run} was made "
+            "with (see its manifest)"
+        )
+    if path is None:
+        raise StatisticsError(
+            f"the second moment that {run} was made with ({wanted['count']} keys of layer {wanted['layer']}, "
+            f"{wanted['date'] or 'no date'}) is neither shipped nor in the cache; give its file as statistics"
+        )
+    moment = SecondMoment.load(path)
+    return SecondMoment(moment.matrix.to(language_model.device), moment.info)

@@ -1,4 +1,4 @@
-"""The weight being edited: a float64 master, written to the model in one rounding, undone bit for bit.
+"""One weight being edited: a float64 master, written to the model in one rounding, undone bit for bit.
 
 The state is the original weight plus the ordered list of writes so far, each of one edit or of several solved jointly.
 A subset is undone by replaying the closed form for the others: dropping one update alone would leave the later ones
@@ -16,12 +16,12 @@ from rome_pl.architecture import RewriteSite
 from rome_pl.metric import Metric, PlainMetric
 from rome_pl.rank_one import Assertion, Update, rank_one_update
 
-__all__ = ["EditedWeight", "Written"]
+__all__ = ["EditedWeight", "LayerWrite"]
 
 
 @dataclass(frozen=True)
-class Written:
-    """One write, of one edit or of several solved jointly.
+class LayerWrite:
+    """One write into one layer, of one edit or of several solved jointly.
 
     Args:
         names: Identifiers of its n edits.
@@ -36,25 +36,44 @@ class Written:
     update: Update
     realised: tuple[float, ...]
 
-    def same_as(self, other: "Written") -> bool:
+    def same_as(self, other: "LayerWrite") -> bool:
         """Whether it changes the weight by the same bits."""
         pairs = ((self.update.left, other.update.left), (self.update.right, other.update.right))
         return self.names == other.names and all(one.equal(two.to(one.device)) for one, two in pairs)
 
-    def part(self, name: str) -> "Written":
+    def part(self, name: str) -> "LayerWrite":
         """One edit's rows of a joint write."""
         row = self.names.index(name)
         only = slice(row, row + 1)
-        return Written(
+        return LayerWrite(
             names=(name,),
             assertion=self.assertion.rows([row]),
             update=Update(self.update.left[only], self.update.right[only]),
             realised=(self.realised[row],),
         )
 
+    def to(self, device: torch.device) -> "LayerWrite":
+        """The same on a device."""
+        return LayerWrite(self.names, self.assertion.to(device), self.update.to(device), self.realised)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A weight that was worked out and not taken up yet.
+
+    Args:
+        master: The float64 master, ``[d_value, d_key]``.
+        written: Its writes.
+        metric: The metric after them.
+    """
+
+    master: Tensor
+    written: list[LayerWrite]
+    metric: Metric
+
 
 class EditedWeight:
-    """The rewrite site's weight with its edits.
+    """A rewrite site's weight with its edits.
 
     Args:
         site: The projection.
@@ -64,7 +83,7 @@ class EditedWeight:
     def __init__(self, site: RewriteSite, metric: Metric | Callable[[Tensor], Tensor]) -> None:
         self.site = site
         self.metric = metric if isinstance(metric, Metric) else PlainMetric(metric)
-        self.written: list[Written] = []
+        self.written: list[LayerWrite] = []
         self._original = site.weight.detach().clone()
         self._master = site.matrix(self._original).double()
         self._before_pending: Tensor | None = None
@@ -86,19 +105,25 @@ class EditedWeight:
     @property
     def change(self) -> float:
         """Frobenius norm of the master's change, relative to the original weight."""
-        original = self.site.matrix(self._original).double()
-        return float((self._master - original).norm() / original.norm())
+        change, original = self.norms
+        return change / original
 
-    def propose(self, name: str, assertion: Assertion) -> Written:
+    @property
+    def norms(self) -> tuple[float, float]:
+        """Frobenius norms of the master's change and of the original weight."""
+        original = self.site.matrix(self._original).double()
+        return float((self._master - original).norm()), float(original.norm())
+
+    def propose(self, name: str, assertion: Assertion) -> LayerWrite:
         """What :meth:`write` would write, without writing it.
 
         Raises:
             DisablingEditError: If the update would explode.
             ValueError: If the update is not finite.
         """
-        return self._solve(self._master, (name,), assertion)[1]
+        return self._solve(self._master, (name,), assertion, self.metric)[1]
 
-    def write(self, names: Sequence[str], assertion: Assertion) -> Written:
+    def write(self, names: Sequence[str], assertion: Assertion) -> LayerWrite:
         """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
 
         Args:
@@ -113,7 +138,7 @@ class EditedWeight:
         for name in names:
             if name in self.names:
                 raise ValueError(f"edit {name} is in the weight already; undo it first, or give another case_id")
-        master, written = self._solve(self._master, tuple(names), assertion)
+        master, written = self._solve(self._master, tuple(names), assertion, self.metric)
         self._before_pending, self._master = self._master, master
         self.written.append(written)
         self._store()
@@ -132,7 +157,7 @@ class EditedWeight:
             with torch.no_grad():
                 weight.copy_(edited)
 
-    def restore(self, written: Written) -> None:
+    def restore(self, written: LayerWrite) -> None:
         """Take up a write that an earlier run has made, without solving it again."""
         update = written.update.to(self._master.device)
         self._master = torch.addmm(self._master, update.left.T, update.right)
@@ -173,22 +198,37 @@ class EditedWeight:
         missing = set(names) - set(self.names)
         if missing:
             raise KeyError(f"not written, or undone already: {sorted(missing)}")
-        master, replayed = self.site.matrix(self._original).double(), []
-        self.metric.forget()
+        self.adopt(self.without(names))
+
+    def without(self, names: Collection[str]) -> Replayed:
+        """What the weight would be without edits; nothing is changed.
+
+        Raises:
+            DisablingEditError: If another edit's update would explode then.
+        """
+        master, metric = self.site.matrix(self._original).double(), self.metric.afresh()
+        replayed: list[LayerWrite] = []
         for written in self.written:
             kept = [row for row, name in enumerate(written.names) if name not in names]
             if kept:
                 remaining = tuple(written.names[row] for row in kept)
-                master, again = self._solve(master, remaining, written.assertion.rows(kept))
-                self.metric.remember(again.assertion.shape)
+                master, again = self._solve(master, remaining, written.assertion.rows(kept), metric)
+                metric.remember(again.assertion.shape)
                 replayed.append(again)
-        self._master, self.written, self._before_pending = master, replayed, None
+        return Replayed(master, replayed, metric)
+
+    def adopt(self, replayed: Replayed) -> None:
+        """Become what :meth:`without` has found; a pending write is gone."""
+        self._master, self.written, self.metric = replayed.master, replayed.written, replayed.metric
+        self._before_pending = None
         self._store()
 
     @torch.no_grad()
-    def _solve(self, master: Tensor, names: tuple[str, ...], assertion: Assertion) -> tuple[Tensor, Written]:
+    def _solve(
+        self, master: Tensor, names: tuple[str, ...], assertion: Assertion, metric: Metric
+    ) -> tuple[Tensor, LayerWrite]:
         assertion = assertion.to(master.device)  # the model may have moved since the assertion was made
-        update = rank_one_update(master, self.site.bias, assertion, self.metric)
+        update = rank_one_update(master, self.site.bias, assertion, metric)
         changed = torch.addmm(master, update.left.T, update.right)
         if not bool(changed.isfinite().all()):
             raise ValueError(f"edit {', '.join(names)}: the update is not finite")
@@ -197,7 +237,7 @@ class EditedWeight:
         wide = torch.promote_types(dtype, torch.float32)  # holds the difference of two rounded weights exactly
         real = at @ (changed.to(dtype).to(wide) - master.to(dtype).to(wide)).double().T
         realised = (real * wanted).sum(1) / (wanted * wanted).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-        return changed, Written(names, assertion, update, tuple(realised.tolist()))
+        return changed, LayerWrite(names, assertion, update, tuple(realised.tolist()))
 
     def _stored(self) -> Tensor:
         """The master in the model's dtype and orientation."""

@@ -34,19 +34,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of one weight that are measured without being written, each seen by the rows it belongs to alone.
+    """Changes of weights that are measured without being written, each seen by the rows it belongs to alone.
 
     Args:
-        projection: The module whose weight changes.
-        updates: For each request or row what changes for it, one factor pair; ``None`` for nothing.
+        projections: The modules whose weights change.
+        updates: For each request or row what changes for it, one factor pair for each module; ``None`` for nothing.
     """
 
-    projection: nn.Module
-    updates: Sequence[Update | None]
+    projections: Sequence[nn.Module]
+    updates: Sequence[Sequence[Update] | None]
 
     def of(self, owners: Sequence[int]) -> "Changes":
         """The changes for rows that belong to ``owners``."""
-        return Changes(self.projection, [self.updates[owner] for owner in owners])
+        return Changes(self.projections, [self.updates[owner] for owner in owners])
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def _measure_batch(
         stack.enter_context(frozen(model))
         stack.enter_context(head_on(model, at_pack, at_column))
         if changes is not None and any(update is not None for update in changes.updates):
-            stack.enter_context(add_rank_one(changes.projection, *_stacked(changes.updates)))
+            for place, projection in enumerate(changes.projections):
+                stack.enter_context(add_rank_one(projection, *_stacked(changes.updates, place)))
         logits = model(input_ids=stacked.input_ids, use_cache=False, **stacked.masks).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double().cpu()
@@ -189,11 +190,11 @@ def _measure_batch(
     ]
 
 
-def _stacked(updates: Sequence[Update | None]) -> tuple[Tensor, Tensor]:
-    """Factors of each row's change, ``[rows, d_value]`` and ``[rows, d_key]``; zeros where nothing changes."""
-    some = next(update for update in updates if update is not None)
+def _stacked(updates: Sequence[Sequence[Update] | None], place: int) -> tuple[Tensor, Tensor]:
+    """Factors of each row's change of one module, ``[rows, d_value]`` and ``[rows, d_key]``; zeros for nothing."""
+    some = next(update[place] for update in updates if update is not None)
     nothing = Update(torch.zeros_like(some.left), torch.zeros_like(some.right))
-    chosen = [update or nothing for update in updates]
+    chosen = [nothing if update is None else update[place] for update in updates]
     return torch.cat([update.left for update in chosen]), torch.cat([update.right for update in chosen])
 
 

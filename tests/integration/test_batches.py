@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -25,10 +27,10 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
 from rome_pl.hooks import add_at_column
+from rome_pl.keys import EditKeys
 from rome_pl.metrics import probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
-from rome_pl.session import EditSession
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
 from tests.tiny import tiny_language_model
 
@@ -65,10 +67,10 @@ class Guard(Callback):
         self.original, self.looks = None, 0
 
     def on_train_start(self, trainer, pl_module):
-        self.original = pl_module.session.weight.site.weight.detach().clone()
+        self.original = pl_module.session.layers.last.site.weight.detach().clone()
 
     def look(self, trainer, pl_module, *_):
-        assert torch.equal(pl_module.session.weight.site.weight, self.original)
+        assert torch.equal(pl_module.session.layers.last.site.weight, self.original)
         self.looks += 1
 
     on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_before_zero_grad = look
@@ -136,11 +138,16 @@ def numbers(scores):
     return [math.nan if value is None else value for pair in flat for value in pair]
 
 
+def part_of(edit, name):
+    """A tensor of an edit, or nothing where the edit has none."""
+    return attrgetter(name)(edit) if edit.keys is not None or "." not in name else None
+
+
 def assert_same_edit(edit, expected):
     assert (edit.name, edit.status, edit.reason) == (expected.name, expected.status, expected.reason)
     assert (edit.notes, edit.failed) == (expected.notes, expected.failed)
-    for name in ("key_mean", "key_bare", "key_balanced", "output_balanced", "delta", "value"):
-        assert_close(getattr(edit, name), getattr(expected, name))
+    for name in ("keys.mean", "keys.bare", "keys.balanced", "keys.output_balanced", "delta", "value"):
+        assert_close(part_of(edit, name), part_of(expected, name))
     assert [step.loss for step in edit.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-9)
     assert alike(edit.before, expected.before)
     assert alike(edit.after, expected.after)
@@ -150,8 +157,8 @@ def assert_same_edit(edit, expected):
     assert (edit.written is None) == (expected.written is None)
     if expected.written is not None:
         assert edit.written.names == expected.written.names
-        assert_close(edit.written.update.left, expected.written.update.left)
-        assert_close(edit.written.update.right, expected.written.update.right)
+        assert_close(edit.written.layers[0].update.left, expected.written.layers[0].update.left)
+        assert_close(edit.written.layers[0].update.right, expected.written.layers[0].update.right)
         assert edit.written.realised == pytest.approx(expected.written.realised, rel=1e-9)
 
 
@@ -217,7 +224,7 @@ def test_scores_of_independent_edits_are_those_of_the_written_weight(one_by_one)
         language_model = model_for()
         site = find_site(language_model.model, 1)
         with torch.no_grad():
-            site.weight.add_(site.matrix(edit.written.update.left.T @ edit.written.update.right))
+            site.weight.add_(site.matrix(edit.written.layers[0].update.left.T @ edit.written.layers[0].update.right))
         (scores,) = probe_scores(language_model, [edit.request])
         assert numbers(edit.scores["immediate"]) == pytest.approx(numbers(scores), rel=1e-9, nan_ok=True)
         assert edit.after == pytest.approx(math.exp(scores.rewrite[0]), rel=1e-9)
@@ -238,7 +245,7 @@ def test_independent_edits_of_a_batch_are_those_made_one_by_one(batch_size, stre
     looks = [callback.looks for callback in guarded if isinstance(callback, Guard)]
     assert len(looks) == 4
     assert min(looks) > 2 * math.ceil(len(stream) / batch_size)
-    assert session.weight.written == []
+    assert session.layers.written == []
 
 
 @pytest.mark.parametrize(
@@ -316,7 +323,7 @@ def test_balanced_edits_of_a_batch_are_those_made_one_by_one(tmp_path):
     _, options, _ = with_statistics(tmp_path, preset="balanced")
     alone = by_name(run(tmp_path, REQUESTS[:4], 1, **options | {"sequential_edit": False}))
     for edit in run(tmp_path, REQUESTS[:4][::-1], 3, **options | {"sequential_edit": False}).edits:
-        assert edit.key_balanced is not None
+        assert edit.keys.balanced is not None
         assert_same_edit(edit, alone[edit.name])
 
 
@@ -329,7 +336,7 @@ def test_contexts_drawn_anew_do_not_depend_on_the_batch(tmp_path):
     together = run(tmp_path, REQUESTS[:4][::-1], 3, contexts_per_step=1)
     for edit in together.edits:
         assert_same_edit(edit, alone[edit.name])
-        assert_close(edit.key_mean, every[edit.name].key_mean)  # a mean over all contexts nonetheless
+        assert_close(edit.keys.mean, every[edit.name].keys.mean)  # a mean over all contexts nonetheless
         assert (edit.delta - every[edit.name].delta).norm() > 1e-3
     enough = run(tmp_path, REQUESTS[:4], 3, contexts_per_step=2)
     for edit in enough.edits:
@@ -405,7 +412,7 @@ def test_values_searched_under_autocast_are_near_those_of_float32(family, tmp_pa
     )
     for edit, expected in zip(mixed.edits, full.edits, strict=True):
         assert edit.status == expected.status == "applied"
-        assert torch.equal(edit.key_mean, expected.key_mean)  # keys are not rounded
+        assert torch.equal(edit.keys.mean, expected.keys.mean)  # keys are not rounded
         assert edit.delta.dtype == torch.float32
         error = float((edit.delta - expected.delta).norm() / expected.delta.norm())
         assert 0 < error < 0.1
@@ -451,9 +458,9 @@ def with_statistics(folder, family="gpt_neox", preset="r_rome"):
 
 def asked(edit):
     """The key and value that an edit's preset asserts: r_rome, or balanced where it has such a key."""
-    if edit.key_balanced is None:
-        return edit.key_mean.numpy(), edit.value.numpy()
-    return edit.key_balanced.numpy(), (edit.output_balanced + edit.delta).numpy()
+    if edit.keys.balanced is None:
+        return edit.keys.mean.numpy(), edit.value.numpy()
+    return edit.keys.balanced.numpy(), (edit.keys.output_balanced + edit.delta).numpy()
 
 
 def bias_of(site):
@@ -499,7 +506,7 @@ def test_after_a_joint_solve_every_value_of_the_batch_holds_at_its_key(family, p
     session = run(tmp_path, REQUESTS, 3, language_model, callbacks_for(last=[AfterEach(holds)]), **options)
     assert count == [3, 3, 1]
     assert [edit.status for edit in session.edits] == ["applied"] * 7
-    assert [written.names for written in session.weight.written] == [("a", "b", "c"), ("d", "e", "f"), ("g",)]
+    assert [written.names for written in session.layers.written] == [("a", "b", "c"), ("d", "e", "f"), ("g",)]
 
 
 def test_values_of_a_joint_batch_are_searched_on_the_same_weights(tmp_path):
@@ -515,8 +522,8 @@ def test_values_of_a_joint_batch_are_searched_on_the_same_weights(tmp_path):
         find_site(edited.model, 1).weight.copy_(between[0])
     second = run(tmp_path, REQUESTS[3:6], 1, edited, **single)
     for edit in [*first.edits, *second.edits]:
-        for name in ("key_mean", "delta", "value"):
-            assert_close(getattr(joint[edit.name], name), getattr(edit, name))
+        for name in ("keys.mean", "delta", "value"):
+            assert_close(part_of(joint[edit.name], name), part_of(edit, name))
     original = run(tmp_path, REQUESTS[3:6], 1, **single)
     assert (original.edits[0].delta - joint["d"].delta).norm() > 1e-6  # the second batch did see the first
 
@@ -546,14 +553,14 @@ def test_undoing_some_of_a_joint_solve_leaves_the_others_solved_jointly(tmp_path
     session = run(tmp_path, REQUESTS, 3, language_model, **options)
     edits, gone = by_name(session), ""
     for removed in ("b", "e", "ca", "g"):
-        session.weight.remove(list(removed))
+        session.layers.remove(list(removed))
         gone += removed
         expected = original
         for batch in ("abc", "def", "g"):
             kept = [edits[name] for name in batch if name not in gone]
             expected = solved(site, expected, metric, kept) if kept else expected
         assert_same_weight(matrix_of(site), expected)
-        assert session.weight.names == [name for name in "abcdefg" if name not in gone]
+        assert session.layers.names == [name for name in "abcdefg" if name not in gone]
 
 
 def test_undoing_everything_gives_the_original_bit_for_bit(tmp_path):
@@ -561,8 +568,8 @@ def test_undoing_everything_gives_the_original_bit_for_bit(tmp_path):
     before = snapshot(language_model.model)
     session = run(tmp_path, REQUESTS, 3, language_model, **options)
     assert len(changed(language_model.model, before)) == 1
-    session.weight.remove(["c", "a", "f"])
-    session.weight.remove(list(session.weight.names))
+    session.layers.remove(["c", "a", "f"])
+    session.layers.remove(list(session.layers.names))
     assert changed(language_model.model, before) == []
 
 
@@ -578,14 +585,14 @@ def test_of_two_edits_with_the_same_key_one_is_rejected(order, noise, refused, t
     original = matrix_of(site)
     requests = {"a": REQUESTS[0], "z": TWICE, "c": REQUESTS[2]}
     drawn = torch.Generator().manual_seed(0)
-    take_keys = EditSession.take_keys
+    of = EditKeys.of
 
-    def disturbed(self, edit, keys, outputs):
-        take_keys(self, edit, keys, outputs)
+    def disturbed(_, keys, *others):
+        made = of(keys, *others)
         direction = torch.randn(keys.shape[1], dtype=keys.dtype, generator=drawn)
-        edit.key_mean = edit.key_mean + noise * edit.key_mean.norm() * direction / direction.norm()
+        return replace(made, mean=made.mean + noise * made.mean.norm() * direction / direction.norm())
 
-    monkeypatch.setattr(EditSession, "take_keys", disturbed)
+    monkeypatch.setattr(EditKeys, "of", classmethod(disturbed))
     session = run(tmp_path, [requests[name] for name in order], 3, language_model, **options)
     edits = by_name(session)
     if not refused:
@@ -598,7 +605,7 @@ def test_of_two_edits_with_the_same_key_one_is_rejected(order, noise, refused, t
     kept = [edits[name] for name in order if name != late]
     assert [edit.status for edit in kept] == ["applied"] * 2
     assert_same_weight(matrix_of(site), solved(site, original, metric, kept))
-    assert session.weight.written[0].names == tuple(name for name in order if name != late)
+    assert session.layers.written[0].names == tuple(name for name in order if name != late)
 
 
 def test_three_edits_with_the_same_key_leave_one(tmp_path):
@@ -635,7 +642,7 @@ def test_what_verification_rejects_leaves_the_others_solved_anew(count, tmp_path
     assert len(rejected) >= count
     assert len(kept) + len(rejected) == 4
     assert_same_weight(matrix_of(site), solved(site, original, metric, kept))
-    assert [written.names for written in session.weight.written] == [tuple(edit.name for edit in kept)]
+    assert [written.names for written in session.layers.written] == [tuple(edit.name for edit in kept)]
     assert all(f"below {threshold:g}" in edit.reason for edit in rejected)
     # What is reported of the others is what holds in the end.
     for edit, now in zip(kept, session.measure_targets(kept, written=False), strict=True):
@@ -653,7 +660,7 @@ def test_a_joint_batch_that_is_rejected_whole_leaves_the_weight_as_it_was(tmp_pa
     session = run(tmp_path, REQUESTS, 3, language_model, callbacks_for(0.999), **options)
     assert [edit.status for edit in session.edits] == ["rejected"] * 7
     assert changed(language_model.model, before) == []
-    assert session.weight.written == []
+    assert session.layers.written == []
 
 
 def test_an_edit_of_a_later_batch_starts_from_what_was_kept(tmp_path):
@@ -687,7 +694,7 @@ def test_a_name_that_is_in_the_weight_already_rejects_its_own_edit_alone(tmp_pat
         quiet_trainer(callbacks_for(), tmp_path).fit(module, request_loader(requests, 3))
     assert [edit.status for edit in module.session.edits] == ["rejected", "applied", "applied"]
     assert module.session.edits[0].reason == "edit a is in the weight already; give it another case_id"
-    assert module.session.weight.names == ["a", "b", "c"]
+    assert module.session.layers.names == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("preset", ["rome", "easyedit"])

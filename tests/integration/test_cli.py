@@ -93,7 +93,7 @@ def test_a_sequential_run_leaves_its_folder_its_table_and_a_checkpoint(arguments
 
     manifest = read(tmp_path, "manifest.json")
     assert len(manifest["model"]["fingerprint"]) == 64
-    assert manifest["rewrite"] == {"layer": 1, "weight": "model.layers.1.mlp.down_proj.weight"}
+    assert manifest["rewrite"] == {"layers": [1], "weights": ["model.layers.1.mlp.down_proj.weight"]}
     assert len(manifest["contexts"]) == 3
 
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def test_a_sequential_run_leaves_its_folder_its_table_and_a_checkpoint(arguments
     assert differing == ["model.layers.1.mlp.down_proj.weight"]
     # The ledger's factors are the whole difference.
     change = sum(
-        shard["left"].T @ shard["right"]
+        shard["layers.0.left"].T @ shard["layers.0.right"]
         for shard in (load_file(path) for path in (tmp_path / "run" / "ledger" / "shards").iterdir())
     )
     torch.testing.assert_close(
@@ -253,11 +253,11 @@ def test_statistics_from_a_corpus_are_computed_once_and_used(arguments, tmp_path
     (tmp_path / "corpus.txt").write_text("\n".join([short_text.read_text(encoding="utf-8")] * 90), encoding="utf-8")
     options = {"model__preset": "r_rome", "model__corpus": tmp_path / "corpus.txt", "model__mom2_n_samples": 400}
     assert main(arguments(**options)) == 0
-    kept = read(tmp_path, "manifest.json")["second_moment"]
-    assert kept["count"] == 1024  # one block
+    kept = read(tmp_path, "manifest.json")["second_moments"]
+    assert [info["count"] for info in kept] == [1024]  # one block
     monkeypatch.setattr("rome_pl.statistics.compute", lambda *_, **__: pytest.fail("is kept"))
     assert main(arguments(overwrite="true", **options)) == 0
-    assert read(tmp_path, "manifest.json")["second_moment"] == kept
+    assert read(tmp_path, "manifest.json")["second_moments"] == kept
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_an_edit_finds_what_the_command_has_computed(command, model_folder, text
         "--probe_evaluation.measure_perplexity": "false",
     }
     assert main(["edit", *(str(part) for pair in options.items() for part in pair)]) == 0
-    found = read(tmp_path / "edit", "manifest.json")["second_moment"]
+    (found,) = read(tmp_path / "edit", "manifest.json")["second_moments"]
     assert (found["layer"], found["count"], found["source"]) == (1, 4 * BLOCK, str(text))
     assert found["corpus"] == artefacts()[1].info.corpus
 

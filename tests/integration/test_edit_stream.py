@@ -16,6 +16,7 @@ from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
+from rome_pl.keys import EditKeys
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import read_lines
 from rome_pl.metrics import probe_scores
@@ -24,7 +25,6 @@ from rome_pl.objective import ValueObjective
 from rome_pl.prefix import run_prefix
 from rome_pl.replay import groups_of, load_write
 from rome_pl.requests import EditRequest, RequestError
-from rome_pl.session import EditSession
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
@@ -88,7 +88,7 @@ def test_sequential_mode_keeps_every_edit(language_model, tmp_path):
     before = snapshot(language_model.model)
     session = run_edits(language_model, tmp_path, sequential_edit=True)
     assert changed(language_model.model, before) == [WEIGHT]
-    update = sum(written.update.left.T @ written.update.right for written in session.weight.written)
+    update = sum(written.update.left.T @ written.update.right for written in session.layers.last.written)
     torch.testing.assert_close(
         language_model.model.state_dict()[WEIGHT], before[WEIGHT] + update, rtol=1e-12, atol=1e-12
     )
@@ -118,20 +118,20 @@ def test_the_result_does_not_depend_on_the_global_generator(tmp_path):
 
 def test_a_balanced_edit_adds_its_offset_in_full_under_the_bare_prompt_and_the_contexts(tmp_path, monkeypatch):
     taken = []
-    original = EditSession.take_keys
+    original = EditKeys.of
 
-    def take_keys(self, edit, keys, outputs):
+    def of(_, keys, *others):
         taken.append(keys)
-        original(self, edit, keys, outputs)
+        return original(keys, *others)
 
-    monkeypatch.setattr(EditSession, "take_keys", take_keys)
+    monkeypatch.setattr(EditKeys, "of", classmethod(of))
     session = run_edits(
         tiny_language_model(), tmp_path, REQUESTS[:1], preset="balanced", mom2_adjustment=False, sequential_edit=True
     )
     (edit,), (keys,) = session.edits, taken
     bare, contexts = keys[0], keys[1:].mean(0)
     assert (bare - contexts).norm() > 0.01 * bare.norm()
-    update = session.weight.written[0].update
+    (update,) = session.layers.written[0].updates
     for key in (bare, contexts):
         torch.testing.assert_close((update.right @ key) @ update.left, edit.delta, rtol=1e-9, atol=1e-12)
     even = (update.right @ (2 * bare - contexts)) @ update.left  # anywhere on the line through both
@@ -378,7 +378,7 @@ def test_mixed_precision_optimises_values_and_measures_as_ever(tmp_path):
     for edit, plain in zip(*(session.edits for session in sessions), strict=True):
         assert edit.status == "applied"
         assert edit.before == plain.before
-        assert torch.equal(edit.key_mean, plain.key_mean)
+        assert torch.equal(edit.keys.mean, plain.keys.mean)
         assert edit.delta.dtype == torch.float32
         assert not torch.equal(edit.delta, plain.delta)
         assert edit.steps[0].nll == pytest.approx(plain.steps[0].nll, rel=0.05)
@@ -474,7 +474,7 @@ def test_a_second_epoch_is_refused(language_model, tmp_path):
     ("options", "message"),
     [
         ({"keep_original_weight": True}, "sequential_edit: false"),
-        ({"layers": [1, 2]}, "list of one"),
+        ({"layers": [1, 1]}, "several different ones"),
         ({"layers": [9]}, "has 3 layers"),
         ({"v_lr": -1.0}, "v_lr"),
         ({"v_num_grad_steps": 0}, "v_num_grad_steps"),
@@ -551,7 +551,7 @@ class _Fails(StateCheck):
         self.bad = bad
 
     def _look(self, session):
-        inside = self.bad & set(session.weight.names)
+        inside = self.bad & set(session.layers.names)
         return super()._look(session) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
 
 
@@ -570,12 +570,12 @@ def test_recovery_drops_the_edits_that_break_the_model_and_keeps_the_others(tmp_
     statuses = [str(edit.status) for edit in session.edits]
     assert [index for index, status in enumerate(statuses) if status == "rolled_back"] == [1, 6]
     assert statuses.count("applied") == 10
-    assert session.weight.names == [str(index) for index in range(12) if index not in (1, 6)]
+    assert session.layers.names == [str(index) for index in range(12) if index not in (1, 6)]
     # What is in the weight is the closed form for the others, in order, with the values as they were found.
-    expected = EditedWeight(find_site(tiny_language_model().model, 1), session.weight.metric)
+    expected = EditedWeight(find_site(tiny_language_model().model, 1), session.layers.last.metric)
     for edit in session.edits:
         if edit.status is EditStatus.APPLIED:
-            expected.write([edit.name], edit.written.assertion)
+            expected.write([edit.name], edit.written.assertions[0])
             expected.commit()
     assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.site.weight)
     assert [(check["edits"], bool(check["failures"])) for check in session.state_checks] == [
@@ -590,9 +590,9 @@ def test_a_ledger_knows_what_recovery_has_written_anew(tmp_path):
     merged = {}
     for line in lines:
         merged[line.record["case_id"]] = merged.get(line.record["case_id"], {}) | line.record
-    weight = EditedWeight(find_site(tiny_language_model().model, 1), session.weight.metric)
+    weight = EditedWeight(find_site(tiny_language_model().model, 1), session.layers.last.metric)
     for group in groups_of(list(merged.values())):
-        weight.restore(load_write(tmp_path, group))
+        weight.restore(load_write(tmp_path, group).layers[0])
     assert torch.equal(weight.site.weight, language_model.model.state_dict()[WEIGHT])
     assert {name for name, record in merged.items() if record["status"] == "rolled_back"} == {1, 6}
 
@@ -604,7 +604,7 @@ def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, 
     look = check._look
 
     def stopped(session):
-        calls.append(session.weight.names)
+        calls.append(session.layers.names)
         if len(calls) == 4:  # the failing check, and three edits written again
             raise RuntimeError("the lights went out")
         return look(session)
@@ -613,7 +613,7 @@ def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, 
     with pytest.raises(RuntimeError, match="lights"):
         run_edits(language_model, tmp_path / "b", MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True)
     assert len(calls[-1]) == 2  # the second edit had been dropped
-    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.weight.site.weight)
+    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.layers.last.site.weight)
 
 
 def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):

@@ -36,7 +36,7 @@ def test_undo_of_one_edit_keeps_the_others(editor, language_model):
     first, second, third = (editor.edit(**request, verify=False) for request in (ASK, OTHER, THIRD))
     editor.undo(second)
     kept = snapshot(language_model.model)
-    weight = editor._module.session.weight
+    weight = editor._module.session.layers
     assert [written.names for written in weight.written] == [(first.edit.name,), (third.edit.name,)]
     # Each remaining edit still holds where it was asserted last: the third exactly.
     value = weight.written[1].assertion

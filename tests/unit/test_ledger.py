@@ -4,15 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rome_pl.edited_layers import Written
 from rome_pl.ledger import Ledger
 from rome_pl.rank_one import Assertion, Update
-from rome_pl.weights import Written
+from rome_pl.weights import LayerWrite
 
 
 @pytest.fixture
 def written():
     key, value = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 3), 2.0, dtype=torch.float64)
-    return Written(("a",), Assertion(key, key, value), Update(value, key), (1.0,))
+    return Written((LayerWrite(("a",), Assertion(key, key, value), Update(value, key), (1.0,)),))
 
 
 def test_a_record_and_its_tensors_come_back(tmp_path, written):
@@ -27,8 +28,8 @@ def test_a_record_and_its_tensors_come_back(tmp_path, written):
         {"index": 1, "case_id": "ü", "status": "rejected"},
     ]
     tensors = load_file(tmp_path / "ledger" / "shards" / "000000.safetensors")
-    assert set(tensors) == {"key_shape", "key_at", "value", "left", "right", "ridge"}
-    assert torch.equal(tensors["value"], written.assertion.value)
+    assert set(tensors) == {f"layers.0.{name}" for name in ("key_shape", "key_at", "value", "left", "right", "ridge")}
+    assert torch.equal(tensors["layers.0.value"], written.assertions[0].value)
 
 
 def test_a_record_whose_tensors_fail_is_absent(tmp_path, written, monkeypatch):

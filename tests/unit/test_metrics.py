@@ -68,24 +68,28 @@ def numbers(scores):
 def test_a_change_that_nobody_writes_is_measured_as_if_it_were_written(family):
     """Each request sees its own change of the weight, or none, and no other's."""
     language_model = tiny_language_model(family)
-    site, requests = find_site(language_model.model, 1), [REQUEST, *OTHERS]
+    sites, requests = [find_site(language_model.model, layer) for layer in (0, 1)], [REQUEST, *OTHERS]
     generator = torch.Generator().manual_seed(3)
     updates = [
-        Update(*(torch.randn(1, size, dtype=torch.float64, generator=generator) for size in (site.d_value, site.d_key)))
+        [
+            Update(*(torch.randn(1, d, dtype=torch.float64, generator=generator) for d in (site.d_value, site.d_key)))
+            for site in sites
+        ]
         for _ in requests
     ]
     updates[2] = None
-    unwritten = probe_scores(language_model, requests, Changes(site.projection, updates))
+    unwritten = probe_scores(language_model, requests, Changes([site.projection for site in sites], updates))
     rows = [language_model.encoder.edit(request).rows[0] for request in requests]
-    targets = measure_targets(language_model, rows, Changes(site.projection, updates))
-    original = site.weight.detach().clone()
+    targets = measure_targets(language_model, rows, Changes([site.projection for site in sites], updates))
+    originals = [site.weight.detach().clone() for site in sites]
     for request, row, update, scores, target in zip(requests, rows, updates, unwritten, targets, strict=True):
         with torch.no_grad():
-            if update is not None:
-                site.matrix(site.weight).add_(update.left.T @ update.right)
+            for site, one in zip(sites, update or (), strict=False):
+                site.matrix(site.weight).add_(one.left.T @ one.right)
             (written,) = probe_scores(language_model, [request])
             measure = measure_target(language_model, row)
-            site.weight.copy_(original)
+            for site, original in zip(sites, originals, strict=True):
+                site.weight.copy_(original)
         (base,) = probe_scores(language_model, [request])
         assert (abs(base.rewrite[0] - scores.rewrite[0]) > 1e-5) == (update is not None)
         assert numbers(scores) == pytest.approx(numbers(written), rel=1e-9)

@@ -125,23 +125,20 @@ def test_each_owner_sees_its_own_change_alone():
     weight = site.weight
     chance = torch.Generator().manual_seed(0)
     updates = [
-        Update(
-            torch.randn(1, weight.shape[0], generator=chance, dtype=torch.float64),
-            torch.randn(1, weight.shape[1], generator=chance, dtype=torch.float64),
-        )
+        [Update(*(torch.randn(1, size, generator=chance, dtype=torch.float64) for size in weight.shape))]
         for _ in range(2)
     ]
     texts = some_texts(7, count=12)
     rows = rows_of(texts) * 3
     owners = [None, *updates]
-    changes = Changes(site.projection, [owners[place // len(texts)] for place in range(len(rows))])
+    changes = Changes([site.projection], [owners[place // len(texts)] for place in range(len(rows))])
     found = measure_answers(language_model, rows, changes)
     for place, row in enumerate(rows):
         update = changes.updates[place]
         with torch.no_grad():
             kept = weight.clone()
             if update is not None:
-                weight += update.left.T @ update.right
+                weight += update[0].left.T @ update[0].right
             expected = one_by_one(language_model, row)
             weight.copy_(kept)
         assert found[place].log_prob == pytest.approx(expected, abs=1e-9)

@@ -57,8 +57,8 @@ def check_replay(folder, session, dtype=torch.float64):
     original = weight_of(fresh).clone()
     weight = replay(fresh, folder)
     assert torch.equal(weight_of(fresh), weight_of(session.language_model))
-    assert weight.names == session.weight.names
-    assert weight.change == session.weight.change
+    assert weight.names == session.layers.names
+    assert weight.change == session.layers.change
     with weight.unedited():
         assert torch.equal(weight_of(fresh), original)
     base = tiny_language_model(dtype=dtype).model.state_dict()
@@ -70,7 +70,7 @@ def check_replay(folder, session, dtype=torch.float64):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_model_and_a_ledger_give_the_weights_of_the_run(batch_size, dtype, tmp_path):
     session = run(tmp_path, tiny_language_model(dtype=dtype), batch_size=batch_size)
-    assert len(session.weight.names) == 5
+    assert len(session.layers.names) == 5
     check_replay(tmp_path, session, dtype)
 
 
@@ -108,7 +108,7 @@ def test_edits_rolled_back_are_not_replayed(batch_size, tmp_path, monkeypatch):
 
 def test_a_run_without_one_applied_edit_gives_the_unedited_model(tmp_path):
     session = run(tmp_path, least=0.9999)
-    assert session.weight.names == []
+    assert session.layers.names == []
     check_replay(tmp_path, session)
 
 

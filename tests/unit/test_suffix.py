@@ -211,7 +211,7 @@ def test_edits_on_whole_rows_are_those_on_a_cache(tmp_path, caplog):
     for edit, expected in zip(whole.edits, cached.edits, strict=True):
         assert expected.delta.norm() > 0.1
         torch.testing.assert_close(edit.delta, expected.delta, rtol=0, atol=1e-9 * float(expected.delta.norm()))
-        torch.testing.assert_close(edit.key_mean, expected.key_mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(edit.keys.mean, expected.keys.mean, rtol=1e-9, atol=1e-12)
         assert edit.after == pytest.approx(expected.after, rel=1e-9)
     assert len(whole.edits) == len(REQUESTS)
 
