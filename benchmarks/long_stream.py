@@ -6,7 +6,9 @@ At each checkpoint all records so far are scored on the weights as they are then
 kept beside the JSON file: the same command goes on where it was interrupted, and more records may be asked for later.
 """
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Ru
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import EditStatus
 from rome_pl.evaluation import KnownScores
+from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import ProbeScores, held_out_text, perplexity, summarise
+from rome_pl.metrics.probes import measure_answers
 from rome_pl.rank_one import PRESETS
+from rome_pl.records import parse_records, read_records
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import library_versions
 from rome_pl.session import EditSession, session_of
@@ -37,6 +42,8 @@ def main() -> None:
     arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
     arguments.add_argument("--batch-size", type=int, default=1, help="edits solved jointly")
     arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
+    arguments.add_argument("--unedited", type=int, default=0, help="last records of the file that are only recalled")
+    arguments.add_argument("--perplexity_text", help="text for perplexity; nothing takes the shipped one")
     arguments.add_argument("--save_model", type=Path, help="folder for the final model")
     options = arguments.parse_args()
     language_model, requests = load(options)
@@ -45,7 +52,13 @@ def main() -> None:
     target: Path = options.json or Path("runs") / f"long_stream_{options.preset}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     base = zip(requests, KnownScores(language_model).measure(requests), strict=True)
-    checkpoints = Checkpoints(target, options.every, {str(request.case_id): scores for request, scores in base})
+    checkpoints = Checkpoints(
+        target,
+        options.every,
+        {str(request.case_id): scores for request, scores in base},
+        unedited=unedited_records(options, requests),
+        text=held_out_text(options.perplexity_text),
+    )
     checkpoints.content |= {"preset": options.preset, "options": chosen, "versions": library_versions()}
     trainer = Trainer(
         max_epochs=1,
@@ -79,10 +92,20 @@ class Checkpoints(Callback):
         target: The JSON file.
         every: Edits between two checkpoints.
         base: Scores of the unedited model, by name of the request.
+        unedited: Facts that nothing edits.
+        text: Text for perplexity.
     """
 
-    def __init__(self, target: Path, every: int, base: dict[str, ProbeScores]) -> None:
+    def __init__(
+        self,
+        target: Path,
+        every: int,
+        base: dict[str, ProbeScores],
+        unedited: Sequence[EditRequest],
+        text: str,
+    ) -> None:
         self.target, self.every, self.base = target, every, base
+        self.unedited, self.text = unedited, text
         self.content: dict[str, Any] = {"curve": []}
         if target.exists():
             self.content = json.loads(target.read_text(encoding="utf-8"))
@@ -90,8 +113,10 @@ class Checkpoints(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._perplexity = perplexity(session_of(pl_module).language_model, held_out_text(None))
+        language_model = session_of(pl_module).language_model
+        self._perplexity = perplexity(language_model, self.text)
         self.content["perplexity_base"] = self._perplexity
+        self.content["recall_base"] = recall(language_model, self.unedited)
 
     @override
     def on_train_batch_end(
@@ -123,14 +148,44 @@ class Checkpoints(Callback):
             **{name: now[name]["value"] for name in ("ES", "PS", "NS", "EM", "PM", "NM")},
             **{f"{name}_interval": [now[name]["low"], now[name]["high"]] for name in ("ES", "PS", "NS")},
             **{f"{name}_base": then[name]["value"] for name in ("ES", "PS", "NS")},
-            "perplexity_ratio": perplexity(session.language_model, held_out_text(None)) / self._perplexity,
+            "recall": recall(session.language_model, self.unedited),
+            "perplexity_ratio": perplexity(session.language_model, self.text) / self._perplexity,
             "delta_norm_ratio": session.layers.change,
             "seconds_per_edit": median([sum(edit.seconds.values()) for edit in own]) if own else None,
             "rejected": sum(edit.status is EditStatus.REJECTED for edit in session.edits),
         }
 
 
-_COLUMNS = ("n", "ES", "PS", "NS", "NS_base", "perplexity_ratio", "delta_norm_ratio", "seconds_per_edit", "rejected")
+def unedited_records(options: argparse.Namespace, edited: Sequence[EditRequest]) -> list[EditRequest]:
+    """The last records of the file, with a true answer."""
+    if not options.unedited:
+        return []
+    requests, _ = parse_records(read_records(Path(options.records))[-options.unedited :], options.records, None)
+    if {str(request.case_id) for request in requests} & {str(request.case_id) for request in edited}:
+        raise SystemExit("--unedited: some of these records are edited; lower --limit")
+    return [request for request in requests if request.target_true is not None]
+
+
+def recall(language_model: LanguageModel, requests: Sequence[EditRequest]) -> float | None:
+    """Share of facts whose true answer greedy generation gives."""
+    if not requests:
+        return None
+    rows = [language_model.encoder.continuation(one.prompt, one.target_true or "", one) for one in requests]
+    return sum(answer.generated for answer in measure_answers(language_model, rows)) / len(rows)
+
+
+_COLUMNS = (
+    "n",
+    "ES",
+    "PS",
+    "NS",
+    "NS_base",
+    "recall",
+    "perplexity_ratio",
+    "delta_norm_ratio",
+    "seconds_per_edit",
+    "rejected",
+)
 
 
 def _line(point: dict[str, Any]) -> str:

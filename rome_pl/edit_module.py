@@ -238,7 +238,7 @@ class RomeModule(LightningModule):
             prefix = self._engine.run(layout.rows)
         made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
         if prefix.below:
-            made.spread = Spread(prefix, layout)
+            made.spread = Spread(prefix, layout, session.preset, [one.metric for one in session.layers.weights])
         for place, edit in enumerate(made.optimised):
             keys, outputs = made.objective.keys(place), made.objective.outputs(place)
             edit.place, edit.keys = place, EditKeys.of(keys, outputs, session.preset, session.layers.last.metric)

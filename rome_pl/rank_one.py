@@ -47,6 +47,8 @@ class Preset:
         metric: How the second moment is used.
         ridge: λ.
         mom2_update_weight: ``n_0``: how many keys the second moment counts for, against λ or the keys of other edits.
+        shares: How several layers share an offset, see :mod:`rome_pl.spread`: evenly, or each as much as its key is
+            specific.
     """
 
     shape: KeyChoice
@@ -56,9 +58,12 @@ class Preset:
     metric: Literal["second_moment", "past_keys", "null_space"] = "second_moment"
     ridge: float = 0.0
     mom2_update_weight: float = 1.0
+    shares: Literal["even", "specific"] = "even"
 
 
-PresetName = Literal["rome", "r_rome", "p_rome", "balanced", "easyedit", "emmet", "memit", "accumulated", "alphaedit"]
+PresetName = Literal[
+    "rome", "r_rome", "p_rome", "balanced", "easyedit", "emmet", "memit", "accumulated", "alphaedit", "lifelong"
+]
 
 PRESETS: dict[PresetName, Preset] = {
     # Meng et al. 2022, as their public code does it: the residual is taken at the bare prompt's key.
@@ -81,6 +86,16 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     # Fang et al. 2025, Eq. 14, for one layer.
     "alphaedit": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", metric="null_space", ridge=1.0),
+    # Ours, for long streams: balanced keys in the metric of "accumulated", and shares that disturb text least.
+    "lifelong": Preset(
+        shape="balanced",
+        at="balanced",
+        mom2_adjustment=True,
+        value="own",
+        metric="past_keys",
+        mom2_update_weight=1000.0,
+        shares="specific",
+    ),
 }
 assert set(PRESETS) == set(get_args(PresetName))
 

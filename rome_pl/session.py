@@ -136,7 +136,7 @@ class EditSession:
 
     def _ask(self, edits: Sequence[Edit], spread: Spread | None) -> Ask:
         """What edits assert at each layer; of those written before, the same as then."""
-        preset, weights = self.preset, self.layers.weights
+        preset = self.preset
 
         def ask(place: int, below: Sequence[Update]) -> Assertion:
             if all(edit.written is not None for edit in edits):
@@ -146,8 +146,7 @@ class EditSession:
                 keys = [edit.keys for edit in edits if edit.keys is not None]
                 asked = [key.assertion(preset, delta) for key, (_, delta) in zip(keys, offsets, strict=True)]
             else:
-                not_written = [] if self.sequential else below
-                asked = spread.assertions(place, offsets, preset, weights[place].metric, not_written)
+                asked = spread.assertions(place, offsets, () if self.sequential else below)
             return Assertion.joint(asked)
 
         return ask

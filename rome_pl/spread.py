@@ -2,7 +2,12 @@ r"""An offset found at the last rewrite layer, shared among all of them (Meng et
 
 The offset :math:`\delta` moves the hidden state that leaves the last rewrite layer at the lookup token. With :math:`m`
 rewrite layers the lowest one writes :math:`\delta / m`; each further one looks at how far the hidden state has come
-under the writes below it and writes an even share of what is missing; the last one writes all that is left.
+under the writes below it and writes a share of what is missing; the last one writes all that is left.
+
+MEMIT's shares are even. Where layer :math:`l` writes the share :math:`s_l`, ordinary text is disturbed by
+:math:`\sum_l s_l^2 \|\delta\|^2 / k_l^\top M_l k_l` (the mean square of :math:`\Delta W k` over text, for
+:math:`M = C^{-1}`), which is least for shares in proportion to :math:`k_l^\top M_l k_l`: a layer that takes the subject
+for something common writes little.
 """
 
 from collections.abc import Sequence
@@ -25,33 +30,51 @@ class Spread:
     Args:
         prefix: Prefix pass at the last rewrite layer, with those below.
         layout: How its rows belong to edits.
+        preset: The variant of the closed form.
+        metrics: Those of the rewrite layers, the lowest first.
     """
 
-    def __init__(self, prefix: PrefixPass, layout: EditRows) -> None:
-        self._lowest, self._layout = prefix.below[0], layout
-        self._sites = [*(lower.site for lower in prefix.below), prefix.site]
-        self._before = self._lowest.through(self._sites)[-1].hidden
+    def __init__(self, prefix: PrefixPass, layout: EditRows, preset: Preset, metrics: Sequence[Metric]) -> None:
+        self._passes, self._layout = (*prefix.below, prefix), layout
+        self._preset, self._metrics = preset, tuple(metrics)
+        self._sites = [one.site for one in self._passes]
+        self._before = prefix.below[0].through(self._sites)[-1].hidden
+        self._weights: dict[int, list[float]] = {}
 
     def assertions(
-        self, place: int, edits: Sequence[tuple[int, Tensor]], preset: Preset, metric: Metric, updates: Sequence[Update]
+        self, place: int, edits: Sequence[tuple[int, Tensor]], updates: Sequence[Update] = ()
     ) -> list[Assertion]:
         """What edits assert at one layer, with the writes below it in the weights or given.
 
         Args:
             place: Which rewrite layer, 0 for the lowest.
             edits: The edits by their number in the layout, each with its offset, ``[d_value]``.
-            preset: The variant of the closed form.
-            metric: That of the layer.
             updates: What the layers below change that is not in the weights, for one edit.
         """
+        preset, metric = self._preset, self._metrics[place]
         rows = [row for edit, _ in edits for row in self._layout.contexts[edit]]
         each = [Update(one.left.expand(len(rows), -1), one.right.expand(len(rows), -1)) for one in updates]
-        seen = self._lowest.select(rows).through(self._sites, each)
+        seen = self._passes[0].select(rows).through(self._sites, each)
         moved = seen[-1].hidden.double() - self._before[torch.tensor(rows, device=self._before.device)].double()
         assertions, first = [], 0
         for edit, offset in edits:
             own = slice(first, first := first + len(self._layout.contexts[edit]))
             keys = EditKeys.of(seen[place].keys[own], seen[place].outputs[own], preset, metric)
             missing = offset.double() - keys.mix(moved[own], preset.at)
-            assertions.append(keys.assertion(preset, missing / (len(self._sites) - place)))
+            assertions.append(keys.assertion(preset, self._share(edit, place) * missing))
         return assertions
+
+    def _share(self, edit: int, place: int) -> float:
+        """Which part of what is missing a layer writes."""
+        if self._preset.shares == "even":
+            return 1 / (len(self._sites) - place)
+        if edit not in self._weights:
+            self._weights[edit] = [self._specificity(edit, one) for one in range(len(self._sites))]
+        left = self._weights[edit][place:]
+        return left[0] / sum(left)
+
+    def _specificity(self, edit: int, place: int) -> float:
+        rows, prefix = self._layout.contexts[edit], self._passes[place]
+        own, metric = slice(rows[0], rows[-1] + 1), self._metrics[place].fixed
+        key = EditKeys.of(prefix.keys[own], prefix.outputs[own], self._preset, metric).key(self._preset.at)
+        return float((metric(key.unsqueeze(0)) @ key).clamp(min=torch.finfo(key.dtype).tiny))

@@ -76,7 +76,7 @@ def alphaedit(weight, bias, moment, keys, values, past):
     return residuals(weight, bias, keys, values) @ keys.T @ projector @ np.linalg.inv(inner)
 
 
-FORMULAE = {"emmet": emmet, "memit": memit, "accumulated": accumulated, "alphaedit": alphaedit}
+FORMULAE = {"emmet": emmet, "memit": memit, "accumulated": accumulated, "lifelong": accumulated, "alphaedit": alphaedit}
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -96,7 +96,7 @@ def test_a_stream_equals_the_published_formula(name, size, moment):
         np.testing.assert_allclose(weight.site.weight.detach().numpy(), expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "alphaedit"])
+@pytest.mark.parametrize("name", ["accumulated", "lifelong", "alphaedit"])
 def test_what_was_taken_back_is_not_remembered(name, moment):
     def written(revert):
         weight = EditedWeight(site(), metric_for(name, moment))
@@ -167,7 +167,7 @@ def test_the_metric_without_edits_stays_as_it_was(moment):
 
 
 def test_presets_that_need_a_second_moment_say_so():
-    for name in ("accumulated", "alphaedit"):
+    for name in ("accumulated", "lifelong", "alphaedit"):
         with pytest.raises(OptionError, match="cannot do without"):
             metric_for(name, None)
 

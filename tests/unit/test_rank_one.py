@@ -90,19 +90,20 @@ def test_norm_of_the_factors_is_the_norm_of_the_product(problem):
 
 def test_presets_are_the_published_table_and_ours():
     table = {
-        name: (p.shape, p.at, p.mom2_adjustment, p.value, p.metric, p.ridge, p.mom2_update_weight)
+        name: (p.shape, p.at, p.mom2_adjustment, p.value, p.metric, p.ridge, p.mom2_update_weight, p.shares)
         for name, p in PRESETS.items()
     }
     assert table == {
-        "rome": ("mean", "bare", True, "bare", "second_moment", 0.0, 1.0),
-        "r_rome": ("mean", "mean", True, "bare", "second_moment", 0.0, 1.0),
-        "p_rome": ("bare", "bare", True, "bare", "second_moment", 0.0, 1.0),
-        "balanced": ("balanced", "balanced", True, "own", "second_moment", 0.0, 1.0),
-        "easyedit": ("mean", "bare", False, "bare", "second_moment", 0.0, 1.0),
-        "emmet": ("mean", "mean", True, "own", "second_moment", 0.1, 1000.0),
-        "memit": ("mean", "mean", True, "own", "second_moment", 1.0, 15000.0),
-        "accumulated": ("mean", "mean", True, "own", "past_keys", 0.0, 1000.0),
-        "alphaedit": ("mean", "mean", True, "own", "null_space", 1.0, 1.0),
+        "rome": ("mean", "bare", True, "bare", "second_moment", 0.0, 1.0, "even"),
+        "r_rome": ("mean", "mean", True, "bare", "second_moment", 0.0, 1.0, "even"),
+        "p_rome": ("bare", "bare", True, "bare", "second_moment", 0.0, 1.0, "even"),
+        "balanced": ("balanced", "balanced", True, "own", "second_moment", 0.0, 1.0, "even"),
+        "easyedit": ("mean", "bare", False, "bare", "second_moment", 0.0, 1.0, "even"),
+        "emmet": ("mean", "mean", True, "own", "second_moment", 0.1, 1000.0, "even"),
+        "memit": ("mean", "mean", True, "own", "second_moment", 1.0, 15000.0, "even"),
+        "accumulated": ("mean", "mean", True, "own", "past_keys", 0.0, 1000.0, "even"),
+        "alphaedit": ("mean", "mean", True, "own", "null_space", 1.0, 1.0, "even"),
+        "lifelong": ("balanced", "balanced", True, "own", "past_keys", 0.0, 1000.0, "specific"),
     }
 
 

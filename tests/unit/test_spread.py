@@ -1,5 +1,7 @@
 """Several rewrite layers: an offset found at the last one is shared among all of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
 from rome_pl.hooks import capture_columns, capture_output
 from rome_pl.prefix import run_prefix
+from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
 from tests.integration.helpers import FAST, changed, run_edits, snapshot
@@ -54,8 +57,10 @@ def statistics_of(language_model, folder):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "bloom"])
 @pytest.mark.parametrize("together", [False, True])
-def test_every_layer_writes_its_share_of_what_is_missing(family, together, tmp_path):
+@pytest.mark.parametrize("shares", ["even", "specific"])
+def test_every_layer_writes_its_share_of_what_is_missing(family, together, shares, tmp_path, monkeypatch):
     """Algorithm 1 of MEMIT done by hand: whole rows, one by one, nothing cached."""
+    monkeypatch.setitem(PRESETS, "emmet", replace(PRESETS["emmet"], shares=shares))
     language_model = tiny_language_model(family)
     paths, metrics = statistics_of(language_model, tmp_path)
     requests = REQUESTS if together else REQUESTS[:1]
@@ -67,6 +72,13 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, tmp_p
 
     by_hand = tiny_language_model(family)
     before = {edit.name: lookups(by_hand, session, edit, 2) for edit in session.edits}
+    weights = {edit.name: [1.0, 1.0, 1.0] for edit in session.edits}
+    if shares == "specific":
+        for edit in session.edits:
+            with _at_lookups(by_hand, session, edit, {}) as rows:
+                means = [rows(layer)[1].mean(0).numpy() for layer in (0, 1, 2)]
+            weights[edit.name] = [key @ metrics[layer] @ key for layer, key in enumerate(means)]
+        assert max(weights["a"]) > 1.1 * min(weights["a"])
     changes = {}
     for place, layer in enumerate((0, 1, 2)):
         keys, residuals = [], []
@@ -74,7 +86,8 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, tmp_p
             with _at_lookups(by_hand, session, edit, changes) as rows:
                 hidden, inputs = rows(layer)
             missing = edit.delta - (hidden - before[edit.name]).mean(0)
-            residuals.append((missing / (3 - place)).numpy())
+            left = weights[edit.name][place:]
+            residuals.append((missing * left[0] / sum(left)).numpy())
             keys.append(inputs.mean(0).numpy())
         k, r = np.stack(keys, 1), np.stack(residuals, 1)
         metric = metrics[layer] / 1000
