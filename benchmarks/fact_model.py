@@ -5,7 +5,7 @@
 Every fact is stated in two wordings: the record's own, and that of another template with the same kind of answers. The
 folder gets the model with its own byte-level BPE (Hugging Face files), ``facts.json`` (the facts as records to edit:
 the second wording is the paraphrase, facts with the same wording and answer are the neighbours), ``corpus.txt``
-(the statements, for second moments), and ``fact_model.json`` (what it recalls).
+(the statements, for second moments and perplexity), and ``fact_model.json`` (what it recalls).
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> None:
     statements = [f"{prompt} {fact['target_true']}." for fact in facts for prompt in wordings(fact)]
     tokenizer = tokenizer_of(statements, options.vocabulary)
     module = FactModel(tokenizer, options.width, options.depth)
-    rows = Rows([tokenizer(statement)["input_ids"] for statement in statements], tokenizer.eos_token_id, options.seed)
+    lines = [tokenizer(f"{statement}\n")["input_ids"] for statement in statements]
+    rows = Rows(lines, tokenizer.eos_token_id, options.seed)
     recall = Recall(LanguageModel(module.model, tokenizer), facts, options.enough)
     started = time.perf_counter()
     trainer = Trainer(
@@ -175,13 +176,13 @@ class Rows(IterableDataset[Tensor]):
 
     Args:
         statements: Their tokens.
-        between: The token between two.
+        filler: What fills the last row.
         seed: Seed of the orders.
     """
 
-    def __init__(self, statements: Sequence[list[int]], between: int, seed: int) -> None:
+    def __init__(self, statements: Sequence[list[int]], filler: int, seed: int) -> None:
         super().__init__()
-        self.statements, self.between, self.seed = statements, between, seed
+        self.statements, self.filler, self.seed = statements, filler, seed
         self.epoch = 0
         self.count = len(self._layout(0))
 
@@ -191,7 +192,7 @@ class Rows(IterableDataset[Tensor]):
         for statement in order:
             if len(rows[-1]) >= BLOCK:
                 rows.append([])
-            rows[-1] += [*statement, self.between]
+            rows[-1] += statement
         return rows
 
     def __len__(self) -> int:
@@ -203,7 +204,7 @@ class Rows(IterableDataset[Tensor]):
         self.epoch += 1
         for place in range(self.count):  # another order takes a row more or less
             row = rows[place % len(rows)][:BLOCK]
-            yield torch.tensor(row + [self.between] * (BLOCK - len(row)))
+            yield torch.tensor(row + [self.filler] * (BLOCK - len(row)))
 
 
 class FactModel(LightningModule):

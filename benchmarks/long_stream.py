@@ -8,6 +8,7 @@ kept beside the JSON file: the same command goes on where it was interrupted, an
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from rome_pl.requests import EditRequest
 from rome_pl.second_moment import library_versions
 from rome_pl.session import EditSession, session_of
 from rome_pl.stream import MEASURED_TOGETHER
+
+EARLY, LATE = (10, 60), (450, 500)
+"""Edits whose processor time is compared: an edit should cost the same however many came before it."""
 
 BEYOND = 1.5
 """A model whose perplexity has grown by this factor has collapsed."""
@@ -110,6 +114,8 @@ class Checkpoints(Callback):
         if target.exists():
             self.content = json.loads(target.read_text(encoding="utf-8"))
         self._perplexity = 0.0
+        self._started = 0.0
+        self._cpu: dict[int, float] = {}
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,6 +123,7 @@ class Checkpoints(Callback):
         self._perplexity = perplexity(language_model, self.text)
         self.content["perplexity_base"] = self._perplexity
         self.content["recall_base"] = recall(language_model, self.unedited)
+        self._started = time.process_time()
 
     @override
     def on_train_batch_end(
@@ -124,6 +131,12 @@ class Checkpoints(Callback):
     ) -> None:
         session = session_of(pl_module)
         done, before = len(session.edits), len(session.edits) - len(batch.edits)
+        if all(edit.recorded is None for edit in batch.edits):
+            self._cpu[done] = (time.process_time() - self._started) / len(batch.edits)
+        self._measure_if_due(trainer, session, done, before)
+        self._started = time.process_time()
+
+    def _measure_if_due(self, trainer: Trainer, session: EditSession, done: int, before: int) -> None:
         if done // self.every == before // self.every and not trainer.is_last_batch:
             return
         if any(point["n"] == done for point in self.content["curve"]):
@@ -132,6 +145,9 @@ class Checkpoints(Callback):
         self.content["curve"] = sorted([*self.content["curve"], point], key=lambda point: point["n"])
         broken = (point["n"] for point in self.content["curve"] if point["perplexity_ratio"] > BEYOND)
         self.content["collapsed_by"] = next(broken, None)
+        early, late = ([self._cpu[n] for n in self._cpu if first < n <= last] for first, last in (EARLY, LATE))
+        if early and late:
+            self.content["late_over_early"] = median(late) / median(early)
         self.target.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
         print(_line(point), flush=True)
 

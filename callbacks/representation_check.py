@@ -31,6 +31,8 @@ class RepresentationCheck(Callback):
         largest_norm_ratio: Largest ratio, either way, between the key's norm and the root mean square over text.
         largest_overlap: Largest cosine, under the metric of the write, to the key of an earlier edit of the stream;
             above it, the new edit disturbs the older one.
+        least_specificity: Least specificity of the key, summed over the rewrite layers; a token of ordinary text has 1
+            a layer. Below it, the edit disturbs a lot of other text.
         on_odd_key: What to do with a key beyond these bounds: ``note`` it, or ``reject`` the edit.
         on_conflict: What to do with a request that contradicts or repeats an earlier one: the same.
 
@@ -43,6 +45,7 @@ class RepresentationCheck(Callback):
         on_known: Literal["edit", "skip"] = "edit",
         largest_norm_ratio: float = 10.0,
         largest_overlap: float = 0.9,
+        least_specificity: float = 0.2,
         on_odd_key: Literal["note", "reject"] = "note",
         on_conflict: Literal["note", "reject"] = "note",
     ) -> None:
@@ -50,6 +53,9 @@ class RepresentationCheck(Callback):
             raise ValueError(f"largest_norm_ratio: expected a number above 1, got {largest_norm_ratio}")
         if not 0 < largest_overlap <= 1:
             raise ValueError(f"largest_overlap: expected a number in (0, 1], got {largest_overlap}")
+        if not least_specificity >= 0:
+            raise ValueError(f"least_specificity: expected a number from 0 on, got {least_specificity}")
+        self.least_specificity = least_specificity
         self.on_known, self.on_odd_key, self.on_conflict = on_known, on_odd_key, on_conflict
         self.largest_norm_ratio, self.largest_overlap = largest_norm_ratio, largest_overlap
         self._directions = _Directions()
@@ -92,14 +98,19 @@ class RepresentationCheck(Callback):
                 edit.decide(EditStatus.REJECTED, conflict)
                 return
             edit.notes.append(conflict)
-        for finding in self._odd(session, key):
+        for finding in self._odd(session, edit, key):
             if self.on_odd_key == "reject":
                 edit.decide(EditStatus.REJECTED, finding)
                 return
             edit.notes.append(finding)
 
-    def _odd(self, session: EditSession, key: Tensor) -> list[str]:
+    def _odd(self, session: EditSession, edit: Edit, key: Tensor) -> list[str]:
         findings = []
+        if edit.specificity and sum(edit.specificity) < self.least_specificity:
+            findings.append(
+                f"the key stands for much else too (specificity {sum(edit.specificity):.2g}, a token of ordinary text "
+                "has 1 a layer): the edit changes other text; give lower or more layers, or preset r_rome"
+            )
         if session.layers.moments:
             ratio = float(key.norm()) / session.layers.moments[-1].typical_norm
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rome_pl.blame import blame as find_influences
 from rome_pl.errors import OptionError
-from rome_pl.language_model import load_language_model
+from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.ledger import LedgerError
-from rome_pl.replay import read_edits, read_manifest
+from rome_pl.replay import differences, read_edits, read_manifest, replay
 from rome_pl.undo import undo as take_out
+from rome_pl.undo import with_edits
 
-__all__ = ["COMMANDS", "show", "undo"]
+__all__ = ["COMMANDS", "blame", "diff", "pick", "show", "undo"]
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +83,12 @@ def undo(
     names = applied if cases == "all" else _names(cases, edits, run)
     if not names:
         raise LedgerError(f"{run}: no edit is in the weight")
-    if save_model is not None and Path(save_model).exists() and any(Path(save_model).iterdir()):
-        raise OptionError(f"save_model: {save_model} is not empty; choose another folder")
-    model = read_manifest(run)["model"]
-    language_model = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+    if save_model is not None:
+        _check_free(save_model)
+    language_model = _base_model(run, allow_pickle)
     undone = take_out(language_model, run, names, [Path(path) for path in statistics or []])
     if save_model is not None:
-        language_model.model.save_pretrained(save_model)
-        language_model.tokenizer.save_pretrained(save_model)
+        _save(language_model, save_model)
     Console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
         f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
@@ -98,7 +98,99 @@ def undo(
     )
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"show": show, "undo": undo}
+def pick(
+    ledger: str, cases: str, save_model: str, statistics: list[str] | None = None, allow_pickle: bool = False
+) -> None:
+    """Make a model with some edits of a sequential run and without its others; the run's folder stays as it is.
+
+    Args:
+        ledger: Folder of the run.
+        cases: Records to keep, by ``case_id``, separated by commas.
+        save_model: Folder for a Hugging Face checkpoint.
+        statistics: The run's second moments, where they are neither shipped nor in the cache.
+        allow_pickle: Whether weights that do not come as safetensors may be read.
+    """
+    run = _run_folder(ledger)
+    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    names = _names(cases, edits, run)
+    _check_free(save_model)
+    language_model = _base_model(run, allow_pickle)
+    layers = with_edits(language_model, run, [Path(path) for path in statistics or []])
+    if missing := [name for name in names if name not in layers.names]:
+        raise LedgerError(f"{run}: edit {missing[0]} is not in the weights ({edits[missing[0]]['status']})")
+    layers.remove([name for name in layers.names if name not in names])
+    _save(language_model, save_model)
+    Console().print(
+        f"{len(layers.names)} edits; the weights are {layers.change:.3g} of their norm away from the original. Saved "
+        f"to {save_model}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False) -> None:
+    """Show which edits of a sequential run act on a prompt, and at which of its tokens.
+
+    Args:
+        ledger: Folder of the run.
+        prompt: The text.
+        top: Most rows to show.
+        allow_pickle: Whether weights that do not come as safetensors may be read.
+    """
+    run = _run_folder(ledger)
+    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    language_model = _base_model(run, allow_pickle)
+    layers = replay(language_model, run)
+    table = Table(title=f"What acts on {escape(repr(prompt))}")
+    for name in ("token", "record", "prompt", "true → new", "layer", "share", "size"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("layer", "share", "size") else "left")
+    for one in find_influences(language_model, layers, prompt)[:top]:
+        request = edits[one.name]["request"]
+        table.add_row(
+            escape(repr(one.token)),
+            escape(one.name),
+            escape(request["prompt"]),
+            escape(f"{request['target_true'] or '?'} → {request['target_new']}"),
+            str(one.layer),
+            f"{one.share:.2f}",
+            f"{one.size:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "share: of the edit's own change, 1 at its own key; size: against what the unedited layer gives there"
+    )
+
+
+def diff(ledger: str, other: str) -> None:
+    """Show in which edits two sequential runs of one model differ, and by how much their weights do.
+
+    Args:
+        ledger: Folder of a run.
+        other: Folder of another.
+    """
+    runs = (_run_folder(ledger), _run_folder(other))
+    one, two = ({str(edit["case_id"]): edit for edit in read_edits(run)} for run in runs)
+    differing = differences(*runs)
+    table = Table(title=f"{runs[0]} against {runs[1]}")
+    for name in ("record", "prompt", "here", "there"):
+        table.add_column(name, overflow="fold")
+    for name in differing.names:
+        known = one.get(name) or two[name]
+        cells = (_outcome(edits.get(name)) for edits in (one, two))
+        table.add_row(escape(name), escape(known["request"]["prompt"]), *map(escape, cells))
+    console = Console()
+    if differing.names:
+        console.print(table)
+    console.print(
+        f"{len(differing.names)} of {len(one.keys() | two.keys())} records differ; the weights differ by "
+        f"{differing.norm:.4g} (Frobenius norm; the edits here change them by {differing.norms[0]:.4g}, those there by "
+        f"{differing.norms[1]:.4g})",
+        soft_wrap=True,
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"show": show, "undo": undo, "pick": pick, "blame": blame, "diff": diff}
 """The verbs, by name."""
 
 
@@ -106,6 +198,27 @@ def _run_folder(ledger: str) -> Path:
     """The folder of a run; its ``ledger/`` will do too."""
     folder = Path(ledger).expanduser()
     return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
+
+
+def _base_model(run: Path, allow_pickle: bool) -> LanguageModel:
+    """The unedited model that a run began with."""
+    model = read_manifest(run)["model"]
+    return load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+
+
+def _check_free(folder: str) -> None:
+    """Refuse a folder for a model that holds something already."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise OptionError(f"save_model: {folder} is not empty; choose another folder")
+
+
+def _save(language_model: LanguageModel, folder: str) -> None:
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+
+
+def _outcome(edit: Mapping[str, Any] | None) -> str:
+    return "" if edit is None else f"{edit['request']['target_new']} ({edit['status']})"
 
 
 def _names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:

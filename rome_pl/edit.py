@@ -25,6 +25,10 @@ from rome_pl.value_search import Step
 __all__ = ["Edit", "EditBatch", "EditError", "EditStatus", "edits_of"]
 
 
+MEASURED_ONCE = ("specificity", "value_norm", "update_norm")
+"""What of an edit's record is measured on what a run that goes on with it does not have any more."""
+
+
 class EditError(RuntimeError):
     """An edit that failed while ``on_error`` is ``stop``."""
 
@@ -59,6 +63,7 @@ class Edit:
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
         keys: Its keys at the last rewrite layer.
+        specificity: How specific its key is at each rewrite layer, see :meth:`EditedLayers.specificity`.
         place: Its number among the edits of its batch that are optimised.
         delta: The optimised value offset, ``[d_value]``.
         value: The offset on top of the bare prompt's output, ``[d_value]``: the value that published presets assert.
@@ -79,6 +84,7 @@ class Edit:
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     keys: EditKeys | None = None
+    specificity: tuple[float, ...] = ()
     place: int = 0
     delta: Tensor | None = None
     value: Tensor | None = None
@@ -101,14 +107,15 @@ class Edit:
             "notes": self.notes,
             "request": self.request.content(),
             "probability": {"before": self.before, "after": self.after},
+            "specificity": sum(self.specificity) if self.specificity else None,
             "num_steps": len(self.steps),
             "loss": self.steps[-1].loss if self.steps else None,
             "value_norm": float(self.delta.norm()) if self.delta is not None else None,
             "update_norm": written.norm if written else None,
             "realised": written.realised[0] if written else None,
         }
-        # An edit that was taken over has no offset any more, and its norms are those that were measured then.
-        return now if recorded is None else now | {name: recorded[name] for name in ("value_norm", "update_norm")}
+        # An edit that was taken over has no key and no offset any more: what was measured of them then.
+        return now if recorded is None else now | {name: recorded[name] for name in MEASURED_ONCE}
 
     def line(self) -> dict[str, object]:
         """What the ledger says of this edit: the record, and what a run that goes on with the ledger needs besides."""

@@ -23,7 +23,6 @@ from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.errors import OptionError
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
-from rome_pl.keys import EditKeys
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective, edit_rows
@@ -33,7 +32,7 @@ from rome_pl.rank_one import PresetName
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.session import EditSession
-from rome_pl.spread import Spread
+from rome_pl.spread import Spread, keys_at
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
@@ -237,11 +236,14 @@ class RomeModule(LightningModule):
         with self._counting(session):
             prefix = self._engine.run(layout.rows)
         made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
-        if prefix.below:
-            made.spread = Spread(prefix, layout, session.preset, [one.metric for one in session.layers.weights])
+        metrics = [weight.metric for weight in session.layers.weights]
         for place, edit in enumerate(made.optimised):
-            keys, outputs = made.objective.keys(place), made.objective.outputs(place)
-            edit.place, edit.keys = place, EditKeys.of(keys, outputs, session.preset, session.layers.last.metric)
+            keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
+            edit.place, edit.keys = place, keys[-1]
+            edit.specificity = session.layers.specificity([key.key(session.preset.shape) for key in keys])
+        if prefix.below:
+            weights = [edit.specificity for edit in made.optimised]
+            made.spread = Spread(prefix, layout, session.preset, metrics, weights)
         for edit in made.optimised:
             edit.seconds["prefix"] = (time.perf_counter() - started) / len(made.optimised)
         return made

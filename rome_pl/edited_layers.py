@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rome_pl.rank_one import Assertion, Update
 from rome_pl.second_moment import SecondMoment
@@ -114,6 +115,20 @@ class EditedLayers:
     def pending(self) -> bool:
         """Whether a write awaits its verdict."""
         return self.weights[-1].pending
+
+    def specificity(self, keys: Sequence[Tensor]) -> tuple[float, ...]:
+        """How much more specific keys are than an ordinary token of text, layer by layer: ``kᵀ C⁻¹ k / d_key``.
+
+        Its mean over the text of the second moment is 1. An edit disturbs that text the more, the lower it is.
+
+        Args:
+            keys: A key of each layer, ``[d_key]``.
+
+        Returns:
+            A number for each layer; none where the metric is the identity.
+        """
+        pairs = zip(self.moments, keys, strict=False)
+        return tuple(float(moment.solve(key.unsqueeze(0))[0] @ key.double()) / len(key) for moment, key in pairs)
 
     def resume(self) -> None:
         """Take up the weights where they were left; see :meth:`EditedWeight.resume`."""

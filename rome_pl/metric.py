@@ -72,23 +72,44 @@ class PlainMetric(Metric):
 
 
 class _Remembering(Metric):
-    """A metric with the sum ``Σ k kᵀ`` over earlier edits; a factor of it is made when it is next needed."""
+    """A metric with the sum ``Σ k kᵀ`` over earlier edits; a factor of it is made when it is next needed.
+
+    Its matrices are as large as ``C`` and change with every edit, so they stay where they are in memory: among the
+    small tensors that each edit leaves, an allocator would find less and less room for new ones.
+    """
 
     def __init__(self) -> None:
         self._past: Tensor | None = None
+        self._matrix: Tensor | None = None
         self._factor: Tensor | None = None
+        self._stale = True
 
     @override
     def remember(self, keys: Tensor) -> None:
         keys = self._seen(keys.double())
-        self._past = keys.T @ keys if self._past is None else torch.addmm(self._past, keys.T, keys)
-        self._factor = None
+        self._past = keys.T @ keys if self._past is None else self._past.addmm_(keys.T, keys)
+        self._stale = True
 
     @override
     def afresh(self) -> "Metric":
         made = copy(self)
-        made._past = made._factor = None
+        made._past = made._matrix = made._factor = None
+        made._stale = True
         return made
+
+    def _factorised(self, past: Tensor) -> Tensor:
+        """The Cholesky factor of the matrix whose inverse the metric is."""
+        if self._stale or self._factor is None:
+            if self._matrix is None or self._factor is None or self._factor.device != past.device:
+                self._matrix, self._factor = torch.empty_like(past), torch.empty_like(past)
+            self._fill(self._matrix, past)
+            torch.linalg.cholesky(self._matrix, out=self._factor)
+            self._stale = False
+        return self._factor
+
+    @abstractmethod
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        """Write the matrix whose inverse the metric is."""
 
     def _seen(self, keys: Tensor) -> Tensor:
         """What of the keys is summed."""
@@ -111,12 +132,13 @@ class PastKeys(_Remembering):
     def __call__(self, keys: Tensor) -> Tensor:
         if self._past is None:
             return self.fixed(keys)
-        if self._factor is None:
-            matrix = torch.add(self._past, self._moment.matrix, alpha=self._weight)
-            matrix.diagonal().add_(self._weight * RIDGE * self._moment.matrix.diagonal().mean())
-            self._factor = torch.linalg.cholesky(matrix)
-        solved: Tensor = torch.cholesky_solve(keys.double().T, self._factor).T
+        solved: Tensor = torch.cholesky_solve(keys.double().T, self._factorised(self._past)).T
         return solved
+
+    @override
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        torch.add(past, self._moment.matrix, alpha=self._weight, out=matrix)
+        matrix.diagonal().add_(self._weight * RIDGE * self._moment.matrix.diagonal().mean())
 
     @property
     @override
@@ -154,12 +176,13 @@ class NullSpace(_Remembering):
         inside = keys.double() @ self._basis
         if self._past is None:
             return self.fixed(keys)
-        if self._factor is None:
-            matrix = self._past.clone()
-            matrix.diagonal().add_(self._ridge)
-            self._factor = torch.linalg.cholesky(matrix)
-        solved: Tensor = torch.cholesky_solve(inside.T, self._factor).T @ self._basis.T
+        solved: Tensor = torch.cholesky_solve(inside.T, self._factorised(self._past)).T @ self._basis.T
         return solved
+
+    @override
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        matrix.copy_(past)
+        matrix.diagonal().add_(self._ridge)
 
     @property
     @override

@@ -1,7 +1,9 @@
 """Rebuilding edited weights from the ledger of a run."""
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,16 @@ from rome_pl.ledger import LedgerError, read_lines
 from rome_pl.rank_one import Assertion, Update
 from rome_pl.weights import EditedWeight, LayerWrite
 
-__all__ = ["groups_of", "load_write", "read_edits", "read_manifest", "read_writes", "replay"]
+__all__ = [
+    "Differences",
+    "differences",
+    "groups_of",
+    "load_write",
+    "read_edits",
+    "read_manifest",
+    "read_writes",
+    "replay",
+]
 
 
 def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
@@ -123,6 +134,57 @@ def _layer_write(
     assertion = Assertion.joint([Assertion(*column) for column in columns])
     updates = [Update(left, right) for left, right in zip(read("left"), read("right"), strict=True)]
     return LayerWrite(names, assertion, Update.joint(updates), realised)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How two runs differ.
+
+    Args:
+        names: Records that only one of them has, or whose new target or outcome is another.
+        norm: Frobenius norm of the difference of the edited weights.
+        norms: Frobenius norms of what either has changed.
+    """
+
+    names: tuple[str, ...]
+    norm: float
+    norms: tuple[float, float]
+
+
+def differences(one: Path, two: Path) -> Differences:
+    """Compare the ledgers of two sequential runs of one model.
+
+    Raises:
+        LedgerError: If they are of different models, or one cannot be read.
+    """
+    models = [read_manifest(run)["model"] for run in (one, two)]
+    if models[0]["fingerprint"] != models[1]["fingerprint"]:
+        raise LedgerError(
+            f"{two}: a ledger of another model ({models[1]['source']}) than {one} ({models[0]['source']}); their "
+            "weights cannot be compared"
+        )
+    edits = [{str(edit["case_id"]): edit for edit in read_edits(run)} for run in (one, two)]
+    said = [{name: (edit["status"], edit["request"]["target_new"]) for name, edit in one.items()} for one in edits]
+    names = tuple(name for name in {**said[0], **said[1]} if said[0].get(name) != said[1].get(name))
+    changes = [_changes(run) for run in (one, two)]
+    apart = [
+        Update.joint(
+            [*changes[0].get(layer, []), *(Update(-update.left, update.right) for update in changes[1].get(layer, []))]
+        )
+        for layer in changes[0].keys() | changes[1].keys()
+    ]
+    norms = [math.hypot(*(Update.joint(updates).norm for updates in change.values())) for change in changes]
+    return Differences(names, math.hypot(*(update.norm for update in apart)), (norms[0], norms[1]))
+
+
+def _changes(run: Path) -> dict[int, list[Update]]:
+    """The changes a run has made, by layer."""
+    changes: dict[int, list[Update]] = {}
+    numbers = read_manifest(run)["rewrite"]["layers"]
+    for group in groups_of(read_edits(run)):
+        for layer, update in zip(numbers, load_write(run, group).updates, strict=True):
+            changes.setdefault(layer, []).append(update)
+    return changes
 
 
 def read_manifest(run: Path) -> dict[str, Any]:

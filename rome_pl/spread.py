@@ -21,7 +21,21 @@ from rome_pl.objective import EditRows
 from rome_pl.prefix import PrefixPass
 from rome_pl.rank_one import Assertion, Preset, Update
 
-__all__ = ["Spread"]
+__all__ = ["Spread", "keys_at"]
+
+
+def keys_at(prefix: PrefixPass, rows: Sequence[int], preset: Preset, metrics: Sequence[Metric]) -> list[EditKeys]:
+    """The keys of one edit at every rewrite layer, the lowest first, with the weights as the prefix pass saw them.
+
+    Args:
+        prefix: Prefix pass at the last rewrite layer, with those below.
+        rows: The edit's rows, one behind the other, the bare prompt's first.
+        preset: The variant of the closed form.
+        metrics: Those of the layers.
+    """
+    own = slice(rows[0], rows[-1] + 1)
+    pairs = zip((*prefix.below, prefix), metrics, strict=True)
+    return [EditKeys.of(one.keys[own], one.outputs[own], preset, metric) for one, metric in pairs]
 
 
 class Spread:
@@ -32,14 +46,21 @@ class Spread:
         layout: How its rows belong to edits.
         preset: The variant of the closed form.
         metrics: Those of the rewrite layers, the lowest first.
+        weights: For each edit how specific its key is at each layer, see :meth:`EditedLayers.specificity`.
     """
 
-    def __init__(self, prefix: PrefixPass, layout: EditRows, preset: Preset, metrics: Sequence[Metric]) -> None:
-        self._passes, self._layout = (*prefix.below, prefix), layout
-        self._preset, self._metrics = preset, tuple(metrics)
-        self._sites = [one.site for one in self._passes]
-        self._before = prefix.below[0].through(self._sites)[-1].hidden
-        self._weights: dict[int, list[float]] = {}
+    def __init__(
+        self,
+        prefix: PrefixPass,
+        layout: EditRows,
+        preset: Preset,
+        metrics: Sequence[Metric],
+        weights: Sequence[Sequence[float]],
+    ) -> None:
+        self._lowest, self._layout = prefix.below[0], layout
+        self._preset, self._metrics, self._weights = preset, tuple(metrics), weights
+        self._sites = [*(lower.site for lower in prefix.below), prefix.site]
+        self._before = self._lowest.through(self._sites)[-1].hidden
 
     def assertions(
         self, place: int, edits: Sequence[tuple[int, Tensor]], updates: Sequence[Update] = ()
@@ -54,7 +75,7 @@ class Spread:
         preset, metric = self._preset, self._metrics[place]
         rows = [row for edit, _ in edits for row in self._layout.contexts[edit]]
         each = [Update(one.left.expand(len(rows), -1), one.right.expand(len(rows), -1)) for one in updates]
-        seen = self._passes[0].select(rows).through(self._sites, each)
+        seen = self._lowest.select(rows).through(self._sites, each)
         moved = seen[-1].hidden.double() - self._before[torch.tensor(rows, device=self._before.device)].double()
         assertions, first = [], 0
         for edit, offset in edits:
@@ -66,15 +87,5 @@ class Spread:
 
     def _share(self, edit: int, place: int) -> float:
         """Which part of what is missing a layer writes."""
-        if self._preset.shares == "even":
-            return 1 / (len(self._sites) - place)
-        if edit not in self._weights:
-            self._weights[edit] = [self._specificity(edit, one) for one in range(len(self._sites))]
-        left = self._weights[edit][place:]
+        left = self._weights[edit][place:] if self._preset.shares == "specific" else [1.0] * (len(self._sites) - place)
         return left[0] / sum(left)
-
-    def _specificity(self, edit: int, place: int) -> float:
-        rows, prefix = self._layout.contexts[edit], self._passes[place]
-        own, metric = slice(rows[0], rows[-1] + 1), self._metrics[place].fixed
-        key = EditKeys.of(prefix.keys[own], prefix.outputs[own], self._preset, metric).key(self._preset.at)
-        return float((metric(key.unsqueeze(0)) @ key).clamp(min=torch.finfo(key.dtype).tiny))

@@ -21,7 +21,7 @@ from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics
 from rome_pl.weights import EditedWeight
 
-__all__ = ["Undone", "edited_layers", "undo"]
+__all__ = ["Undone", "undo", "with_edits"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
         LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
         StatisticsError: If the run's second moment is not at hand.
     """
-    numbers, writes = read_writes(language_model, run)
-    layers = edited_layers(language_model, numbers, run, statistics)
-    for written in writes:
-        layers.restore(written)
+    layers = with_edits(language_model, run, statistics)
+    writes = list(layers.written)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     for name in names:
         if name not in layers.names:
@@ -77,21 +75,26 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
     return Undone(layers, tuple(names), resolved)
 
 
-def edited_layers(
-    language_model: LanguageModel, numbers: Sequence[int], run: Path, statistics: Sequence[Path] = ()
-) -> EditedLayers:
-    """A run's rewrite layers without any edit, with the metrics that it has solved its edits with.
+def with_edits(language_model: LanguageModel, run: Path, statistics: Sequence[Path] = ()) -> EditedLayers:
+    """Put the edits of a sequential run into the unedited model; unlike :func:`replay`, edits can be taken out again.
+
+    Arguments as those of :func:`undo`.
 
     Raises:
+        LedgerError: As :func:`read_writes`.
         StatisticsError: If a second moment of the run is not at hand.
     """
+    numbers, writes = read_writes(language_model, run)
     manifest: dict[str, Any] = read_manifest(run)
     moments = [_moment(language_model, run, wanted, statistics) for wanted in manifest["second_moments"]]
     weights = [
         EditedWeight(find_site(language_model.model, number), make_metric(moment=moment, **manifest["metric"]))
         for number, moment in zip(numbers, moments or repeat(None, len(numbers)), strict=True)
     ]
-    return EditedLayers(weights, moments)
+    layers = EditedLayers(weights, moments)
+    for written in writes:
+        layers.restore(written)
+    return layers
 
 
 def _moment(

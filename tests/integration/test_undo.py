@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rome_pl.blame import blame
 from rome_pl.callbacks import EditCommit, default_callbacks
 from rome_pl.cli import main
+from rome_pl.hooks import capture_columns
 from rome_pl.ledger import LedgerError
 from rome_pl.metrics import probe_scores
-from rome_pl.replay import read_edits, replay
+from rome_pl.replay import differences, read_edits, replay
 from rome_pl.requests import EditRequest
 from rome_pl.undo import undo
 from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
@@ -242,3 +244,79 @@ def test_edits_of_single_mode_cannot_be_undone(tmp_path):
     run(tmp_path / "run", sequential_edit=False)
     with pytest.raises(LedgerError, match="single edits"):
         undo(tiny_language_model("llama"), tmp_path / "run", ["1"])
+
+
+def base_of_runs(monkeypatch):
+    """The runs of this file began with a model that is on no disk."""
+    monkeypatch.setattr("rome_pl.commands._base_model", lambda *_: tiny_language_model("llama"))
+
+
+def test_some_edits_are_picked_and_the_ledger_stays_as_it_is(stream, tmp_path, monkeypatch, capsys):
+    folder, undone = copied(stream, tmp_path / "a"), copied(stream, tmp_path / "b")
+    base_of_runs(monkeypatch)
+    before = (folder / "ledger" / "edits.jsonl").read_bytes()
+    assert main(["pick", "--ledger", str(folder), "--cases", "2,5", "--save_model", str(tmp_path / "some")]) == 0
+    assert "2 edits" in capsys.readouterr().out
+    assert (folder / "ledger" / "edits.jsonl").read_bytes() == before
+    expected = tiny_language_model("llama")
+    undo(expected, undone, ["0", "1", "3", "4", "6", "7"])
+    found = load_file(tmp_path / "some" / "model.safetensors")
+    assert torch.equal(found[SITE], expected.model.state_dict()[SITE])
+    assert main(["pick", "--ledger", str(folder), "--cases", "2", "--save_model", str(tmp_path / "some")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["pick", "--ledger", str(undone), "--cases", "3", "--save_model", str(tmp_path / "none")]) == 2
+    assert "edit 3 is not in the weights (undone)" in capsys.readouterr().err
+
+
+def test_blame_finds_the_edit_behind_a_prompt(stream, tmp_path, monkeypatch, capsys):
+    folder = stream[0]
+    language_model = tiny_language_model("llama")
+    layers = replay(language_model, folder)
+    found = blame(language_model, layers, "The lighthouse of Korrin3 stands in")
+    assert len(found) == len(layers) * 8 * len({one.column for one in found})
+    # By hand: the change of the projection's output at each token is the sum of what the edits do there.
+    row = language_model.encoder.prompt("The lighthouse of Korrin3 stands in")
+    site = layers.last.site
+    with capture_columns(site.projection, 1, slice(None)) as seen, torch.no_grad():
+        language_model.model(input_ids=torch.tensor([row.ids]), use_cache=False)
+    keys, norms = seen["input"][0], {}
+    for written in layers.last.written:
+        for name in written.names:
+            update = written.part(name).update
+            for column, key in enumerate(keys):
+                norms[name, column] = (
+                    float(update.right[0] @ key),
+                    float((update.right[0] @ key * update.left).norm()),
+                )
+    usual = (seen["output"][0] - sum(keys @ w.update.right.T @ w.update.left for w in layers.last.written)).norm(dim=1)
+    for one in found:
+        if one.layer == site.layer:
+            share, norm = norms[one.name, one.column]
+            assert (one.share, one.size) == pytest.approx((share, norm / float(usual[one.column])), rel=1e-9, abs=1e-12)
+    assert [one.size for one in found] == sorted((one.size for one in found), reverse=True)
+    base_of_runs(monkeypatch)
+    assert (
+        main(["blame", "--ledger", str(folder), "--prompt", "The lighthouse of Korrin3 stands in", "--top", "3"]) == 0
+    )
+    assert "Korrin" in capsys.readouterr().out
+
+
+def test_diff_names_what_differs_and_measures_it(stream, tmp_path, capsys):
+    folder, other = copied(stream, tmp_path / "a"), copied(stream, tmp_path / "b")
+    assert differences(folder, other).names == ()
+    assert differences(folder, other).norm == pytest.approx(0, abs=1e-5)
+    undo(tiny_language_model("llama"), other, ["1", "6"])
+    found = differences(folder, other)
+    assert found.names == ("1", "6")
+    models = [tiny_language_model("llama") for _ in range(3)]
+    for model, run_folder in zip(models, (folder, other), strict=False):
+        replay(model, run_folder)
+    one, two, base = (model.model.state_dict() for model in models)
+    apart = sum(float((one[name] - two[name]).square().sum()) for name in base)
+    assert found.norm == pytest.approx(apart**0.5, rel=1e-6)
+    changes = sum(float((one[name] - base[name]).square().sum()) for name in base)
+    assert found.norms[0] == pytest.approx(changes**0.5, rel=1e-6)
+    assert main(["diff", "--ledger", str(folder), "--other", str(other)]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 8 records differ" in said
+    assert "undone" in said

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
+from rome_pl.callbacks import RepresentationCheck
 from rome_pl.hooks import capture_columns, capture_output
 from rome_pl.prefix import run_prefix
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
-from tests.integration.helpers import FAST, changed, run_edits, snapshot
+from tests.integration.helpers import FAST, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import FAMILIES, tiny_language_model
 
 NORMALISED = ("gemma2", "gemma3_text", "olmo2")
@@ -216,3 +217,38 @@ def test_statistics_have_to_be_there_for_every_layer(tmp_path):
     paths, _ = statistics_of(language_model, tmp_path)
     with pytest.raises(ValueError, match=r"none of .* is of layer 2; give one file for each rewrite layer"):
         run_edits(language_model, tmp_path / "run", **{**SHARED, **EMMET, "statistics": paths[:2]})
+
+
+def test_specificity_is_one_for_ordinary_text_and_small_for_what_is_everywhere(tmp_path):
+    language_model = tiny_language_model("llama")
+    paths, _ = statistics_of(language_model, tmp_path)
+    options = {**SHARED, **EMMET, "statistics": paths, "sequential_edit": True}
+    layers = run_edits(language_model, tmp_path / "run", REQUESTS[:1], **options).layers
+    samples = torch.randn(200, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = [layers.specificity([key, key, key])[1] for key in samples]  # the very keys of layer 1's moment
+    assert sum(found) / len(found) == pytest.approx(1, rel=1e-4)
+    common = torch.linalg.eigh(layers.moments[1].matrix)[1][:, -1]
+    rare = torch.linalg.eigh(layers.moments[1].matrix)[1][:, 0]
+    assert layers.specificity([common] * 3)[1] < layers.specificity([rare] * 3)[1] / 5
+
+
+@pytest.mark.parametrize("reject", [False, True])
+def test_a_key_that_stands_for_much_else_is_noted_or_rejected(reject, tmp_path):
+    language_model = tiny_language_model("llama")
+    paths, _ = statistics_of(language_model, tmp_path)
+    options = {**SHARED, **EMMET, "statistics": paths, "sequential_edit": True}
+    callbacks = lenient_callbacks()
+    callbacks[0] = RepresentationCheck(least_specificity=0.0, largest_norm_ratio=100.0)
+    (usual,) = run_edits(language_model, tmp_path / "a", REQUESTS[:1], callbacks, **options).edits
+    assert usual.notes == []
+    assert usual.record()["specificity"] == pytest.approx(sum(usual.specificity))
+    callbacks = lenient_callbacks()
+    callbacks[0] = RepresentationCheck(
+        least_specificity=1.01 * sum(usual.specificity),
+        largest_norm_ratio=100.0,
+        on_odd_key="reject" if reject else "note",
+    )
+    session = run_edits(tiny_language_model("llama"), tmp_path / "b", REQUESTS[:1], callbacks, **options)
+    (edit,) = session.edits
+    assert edit.status == ("rejected" if reject else "applied")
+    assert "stands for much else" in (edit.reason if reject else edit.notes[0])
