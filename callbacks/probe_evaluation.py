@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +10,6 @@ from typing_extensions import override
 from rome_pl.distributed import gather
 from rome_pl.edit import EditBatch, edits_of
 from rome_pl.evaluation import KnownScores
-from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
 from rome_pl.session import EditSession, session_of
 from rome_pl.stream import MEASURED_TOGETHER
@@ -85,7 +82,7 @@ class ProbeEvaluation(Callback):
             if edit.name in session.final_scores:
                 edit.scores["final"] = session.final_scores[edit.name]
         if self.measure_perplexity:
-            measure = measure_text(session.language_model, self._text, lambda: _unedited(session))
+            measure = measure_text(session.language_model, self._text, session.unedited)
             session.perplexity["final"], session.divergence = measure.perplexity, measure.divergence
 
     @staticmethod
@@ -102,9 +99,3 @@ class ProbeEvaluation(Callback):
                 scores += session.probe(mine[start : start + MEASURED_TOGETHER])
         measured = [(str(request.case_id), found) for request, found in zip(mine, scores, strict=True)]
         return dict(gather(measured) if trainer.world_size > 1 else measured)
-
-
-@contextmanager
-def _unedited(session: EditSession) -> Iterator[LanguageModel]:
-    with session.layers.unedited():
-        yield session.language_model

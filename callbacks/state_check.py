@@ -8,8 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
+from rome_pl.edited_layers import Written
 from rome_pl.metrics import held_out_text, perplexity
 from rome_pl.metrics.probes import next_tokens
+from rome_pl.metrics.text import measure_text
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["CANARIES", "StateCheck"]
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 MOST_DROPPED = 0.2
 """A stream of which a larger share had to be dropped stops: the preset does not suit the model."""
 
+WEAKER = 0.5
+"""How strongly ``shrink`` writes an edit that is too much for the model as it is."""
+
 FEW = 10
 """Of fewer edits than these a share means nothing: they count as so many."""
 
@@ -51,10 +56,15 @@ class StateCheck(Callback):
         canaries: Prompts of your own, in the model's language; nothing takes the shipped English ones.
         largest_perplexity_ratio: Largest perplexity of held-out text, relative to the unedited model's; nothing
             measures none, which is cheaper.
-        perplexity_text: UTF-8 text for it; nothing takes the one shipped.
+        largest_divergence: Largest divergence of the next token from the unedited model's on the same text, in nats;
+            nothing measures none, which is cheaper.
+        largest_spectral_change: Largest singular value of the weight's change, relative to the original's; nothing
+            measures none.
+        perplexity_text: UTF-8 text for perplexity and divergence; nothing takes the one shipped.
         on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); ``recover`` (undo them,
-            and write them again one by one, without those after which the check fails); or ``stop`` (undo them and end
-            the stream). A stream of which more than a fifth had to be dropped by ``recover`` ends too.
+            and write them again one by one, without those after which the check fails); ``shrink`` (the same, but such
+            an edit is tried at half its strength first); or ``stop`` (undo them and end the stream). A stream of which
+            more than a fifth had to be dropped by ``recover`` or ``shrink`` ends too.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -67,8 +77,10 @@ class StateCheck(Callback):
         least_canary_agreement: float = 0.5,
         canaries: list[str] | None = None,
         largest_perplexity_ratio: float | None = None,
+        largest_divergence: float | None = None,
+        largest_spectral_change: float | None = None,
         perplexity_text: str | None = None,
-        on_failure: Literal["warn", "rollback", "recover", "stop"] = "warn",
+        on_failure: Literal["warn", "rollback", "recover", "shrink", "stop"] = "warn",
     ) -> None:
         if every_n_edits < 1:
             raise ValueError(f"every_n_edits: expected a number from 1 on, got {every_n_edits}")
@@ -78,7 +90,14 @@ class StateCheck(Callback):
             raise ValueError(f"largest_change: expected a positive number, got {largest_change}")
         if largest_perplexity_ratio is not None and not largest_perplexity_ratio > 1:
             raise ValueError(f"largest_perplexity_ratio: expected a number above 1, got {largest_perplexity_ratio}")
+        for name, bound in (
+            ("largest_divergence", largest_divergence),
+            ("largest_spectral_change", largest_spectral_change),
+        ):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected a positive number, got {bound}")
         self.every_n_edits, self.on_failure = every_n_edits, on_failure
+        self.largest_divergence, self.largest_spectral_change = largest_divergence, largest_spectral_change
         self.largest_change, self.least_canary_agreement = largest_change, least_canary_agreement
         self.largest_perplexity_ratio, self.perplexity_text = largest_perplexity_ratio, perplexity_text
         self.canaries: Sequence[str] = canaries or CANARIES
@@ -89,7 +108,7 @@ class StateCheck(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.largest_perplexity_ratio is not None:
+        if self.largest_perplexity_ratio is not None or self.largest_divergence is not None:
             held_out_text(self.perplexity_text)
 
     @override
@@ -123,7 +142,7 @@ class StateCheck(Callback):
         if self.on_failure == "warn":
             log.warning("The model's state is bad %s", finding)
             return
-        if self.on_failure == "recover":
+        if self.on_failure in ("recover", "shrink"):
             self._recover(session, finding)
             self._end_if_hopeless(trainer, session)
             return
@@ -146,16 +165,35 @@ class StateCheck(Callback):
                 f"{agreement:.0%} of the canaries hold (least_canary_agreement: {self.least_canary_agreement})"
             )
         found = {"finite": finite, "change": change, "canary_agreement": agreement, "failures": failures}
+        if self.largest_spectral_change is not None:
+            found["spectral_change"] = spectral = session.layers.spectral_change
+            if not spectral <= self.largest_spectral_change:
+                failures.append(
+                    f"the change's largest singular value is {spectral:.2f} of the weight's "
+                    f"(largest_spectral_change: {self.largest_spectral_change})"
+                )
+        if self.largest_perplexity_ratio is not None or self.largest_divergence is not None:
+            self._read(session, found, failures)
+        return found
+
+    def _read(self, session: EditSession, found: dict[str, Any], failures: list[str]) -> None:
+        """Let the model read held-out text."""
+        unedited = session.unedited if self.largest_divergence is not None else None
+        measured = measure_text(session.language_model, held_out_text(self.perplexity_text), unedited)
         if self.largest_perplexity_ratio is not None:
-            text = held_out_text(self.perplexity_text)
-            ratio = perplexity(session.language_model, text) / self._perplexity
-            found["perplexity_ratio"] = ratio
+            found["perplexity_ratio"] = ratio = measured.perplexity / self._perplexity
             if not ratio <= self.largest_perplexity_ratio:
                 failures.append(
                     f"perplexity of held-out text is {ratio:.2f} times the unedited model's "
                     f"(largest_perplexity_ratio: {self.largest_perplexity_ratio})"
                 )
-        return found
+        if self.largest_divergence is not None:
+            found["divergence"] = divergence = measured.divergence
+            if divergence is None or not divergence <= self.largest_divergence:
+                failures.append(
+                    f"the next token's divergence on held-out text is {divergence:.3g} nats "
+                    f"(largest_divergence: {self.largest_divergence})"
+                )
 
     def _roll_back(self, session: EditSession, finding: str) -> None:
         log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
@@ -187,13 +225,8 @@ class StateCheck(Callback):
         dropped, anew = list[Edit](), list[Edit]()
         for edit in edits:
             assert edit.written is not None
-            try:
-                written = session.write_again(edit)
-            except ValueError:  # exploding, or not finite
-                dropped.append(edit)
-                continue
-            if self._look(session)["failures"]:
-                layers.revert()
+            written = self._try_again(session, edit)
+            if written is None:
                 dropped.append(edit)
                 continue
             layers.commit()
@@ -201,6 +234,20 @@ class StateCheck(Callback):
                 edit.written = written
                 anew.append(edit)
         return dropped, anew
+
+    def _try_again(self, session: EditSession, edit: Edit) -> Written | None:
+        """Write an edit as strongly as the check passes after it; it stays pending. Nothing if it never does."""
+        for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
+            try:
+                written = session.write_again(edit, strength)
+            except ValueError:  # exploding, or not finite
+                return None
+            if not self._look(session)["failures"]:
+                if strength < 1:
+                    edit.notes.append(f"written at {strength:.0%} of its strength, to keep the model healthy")
+                return written
+            session.layers.revert()
+        return None
 
     def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
         check = {"edits": len(session.edits), "recovered": True, **self._look(session)}

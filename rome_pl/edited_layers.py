@@ -107,6 +107,11 @@ class EditedLayers:
         return math.hypot(*changes) / math.hypot(*originals)
 
     @property
+    def spectral_change(self) -> float:
+        """Largest singular value of a layer's change, relative to that of its original weight; the largest of all."""
+        return max(change / original for change, original in (weight.spectral_norms() for weight in self.weights))
+
+    @property
     def finite(self) -> bool:
         """Whether every entry of the weights is a finite number."""
         return all(bool(weight.site.weight.isfinite().all()) for weight in self.weights)

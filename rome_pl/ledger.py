@@ -204,6 +204,7 @@ class Ledger:
                 shard = self._unused_shard(record["index"])
                 self._write_shard(self.folder / "shards" / shard, part)
                 changes = {"shard": shard, "update_norm": part.norm, "realised": part.realised[0]}
+                changes["notes"] = record["notes"]
                 lines.append({**applied.pop(0), **changes, "joint": indices if len(indices) > 1 else None})
         self._write(lines)
 

@@ -1,6 +1,7 @@
 """What the edits of a run share, and what callbacks may look at besides them. It does not know Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from rome_pl.edit import Edit, EditStatus
@@ -126,13 +127,27 @@ class EditSession:
                     edit.written = written.part(edit.name)
                 return
 
-    def write_again(self, edit: Edit) -> Written:
+    def write_again(self, edit: Edit, strength: float = 1.0) -> Written:
         """Write an edit that was taken back; what it asserts is what it asserted then. It stays pending.
+
+        Args:
+            edit: The edit.
+            strength: How much of the change that takes is made.
 
         Raises:
             ValueError: If it cannot be written.
         """
-        return self.layers.write([edit.name], self._ask([edit], None))
+        ask = self._ask([edit], None)
+        if strength == 1:
+            return self.layers.write([edit.name], ask)
+        weights = self.layers.weights
+        return self.layers.write([edit.name], lambda place, below: weights[place].weaker(ask(place, below), strength))
+
+    @contextmanager
+    def unedited(self) -> Iterator[LanguageModel]:
+        """The model without its edits inside; with them after, whatever happens."""
+        with self.layers.unedited():
+            yield self.language_model
 
     def _ask(self, edits: Sequence[Edit], spread: Spread | None) -> Ask:
         """What edits assert at each layer; of those written before, the same as then."""

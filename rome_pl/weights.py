@@ -7,7 +7,7 @@ solved against a weight that still held it.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from rome_pl.metric import Metric, PlainMetric
 from rome_pl.rank_one import Assertion, Update, rank_one_update
 
 __all__ = ["EditedWeight", "LayerWrite"]
+
+
+POWER_STEPS = 30
+"""Steps of a power iteration: enough for two digits of a largest singular value."""
+
+
+def _largest_singular_value(matrix: Tensor) -> float:
+    vector = torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(POWER_STEPS):
+        vector = matrix.T @ (matrix @ vector)
+        vector /= vector.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
+    return float((matrix @ vector).norm())
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,20 @@ class EditedWeight:
         self.written.append(written)
         self._store()
         return written
+
+    def weaker(self, assertion: Assertion, strength: float) -> Assertion:
+        """An assertion that asks for a part of the change that another one asks for now."""
+        assertion = assertion.to(self._master.device)
+        now = assertion.at.double() @ self._master.T
+        if self.site.bias is not None:
+            now = now + self.site.bias.double()
+        return replace(assertion, value=now + strength * (assertion.value.double() - now))
+
+    @torch.no_grad()
+    def spectral_norms(self) -> tuple[float, float]:
+        """Largest singular values of the master's change and of the original weight, by power iteration."""
+        original = self.site.matrix(self._original).double()
+        return _largest_singular_value(self._master - original), _largest_singular_value(original)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

@@ -21,9 +21,10 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import read_lines
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
+from rome_pl.metrics.text import TextMeasure
 from rome_pl.objective import ValueObjective
 from rome_pl.prefix import run_prefix
-from rome_pl.replay import groups_of, load_write
+from rome_pl.replay import groups_of, load_write, read_edits
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
@@ -616,6 +617,71 @@ def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, 
     assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.layers.last.site.weight)
 
 
+class _Weighs(StateCheck):
+    """Finds the state bad while the weights have changed by more than so much."""
+
+    def __init__(self, largest):
+        super().__init__(every_n_edits=4, on_failure="shrink")
+        self.largest = largest
+
+    def _look(self, session):
+        norm = session.layers.change
+        return super()._look(session) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
+
+
+def test_an_edit_that_is_too_much_is_written_at_half_its_strength(tmp_path):
+    free = run_edits(tiny_language_model(), tmp_path / "a", MANY[:4], sequential_edit=True)
+    bound = 0.75 * free.layers.change
+    callbacks = [*lenient_callbacks()[:-2], _Weighs(bound)]
+    for callback in callbacks:
+        if isinstance(callback, EditCommit):
+            callback.ledger = True
+    language_model = tiny_language_model()
+    session = run_edits(language_model, tmp_path / "b", MANY[:4], callbacks, sequential_edit=True)
+    session.ledger.close()
+    assert session.layers.change <= bound
+    halved = [edit for edit in session.edits if edit.notes and "at 50% of its strength" in edit.notes[-1]]
+    assert halved
+    assert all(edit.status is EditStatus.APPLIED for edit in halved)
+    # By hand: the closed form for all that are left, in order, half of the residual for those.
+    site = find_site(tiny_language_model().model, 1)
+    weight = site.weight.detach().clone()
+    for edit in session.edits:
+        if edit.status is not EditStatus.APPLIED:
+            continue
+        original = free.edits[edit.index].written.assertions[0]
+        strength = 0.5 if edit in halved else 1.0
+        residual = strength * (original.value - original.at @ weight.T)
+        weight = weight + residual.T @ original.shape / (original.shape @ original.at.T)
+    torch.testing.assert_close(language_model.model.state_dict()[WEIGHT], weight, rtol=1e-9, atol=1e-11)
+    edits = {str(edit["case_id"]): edit for edit in read_edits(tmp_path / "b")}
+    assert all("strength" in edits[edit.name]["notes"][-1] for edit in halved)
+
+
+def test_divergence_and_spectrum_are_watched_if_asked_for(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The lighthouse of Korrin stands in Oslo. It rains.", encoding="utf-8")
+    options = {"every_n_edits": 2, "perplexity_text": str(text)}
+    check = StateCheck(largest_divergence=1e-9, largest_spectral_change=1e-9, **options)
+    model, before = tiny_language_model(), tiny_language_model()
+    session = run_edits(model, tmp_path, MANY[:2], [*lenient_callbacks()[:-2], check], sequential_edit=True)
+    (found,) = session.state_checks
+    ids = torch.tensor([model.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]])
+    with torch.no_grad():
+        now, then = (one.model(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, before))
+    assert found["divergence"] == pytest.approx(float((then.exp() * (then - now)).sum(-1).mean()), rel=1e-5)
+    weight = before.model.state_dict()[WEIGHT]
+    change = model.model.state_dict()[WEIGHT] - weight
+    expected = float(torch.linalg.matrix_norm(change, 2) / torch.linalg.matrix_norm(weight, 2))
+    assert found["spectral_change"] == pytest.approx(expected, rel=0.02)
+    assert {failure.split("(")[1].split(":")[0] for failure in found["failures"][-2:]} == {
+        "largest_divergence", "largest_spectral_change"
+    }  # fmt: skip
+    for name in ("largest_divergence", "largest_spectral_change"):
+        with pytest.raises(ValueError, match=name):
+            StateCheck(**{name: 0.0})
+
+
 def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):
     session, _ = recovered(tmp_path, {"0", "2", "3"})
     assert len(session.edits) == 4
@@ -625,8 +691,9 @@ def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_
 
 def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
     check = StateCheck(every_n_edits=2, largest_perplexity_ratio=1.5)
-    found = iter([10.0, 12.0, 16.0])
-    monkeypatch.setattr("rome_pl.callbacks.state_check.perplexity", lambda *_: next(found))
+    found = iter([12.0, 16.0])
+    monkeypatch.setattr("rome_pl.callbacks.state_check.perplexity", lambda *_: 10.0)
+    monkeypatch.setattr("rome_pl.callbacks.state_check.measure_text", lambda *_: TextMeasure(next(found), None, 5))
     session = run_edits(
         tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
     )
