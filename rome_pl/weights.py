@@ -192,6 +192,11 @@ class EditedWeight:
         self._store()
 
     @property
+    def original(self) -> Tensor:
+        """The weight without any edit, in the model's own orientation; not to be written to."""
+        return self._original
+
+    @property
     def names(self) -> list[str]:
         """Identifiers of the edits in the weight, in order."""
         return [name for written in self.written for name in written.names]
