@@ -7,7 +7,8 @@ under the writes below it and writes a share of what is missing; the last one wr
 MEMIT's shares are even. Where layer :math:`l` writes the share :math:`s_l`, ordinary text is disturbed by
 :math:`\sum_l s_l^2 \|\delta\|^2 / k_l^\top M_l k_l` (the mean square of :math:`\Delta W k` over text, for
 :math:`M = C^{-1}`), which is least for shares in proportion to :math:`k_l^\top M_l k_l`: a layer that takes the subject
-for something common writes little.
+for something common writes little. There, what is missing counts as no longer than the offset itself: where the layers
+above turn a write into something else, making up for that would disturb more than the edit is worth.
 """
 
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ class Spread:
             own = slice(first, first := first + len(self._layout.contexts[edit]))
             keys = EditKeys.of(seen[place].keys[own], seen[place].outputs[own], preset, metric)
             missing = offset.double() - keys.mix(moved[own], preset.at)
+            if preset.shares == "specific":  # what a write below has made worse is not to be made good at any price
+                missing = missing * (offset.double().norm() / missing.norm()).clamp(max=1)
             assertions.append(keys.assertion(preset, self._share(edit, place) * missing))
         return assertions
 

@@ -136,12 +136,14 @@ def test_artefacts_of_earlier_versions_still_load(moment, tmp_path):
     assert SecondMoment.read_info(path) == INFO
 
 
-def test_the_shipped_artefact_loads():
-    (path,) = Path(str(files("rome_pl") / "assets")).glob("*.safetensors")
-    moment = SecondMoment.load(path)
-    assert (moment.info.layer, len(moment.matrix)) == (4, 1536)
-    assert moment.info.count > 100 * 1536
-    assert moment.solve(torch.ones(1, 1536)).isfinite().all()
+def test_the_shipped_artefacts_load():
+    paths = Path(str(files("rome_pl") / "assets")).glob("*.safetensors")
+    moments = sorted((SecondMoment.load(path) for path in paths), key=lambda moment: moment.info.layer)
+    assert [moment.info.layer for moment in moments] == [0, 1, 2, 3, 4]
+    for moment in moments:
+        assert len(moment.matrix) == 1536
+        assert moment.info.count > 100 * 1536
+        assert moment.solve(torch.ones(1, 1536)).isfinite().all()
 
 
 def test_a_full_disk_leaves_the_older_artefact(moment, tmp_path):
