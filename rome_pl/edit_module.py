@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +21,6 @@ from rome_pl.distributed import independent_gradients, leave_to_each_process, on
 from rome_pl.edit import Edit, EditBatch, EditError, EditStatus
 from rome_pl.encoding import EncodedEdit, FactToken
 from rome_pl.errors import OptionError
-from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores
@@ -40,6 +39,8 @@ from rome_pl.value_search import SearchOptions, ValueSearch
 __all__ = ["RomeModule"]
 
 log = logging.getLogger(__name__)
+
+NO_RETRIES: list[dict[str, Any]] = []
 
 
 class RomeModule(LightningModule):
@@ -74,6 +75,9 @@ class RomeModule(LightningModule):
         stop_loss: The optimisation ends when the total loss falls below this.
         stop_probability: Or when the target's probability, the geometric mean over contexts and tokens, exceeds this.
         stop_greedy: Or when under every context of the step each token of the target is the likeliest one.
+        retries: Other settings to search with, one after the other, where a search ends below ``retry_below``: each a
+            mapping of search options (such as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values.
+        retry_below: Target's probability under the value below which a search has failed.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
         contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew
@@ -112,6 +116,8 @@ class RomeModule(LightningModule):
         stop_probability: float = 1.0,
         stop_greedy: bool = False,
         contexts_per_step: int | None = None,
+        retries: list[dict[str, Any]] = NO_RETRIES,
+        retry_below: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.Adam,
         context_template_length_params: list[list[int]] = DEFAULT_LENGTH_PARAMS,
         contexts: list[str] | None = None,
@@ -132,7 +138,6 @@ class RomeModule(LightningModule):
         self._engine: SuffixEngine | None = None
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
-        self._counted = 0
         self._until_end = ExitStack()
 
     @classmethod
@@ -232,8 +237,8 @@ class RomeModule(LightningModule):
         layout = edit_rows([edit.encoded for edit in made.optimised if edit.encoded is not None])
         assert self._engine is not None
         self._engine.check(layout.rows)
-        self._counted = 0
-        with self._counting(session):
+        session.counted = 0.0
+        with session.counting(skip=self.hparams["compile"]):
             prefix = self._engine.run(layout.rows)
         made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
         metrics = [weight.metric for weight in session.layers.weights]
@@ -254,10 +259,10 @@ class RomeModule(LightningModule):
         places = [place for place, edit in enumerate(batch.optimised) if edit.status is EditStatus.PENDING]
         edits, session = [batch.optimised[place] for place in places], self._session
         if edits:
-            with self._counting(session), frozen(session.language_model.model):
+            with session.counting(skip=self.hparams["compile"]), frozen(session.language_model.model):
                 self._optimise(batch, places, edits)
-            if session.flops_per_edit is None and self._counted:
-                session.flops_per_edit = self._counted / len(edits)
+            if session.flops_per_edit is None and session.counted:
+                session.flops_per_edit = session.counted / len(edits)
             loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
             probability = sum(edit.steps[-1].probability for edit in edits) / len(edits)
             self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(edits))
@@ -285,6 +290,18 @@ class RomeModule(LightningModule):
         assert batch.objective is not None
         names = [field.name for field in fields(SearchOptions)]
         options = SearchOptions(**{name: self.hparams[name] for name in names})
+        self._search(batch, places, edits, options)
+        for number, other in enumerate(self.hparams["retries"], start=1):
+            least = self.hparams["retry_below"]  # a probability may also be no number
+            failed = [pair for pair in zip(places, edits, strict=True) if not pair[1].steps[-1].probability >= least]
+            if failed:
+                again = [edit for _, edit in failed]
+                self._search(batch, [place for place, _ in failed], again, replace(options, **other))
+                for edit in again:
+                    edit.notes.append(f"searched again with retry {number}")
+
+    def _search(self, batch: EditBatch, places: list[int], edits: list[Edit], options: SearchOptions) -> None:
+        assert batch.objective is not None
         search = ValueSearch(batch.objective, places, [edit.name for edit in edits], options)
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
@@ -300,23 +317,12 @@ class RomeModule(LightningModule):
         for place, edit, found in zip(places, edits, search.found(), strict=True):
             edit.steps = found.steps
             if found.finite:
+                edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
                 edit.delta = found.delta
                 edit.value = batch.objective.base_output[place].double() + found.delta.double()
             else:
                 last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
                 edit.fail(f"{last}; lower v_lr, or load the model in float32")
-
-    @contextmanager
-    def _counting(self, session: EditSession) -> Iterator[None]:
-        """Count operations, on the first batch only: counting slows a step, and cannot look into compiled code."""
-        # It also takes other kernels, and so other last bits: in a run that is gone on with, the first was counted.
-        known = session.flops_per_edit is not None or self.hparams["compile"]
-        if known or any(edit.recorded is not None and edit.steps for edit in session.edits):
-            yield
-            return
-        with count_flops() as counted:
-            yield
-        self._counted += counted.total
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session

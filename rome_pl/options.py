@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from rome_pl.errors import OptionError
 from rome_pl.rank_one import PRESETS
+from rome_pl.value_search import SearchOptions
 
 __all__ = ["check_options"]
 
@@ -22,7 +24,10 @@ _LEAST = {
     "stop_loss": 0,
     "stop_probability": 0,
     "contexts_per_step": 0,
+    "retry_below": 0,
 }
+
+_SEARCH = {field.name for field in fields(SearchOptions)} - {"seed"}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -39,9 +44,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     layers = options["layers"]
     if layers is not None and (not layers or len(set(layers)) < len(layers)):
         raise OptionError(f"layers: expected one layer, or several different ones, got {layers}")
+    for other in options["retries"]:
+        if unknown := sorted(set(other) - _SEARCH):
+            raise OptionError(f"retries: {unknown[0]} is no option of the search; expected some of {sorted(_SEARCH)}")
     if options["preset"] not in PRESETS:
         raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {options['preset']!r}")
-    for name, least in _LEAST.items():
-        value = options[name]
-        if value is not None and not least <= value < math.inf:
-            raise OptionError(f"{name}: expected a number from {least} on, got {value}")
+    for given in (options, *options["retries"]):
+        for name, least in _LEAST.items():
+            value = given.get(name)
+            if value is not None and not least <= value < math.inf:
+                raise OptionError(f"{name}: expected a number from {least} on, got {value}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edited_layers import Ask, EditedLayers, Written
 from rome_pl.encoding import FactToken
+from rome_pl.flops import count_flops
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger
 from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
@@ -59,6 +60,7 @@ class EditSession:
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
+        counted: Those of the batch that is being counted.
     """
 
     language_model: LanguageModel
@@ -81,6 +83,23 @@ class EditSession:
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
     flops_per_edit: float | None = None
+    counted: float = 0.0
+
+    @contextmanager
+    def counting(self, skip: bool) -> Iterator[None]:
+        """Count operations, on the first batch only: counting slows a step.
+
+        Args:
+            skip: Whether steps are compiled, which counting cannot look into.
+        """
+        # It also takes other kernels, and so other last bits: in a run that is gone on with, the first was counted.
+        known = self.flops_per_edit is not None or skip
+        if known or any(edit.recorded is not None and edit.steps for edit in self.edits):
+            yield
+            return
+        with count_flops() as counted:
+            yield
+        self.counted += counted.total
 
     def anew(self, flops_per_edit: float | None) -> "EditSession":
         """What was prepared, and the weights with their edits, for another fit; the rest is each fit's own."""
