@@ -1,6 +1,7 @@
 """What becomes of a model, and of its edits, as one sequential edit follows another.
 
-    python benchmarks/long_stream.py --preset balanced --records counterfact.json --limit 500 --json balanced.json
+    python benchmarks/long_stream.py --records counterfact.json --limit 500 --json lifelong.json
+    python benchmarks/long_stream.py --config smollm2 --preset rome --batch-size 1 --records counterfact.json
 
 At each checkpoint all records so far are scored on the weights as they are then, rejected edits included. The run is
 kept beside the JSON file: the same command goes on where it was interrupted, and more records may be asked for later.
@@ -41,10 +42,10 @@ BEYOND = 1.5
 def main() -> None:
     """Edit, measure, write and print."""
     arguments = parser(__doc__ or "", 150)
-    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
-    arguments.add_argument("--config", default="smollm2", help="shipped config that the other options come from")
+    arguments.add_argument("--preset", choices=sorted(PRESETS), default="lifelong")
+    arguments.add_argument("--config", default="stream", help="shipped config that the other options come from")
     arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
-    arguments.add_argument("--batch-size", type=int, default=1, help="edits solved jointly")
+    arguments.add_argument("--batch-size", type=int, default=10, help="edits solved jointly")
     arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
     arguments.add_argument("--unedited", type=int, default=0, help="last records of the file that are only recalled")
     arguments.add_argument("--perplexity_text", help="text for perplexity; nothing takes the shipped one")

@@ -64,16 +64,14 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
         retention: For each point after how many edits, and which of those looked at (all) hold no more.
     """
     weight = SimpleNamespace(
-        change=0.25,
         metric=SimpleNamespace(settings={}),
         site=SimpleNamespace(layer=1, name="layers.1.weight", weight=torch.zeros(1)),
-        written=[],
     )
+    layers = SimpleNamespace(change=0.25, numbers=[1], last=weight, weights=[weight], moments=(), written=[])
     session = EditSession(
         language_model=SimpleNamespace(source="made up", fingerprint="f", tokenizer_fingerprint="t", device="cpu"),
-        weight=weight,
+        layers=layers,
         preset=PRESETS["rome"],
-        moment=None,
         sequential=sequential,
         fact_token="subject_last",
         contexts=("",),
@@ -93,7 +91,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
         if index in rejected:
             edit.decide(EditStatus.REJECTED, "after the write the target has probability 0.05")
         edit.delta = torch.ones(4)
-        edit.written = SimpleNamespace(update=Update(torch.ones(1, 2), torch.ones(1, 2)), realised=(0.99,))
+        edit.written = SimpleNamespace(norm=Update(torch.ones(1, 2), torch.ones(1, 2)).norm, realised=(0.99,))
         edit.steps = [Step(4.0 / (step + 1), 3.0, 0.5, 0.1, 0.2 * step) for step in range(3)]
         edit.seconds = {"prefix": 0.1, "optimise": 0.2, "verify": 0.05, "evaluate": 0.4}
         edit.scores = {"base": base[name], "immediate": made_scores(request, good=index not in rejected)}

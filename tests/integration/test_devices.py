@@ -63,7 +63,7 @@ def test_two_processes_give_what_one_gives(records, tmp_path):
         if "shard" in line:
             ours = load_file(tmp_path / "2" / "ledger" / "shards" / line["shard"])
             theirs = load_file(tmp_path / "1" / "ledger" / "shards" / line["shard"])
-            assert (ours["value"] - theirs["value"]).norm() < 1e-9 * theirs["value"].norm()
+            assert (ours["layers.0.value"] - theirs["layers.0.value"]).norm() < 1e-9 * theirs["layers.0.value"].norm()
 
 
 def test_a_sequential_stream_on_two_devices_is_refused(records, tmp_path):

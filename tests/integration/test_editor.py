@@ -36,10 +36,10 @@ def test_undo_of_one_edit_keeps_the_others(editor, language_model):
     first, second, third = (editor.edit(**request, verify=False) for request in (ASK, OTHER, THIRD))
     editor.undo(second)
     kept = snapshot(language_model.model)
-    weight = editor._module.session.layers
-    assert [written.names for written in weight.written] == [(first.edit.name,), (third.edit.name,)]
+    layers = editor._module.session.layers
+    assert [written.names for written in layers.written] == [(first.edit.name,), (third.edit.name,)]
     # Each remaining edit still holds where it was asserted last: the third exactly.
-    value = weight.written[1].assertion
+    (value,) = layers.written[1].assertions
     torch.testing.assert_close(
         value.at @ kept["model.layers.1.mlp.down_proj.weight"].T, value.value, rtol=1e-9, atol=1e-9
     )

@@ -317,7 +317,7 @@ def test_a_trainer_of_one_s_own_with_any_logger(work, tmp_path):
     differing = {name for name in saved if not torch.equal(saved[name], original[name])}
     assert differing == {"model.layers.1.mlp.down_proj.weight"}
     assert all(torch.equal(saved[name], now[name]) for name in saved)
-    with module.weight.unedited():
+    with module.layers.unedited():
         assert all(torch.equal(tensor, original[name]) for name, tensor in now.items())
 
 

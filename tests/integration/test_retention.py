@@ -76,7 +76,7 @@ def test_a_point_is_what_the_weights_of_that_moment_give(records, tmp_path):
     after_four = run(str(short), tmp_path / "short", 0)
     measured = probe_scores(after_four.language_model, after_four.requests)
     assert list(session.retention[1].scores.values()) == measured
-    assert session.retention[1].weight_change == pytest.approx(after_four.weight.change, rel=1e-12)
+    assert session.retention[1].weight_change == pytest.approx(after_four.layers.change, rel=1e-12)
 
 
 def test_measuring_changes_nothing(records, tmp_path):

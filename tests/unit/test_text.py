@@ -8,7 +8,7 @@ from rome_pl.architecture import find_site
 from rome_pl.errors import OptionError
 from rome_pl.metrics import TextMeasure, held_out_text, measure_text, perplexity
 from rome_pl.rank_one import Assertion, Update
-from rome_pl.weights import EditedWeight, Written
+from rome_pl.weights import EditedWeight, LayerWrite
 from tests.tiny import KeepFloat64, tiny_language_model
 
 TEXT = "The tide comes in twice a day, and twice a day it goes out again, whoever is watching. Miss Vane is."
@@ -45,7 +45,7 @@ def edited(language_model, scale=1.0):
     left, right = (
         scale * torch.randn(1, size, dtype=torch.float64, generator=generator) for size in (site.d_value, site.d_key)
     )
-    weight.restore(Written(("a",), Assertion(right, right, left), Update(left, right), (1.0,)))
+    weight.restore(LayerWrite(("a",), Assertion(right, right, left), Update(left, right), (1.0,)))
     return weight
 
 
