@@ -19,6 +19,9 @@ from rome_pl.rank_one import Assertion, Update, rank_one_update
 __all__ = ["EditedWeight", "LayerWrite"]
 
 
+NOTHING = 1e-12
+"""A wanted change that is smaller than this, relative to the value, is the rounding of none: nothing of it can be lost."""
+
 POWER_STEPS = 30
 """Steps of a power iteration: enough for two digits of a largest singular value."""
 
@@ -268,6 +271,8 @@ class EditedWeight:
         wide = torch.promote_types(dtype, torch.float32)  # holds the difference of two rounded weights exactly
         real = at @ (changed.to(dtype).to(wide) - master.to(dtype).to(wide)).double().T
         realised = (real * wanted).sum(1) / (wanted * wanted).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        nothing = wanted.norm(dim=1) <= NOTHING * assertion.value.double().norm(dim=1)
+        realised = torch.where(nothing, 1.0, realised)
         return changed, LayerWrite(names, assertion, update, tuple(realised.tolist()))
 
     def _stored(self) -> Tensor:

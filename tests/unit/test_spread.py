@@ -90,10 +90,12 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, share
             with _at_lookups(by_hand, session, edit, changes) as rows:
                 hidden, inputs = rows(layer)
             missing = edit.delta - (hidden - before[edit.name]).mean(0)
-            if shares == "specific":
-                missing = missing * min(1.0, float(edit.delta.norm() / missing.norm()))
             left = weights[edit.name][place:]
-            residuals.append((missing * left[0] / sum(left)).numpy())
+            asked = missing * left[0] / sum(left)
+            if shares == "specific":
+                largest = 2 * left[0] / sum(weights[edit.name]) * edit.delta.norm()
+                asked = asked * min(1.0, float(largest / asked.norm()))
+            residuals.append(asked.numpy())
             keys.append(inputs.mean(0).numpy())
         k, r = np.stack(keys, 1), np.stack(residuals, 1)
         metric = metrics[layer] / 1000
@@ -247,13 +249,27 @@ def test_what_layers_below_have_made_worse_is_not_made_good_at_any_price(preset,
     spread = Spread(prefix, layout, chosen, metrics, [(1.0, 3.0)])
     offset = torch.ones(sites[0].d_value, dtype=torch.float64)
     share = 0.25 if clamped else 0.5
-    for shift, norm in ((0.0, 1.0), (5.0, 1.0 if clamped else 6.0), (-0.5, 0.5)):
+    for shift, norm in ((0.0, 1.0), (5.0, 2.0 if clamped else 6.0), (-0.5, 0.5)):
         spread._before += shift
         (assertion,) = spread.assertions(0, [(0, offset)])
         keys = keys_at(prefix, layout.contexts[0], chosen, metrics)[0]
         asked = (assertion.value[0] - keys.output(chosen.at)).norm() / offset.norm()
         assert float(asked) == pytest.approx(share * norm, rel=1e-6)
         spread._before -= shift
+
+
+@pytest.mark.parametrize("preset", ["lifelong", "memit"])
+def test_an_edit_without_an_offset_asks_for_no_change(preset, tmp_path):
+    """As of a fact that the model gives with the wanted probability already."""
+    language_model = tiny_language_model("llama")
+    paths, _ = statistics_of(language_model, tmp_path)
+    options = {**SHARED, "layers": [0, 1], "preset": preset, "mom2_adjustment": None, "statistics": paths}
+    session = run_edits(
+        language_model, tmp_path / "run", REQUESTS, batch_size=3, sequential_edit=True, stop_loss=1e3, **options
+    )
+    assert [edit.reason for edit in session.edits] == [None] * 3
+    assert all(float(edit.delta.norm()) == 0 for edit in session.edits)
+    assert session.layers.change < 1e-12
 
 
 @pytest.mark.parametrize("reject", [False, True])
