@@ -20,7 +20,7 @@ __all__ = ["EditedWeight", "LayerWrite"]
 
 
 NOTHING = 1e-12
-"""A wanted change that is smaller than this, relative to the value, is the rounding of none: nothing can be lost of it."""
+"""A wanted change that is smaller than this, relative to the value, is the rounding of none and cannot be lost."""
 
 POWER_STEPS = 30
 """Steps of a power iteration: enough for two digits of a largest singular value."""
