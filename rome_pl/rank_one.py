@@ -78,13 +78,13 @@ PRESETS: dict[PresetName, Preset] = {
     "easyedit": Preset(shape="mean", at="bare", mom2_adjustment=False),
     # Gupta et al. 2024, "A Unified Framework for Model Editing", Eq. 10; λ and n_0 as in their settings for GPT-2 XL.
     "emmet": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", ridge=0.1, mom2_update_weight=1000.0),
-    # Meng et al. 2023, Eq. 14, for one layer; n_0 as published for GPT-J.
+    # Meng et al. 2023, Eq. 14 and Algorithm 1; n_0 as published for GPT-J.
     "memit": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", ridge=1.0, mom2_update_weight=15000.0),
     # ROME by recursive least squares: keys of earlier edits join the metric, and are disturbed as little as text.
     "accumulated": Preset(
         shape="mean", at="mean", mom2_adjustment=True, value="own", metric="past_keys", mom2_update_weight=1000.0
     ),
-    # Fang et al. 2025, Eq. 14, for one layer.
+    # Fang et al. 2025, Eq. 14.
     "alphaedit": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", metric="null_space", ridge=1.0),
     # Ours, for long streams: balanced keys in the metric of "accumulated", and shares that disturb text least.
     "lifelong": Preset(
