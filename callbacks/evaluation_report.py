@@ -137,6 +137,7 @@ def _manifest(module: Any) -> dict[str, Any]:
                 "tokenizer": model.tokenizer_fingerprint,
                 "dtype": str(next(model.model.parameters()).dtype),
                 "device": str(model.device),
+                "chat": model.chat and model.chat.content(),
             }
             for role, model in models.items()
             if model is not None

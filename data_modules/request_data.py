@@ -21,15 +21,16 @@ __all__ = ["RequestDataModule", "request_loader"]
 BATCH = 8
 """Independent edits optimised side by side, unless asked otherwise."""
 
-SAMPLES = "sample"
-"""Path that stands for the records shipped with the package."""
+SHIPPED = {"sample": "sample_records.json", "questions": "sample_questions.yaml"}
+"""Paths that stand for records shipped with the package: statements, and questions for chat models."""
 
 
 class RequestDataModule(LightningDataModule):
     """Streams edit requests in batches, in file order but for single edits of similar length, which share batches.
 
     Args:
-        path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` for the records shipped with the package.
+        path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` or ``questions`` for the records shipped
+            with the package.
         limit: Most records to use, from the first on; nothing uses all.
         form: Form of the records: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; nothing recognises it
             from the first record.
@@ -46,7 +47,7 @@ class RequestDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str = SAMPLES,
+        path: str = "sample",
         limit: int | None = None,
         form: Literal["counterfact", "zsre", "knowedit", "flat", "short"] | None = None,
         split: str = "train",
@@ -128,8 +129,8 @@ class RequestDataModule(LightningDataModule):
         return retention_loader(self.requests, lambda: getattr(module, "session", None), self.retention_sample)
 
     def _records(self) -> Sequence[Any]:
-        if self.path == SAMPLES:
-            return read_records(Path(str(files("rome_pl") / "assets" / "sample_records.json")))
+        if self.path in SHIPPED:
+            return read_records(Path(str(files("rome_pl") / "assets" / SHIPPED[self.path])))
         path = Path(self.path).expanduser()
         if path.suffix.lower() in SUFFIXES or path.exists():
             return read_records(path)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.blame import blame as find_influences
+from rome_pl.chat import ChatForm
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.ledger import LedgerError
@@ -203,7 +204,8 @@ def _run_folder(ledger: str) -> Path:
 def _base_model(run: Path, allow_pickle: bool) -> LanguageModel:
     """The unedited model that a run began with."""
     model = read_manifest(run)["model"]
-    return load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+    loaded = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+    return loaded.with_chat(ChatForm(**model["chat"]) if model.get("chat") else None)
 
 
 def _check_free(folder: str) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from rome_pl.architecture import find_site
+from rome_pl.chat import ChatForm
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
 from rome_pl.distributed import independent_gradients, leave_to_each_process, one_after_the_other
@@ -53,6 +54,7 @@ class RomeModule(LightningModule):
         pretrained: Model to edit: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        chat: How prompts become conversations in the model's chat template; nothing leaves them as they are.
         layers: Rewrite layers, numbered from 0; values are searched at the last one, and offsets shared among all as in
             MEMIT. Nothing takes the published one of the model.
         preset: Variant of the closed form, see :data:`rome_pl.rank_one.PRESETS`.
@@ -95,6 +97,7 @@ class RomeModule(LightningModule):
         pretrained: str = DEFAULT_SOURCE,
         dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
         allow_pickle: bool = False,
+        chat: ChatForm | None = None,
         layers: list[int] | None = None,
         preset: PresetName = "r_rome",
         mom2_adjustment: bool | None = None,
@@ -335,7 +338,7 @@ class RomeModule(LightningModule):
         config = language_model.model.config.get_text_config(decoder=True)
         numbers = [default_layer(config)] if layers is None else sorted(layers)
         self._sites = [find_site(language_model.model, number) for number in numbers]
-        self.language_model = language_model
+        self.language_model = language_model.with_chat(self.hparams["chat"] or language_model.chat)
         self.model = language_model.model  # registered, so that Lightning moves it to the device
         # The offsets that are optimised come and go with their batches; this one stands for them before the first.
         self.delta = torch.nn.Parameter(torch.zeros(self._sites[-1].d_value, device=self._sites[-1].weight.device))

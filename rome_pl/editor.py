@@ -80,7 +80,9 @@ class KnowledgeEditor:
                 "sequential_edit: edits of a KnowledgeEditor always accumulate; take one back with undo()"
             )
         self._module = RomeModule.from_language_model(language_model, sequential_edit=True, on_error="skip", **options)
-        self._language_model = language_model
+        adopted = self._module.language_model  # with the form of prompts that the options ask for
+        assert adopted is not None
+        self._language_model = adopted
         self._edited = 0
 
     @classmethod

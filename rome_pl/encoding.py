@@ -5,7 +5,6 @@ targets into other tokens. Every position is an index into the ids as the tokeni
 adds one.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,8 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rome_pl.chat import ChatFrame, PlainFrame, TemplateError
 from rome_pl.errors import RomeError
 from rome_pl.requests import EditRequest
+from rome_pl.spacing import joined_by_space
 
 __all__ = [
     "AlignedRows",
@@ -144,19 +145,20 @@ class TextEncoder:
     Args:
         tokenizer: A fast tokenizer of the transformers library.
         max_length: Longest row, in tokens, that the model can read.
+        frame: What stands around every prompt; nothing leaves prompts as they are.
 
     Raises:
         TokenizerError: If the tokenizer gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, frame: PlainFrame | ChatFrame | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(
                 f"{type(tokenizer).__name__} gives no character offsets, which find the subject's tokens; "
                 "load the fast tokenizer of this model (AutoTokenizer does where one exists)"
             )
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length, self.frame = max_length, frame or PlainFrame()
         self.pad_id: int = tokenizer.pad_token_id or 0
 
     def edit(
@@ -186,7 +188,8 @@ class TextEncoder:
         for context in contexts:
             start, end = request.span[0] + len(context), request.span[1] + len(context)
             rows.append(self._row(request, context + request.prompt, (start, end), fact_token))
-        ids, spans = self._encode(request.subject + " is a")
+        # Cut at the divergence's position, so what a template would write after it does not matter.
+        ids, spans = self._encode(f"{self.frame.head}{request.subject} is a")
         if len(ids) > self.max_length:
             raise request.error("subject", f"takes {len(ids)} tokens, but the model reads {self.max_length}")
         lookup = self._lookup(request, spans, (0, len(request.subject)), len(ids), fact_token)
@@ -202,8 +205,9 @@ class TextEncoder:
         return self._row(request, prompt, None, "last", target, field)
 
     def prompt(self, text: str) -> EncodedRow:
-        """Encode a text that has no target; the lookup token is its last."""
-        ids, _ = self._encode(text)
+        """Encode a text that has no target; the lookup token is its last. A chat template may refuse the text."""
+        self.frame.check(text)
+        ids, _ = self._encode(self.frame.head + text + self.frame.tail)
         return EncodedRow(ids, len(ids) - 1, (), len(ids) - 1)
 
     def check_probes(self, request: EditRequest) -> None:
@@ -243,17 +247,35 @@ class TextEncoder:
         # target that brings its own space needs no second one. Line breaks stay with the prompt.
         bare = prompt.rstrip(" ")
         gap = prompt[len(bare) :]
-        if target[0].isspace():
+        text = self._framed(bare, request, field)
+        if self.frame.tail:  # between the prompt and the target stands what a template writes
+            target = target.lstrip(" ")
+            gap = self._gap_after(text, target, request)
+        elif target[0].isspace():
             gap = ""
         elif not gap and self._space_belongs(bare, target, request.target_space):
             gap = " "
-        ids, spans, boundary = self._encode_pair(bare, gap + target, request, field)
+        ids, spans, boundary = self._encode_pair(text, gap + target, request, field)
         if len(ids) - 1 > self.max_length:
             raise request.error(
                 field, f"prompt and target take {len(ids)} tokens, but the model reads {self.max_length}; shorten them"
             )
         lookup = boundary - 1 if subject is None else self._lookup(request, spans, subject, boundary, fact_token)
         return EncodedRow(ids[:-1], lookup, ids[boundary:], boundary - 1)
+
+    def _framed(self, prompt: str, request: EditRequest, field: str) -> str:
+        """A prompt with what stands around it."""
+        try:
+            self.frame.check(prompt)
+        except TemplateError as error:
+            raise request.error("prompt" if field.startswith("target") else field, str(error)) from error
+        return self.frame.head + prompt + self.frame.tail
+
+    def _gap_after(self, text: str, target: str, request: EditRequest) -> str:
+        """What joins a reply to the text before it."""
+        if request.target_space is None and self.frame.gap is not None:
+            return self.frame.gap
+        return " " if self._space_belongs(text, target, request.target_space) else ""
 
     def _encode_pair(
         self, prompt: str, target: str, request: EditRequest, field: str
@@ -277,6 +299,7 @@ class TextEncoder:
         return head + tuple(tail[i] for i in kept), spans, len(head)
 
     def _encode(self, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        special = special and self.frame.special
         encoded = self.tokenizer(
             text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
         )
@@ -292,8 +315,8 @@ class TextEncoder:
                 spans[i] = (0, 0)  # the mark that sentencepiece puts before a text borrows the first letter's span
         return tuple(ids), [(int(start), int(end)) for start, end in spans[: len(ids)]]
 
-    @staticmethod
     def _lookup(
+        self,
         request: EditRequest,
         spans: Sequence[tuple[int, int]],
         subject: tuple[int, int],
@@ -302,7 +325,7 @@ class TextEncoder:
     ) -> int:
         if fact_token == "last":
             return prompt_length - 1
-        start, end = subject
+        start, end = (place + len(self.frame.head) for place in subject)
         covering = [i for i, span in enumerate(spans[:prompt_length]) if max(span[0], start) < min(span[1], end)]
         if not covering:
             raise request.error("subject", f"no token of the prompt covers {request.subject!r}")
@@ -317,34 +340,9 @@ class TextEncoder:
         """Whether a space joins prompt and target."""
         if forced is not None:
             return forced
-        left, right = prompt[-1], target[0]
-        if left.isspace() or _writes_without_spaces(left) or _writes_without_spaces(right):
-            return False
-        if _opens(prompt) or right in _JOINS_LEFT or unicodedata.category(right) in ("Pe", "Pf"):
-            return False
+        if (known := joined_by_space(prompt, target)) is not None:
+            return known
         # Most tokenizers fuse a space with what follows it. One that makes it a token of its own before this target
         # does not expect it there, unless a word or number follows.
         separate = any(end == 2 for _, end in self._encode(f"a {target}", special=False)[1])
-        return not separate or right.isalnum()
-
-
-_JOINS_LEFT = frozenset(".,;:!?%/-–—…'’")  # noqa: RUF001
-"""Characters that no space precedes, beside closing brackets and quotes."""
-
-
-def _opens(prompt: str) -> bool:
-    """Whether the prompt ends in something that no space follows: an opening bracket or quote, a dash, a sign."""
-    left, before = prompt[-1], prompt[-2:-1]
-    if left in "'\"":  # the straight quotes open after a space and close after a word
-        return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi")
-    return left in "/-–—@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")  # noqa: RUF001
-
-
-def _writes_without_spaces(character: str) -> bool:
-    """Whether the character's script puts no space between words."""
-    script = unicodedata.name(character, "").split(" ")[0]
-    if script in ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"):
-        return True
-    # East Asian letters and punctuation are wide; Hangul is too, but puts spaces, and so do emoji (symbols).
-    wide = unicodedata.east_asian_width(character) in ("W", "F") or script == "HALFWIDTH"
-    return wide and script != "HANGUL" and unicodedata.category(character)[0] in "LP"
+        return not separate or target[0].isalnum()

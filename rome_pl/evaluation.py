@@ -33,6 +33,7 @@ class KnownScores:
         key = content_key(
             language_model.fingerprint,
             language_model.tokenizer_fingerprint,
+            *language_model.encoder.frame.texts,
             str(next(language_model.model.parameters()).dtype),
             language_model.device.type,
         )

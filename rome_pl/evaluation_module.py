@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
+from rome_pl.chat import ChatForm
 from rome_pl.distributed import gather, one_after_the_other
 from rome_pl.edit import EditStatus
 from rome_pl.edited_layers import EditedLayers
@@ -36,6 +37,7 @@ class EvaluationModule(LightningModule):
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        chat: How prompts become conversations in the model's chat template; nothing leaves them as they are.
         ledger: Folder of a run of ``rome-pl edit`` whose edits are put into the model first.
         base: The unedited model that ``pretrained`` was edited from, for ``locality`` and the divergence; not with
             ``ledger``, which knows it.
@@ -50,6 +52,7 @@ class EvaluationModule(LightningModule):
         pretrained: str = DEFAULT_SOURCE,
         dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
         allow_pickle: bool = False,
+        chat: ChatForm | None = None,
         ledger: str | None = None,
         base: str | None = None,
         measure_perplexity: bool = True,
@@ -94,7 +97,8 @@ class EvaluationModule(LightningModule):
             if self.language_model is None:
                 self._adopt(load_language_model(self.hparams["pretrained"], *options))
             if self.unedited_model is None and self.hparams["base"] is not None:
-                self.unedited_model = load_language_model(self.hparams["base"], *options)
+                unedited = load_language_model(self.hparams["base"], *options)
+                self.unedited_model = unedited.with_chat(self.hparams["chat"])
                 self.other = self.unedited_model.model  # so that the Trainer moves it
 
     def setup(self, stage: str) -> None:
@@ -219,6 +223,6 @@ class EvaluationModule(LightningModule):
         return self.language_model
 
     def _adopt(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
+        self.language_model = language_model.with_chat(self.hparams["chat"] or language_model.chat)
         self.model = language_model.model  # so that the Trainer moves it
-        language_model.remember_weights()
+        self.language_model.remember_weights()

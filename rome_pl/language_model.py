@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
+from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError
 
@@ -55,11 +56,13 @@ class LanguageModel:
         model: A decoder of the transformers library.
         tokenizer: Its fast tokenizer.
         source: Where it was loaded from, for manifests and messages.
+        chat: How prompts become conversations; nothing leaves them as they are.
     """
 
     model: Any
     tokenizer: Any
     source: str = "in memory"
+    chat: ChatForm | None = None
     encoder: TextEncoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,9 +72,18 @@ class LanguageModel:
                 "load it in float32, bfloat16 or float16"
             )
         decoder_layers(self.model)
-        self.encoder = TextEncoder(self.tokenizer, _max_length(self.model.config))
+        frame = frame_for(self.tokenizer, self.chat)
+        self.encoder = TextEncoder(self.tokenizer, _max_length(self.model.config), frame)
         if self.encoder.pad_id >= self.model.get_input_embeddings().num_embeddings:
             self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do
+
+    def with_chat(self, chat: ChatForm | None) -> "LanguageModel":
+        """The same model and tokenizer with another form of prompts.
+
+        Raises:
+            OptionError: If the tokenizer has no chat template, or it does not suit.
+        """
+        return self if chat == self.chat else replace(self, chat=chat)
 
     @property
     def device(self) -> torch.device:
@@ -155,8 +167,8 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
     return LanguageModel(model.eval(), tokenizer, source)
 
 
-def load_encoder(source: str) -> TextEncoder:
-    """The encoder of a source, without its weights; raises like :func:`load_language_model`."""
+def load_encoder(source: str, chat: ChatForm | None = None) -> TextEncoder:
+    """The encoder of a source, without its weights; raises like :func:`load_language_model` and :func:`frame_for`."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = _resolve(source)
@@ -165,7 +177,7 @@ def load_encoder(source: str) -> TextEncoder:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot load tokenizer and config of '{source}': {_first_line(error)}") from error
-    return TextEncoder(tokenizer, _max_length(config))
+    return TextEncoder(tokenizer, _max_length(config), frame_for(tokenizer, chat))
 
 
 def _max_length(config: Any) -> int:

@@ -90,6 +90,7 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
             "tokenizer": language_model.tokenizer_fingerprint,
             "dtype": str(layers.last.site.weight.dtype),
             "device": str(language_model.device),
+            "chat": language_model.chat and language_model.chat.content(),
         },
         "rewrite": {"layers": layers.numbers, "weights": [weight.site.name for weight in layers.weights]},
         "metric": layers.last.metric.settings,

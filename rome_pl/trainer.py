@@ -222,7 +222,7 @@ class RomeTrainer(Trainer):
 
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()
-        encoder = load_encoder(model.hparams["pretrained"])
+        encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
         console = Console()
         table = Table(title="Dry run: lookup token and target span of each request")
         for name in ("record", "prompt", "lookup token", "target tokens"):
