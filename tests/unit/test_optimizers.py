@@ -154,3 +154,48 @@ def test_a_group_without_loss_or_scale_says_who_gives_them(missing):
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PolyakStep([parameter_with_gradient(1.0)], **options)
+
+
+def bent(x):
+    """A curved level set: log-odds that rise with the first coordinate and fall with the square of the others."""
+    return torch.nn.functional.softplus(-(2 * x[0] + 0.5 * x[1] - 0.2 * (x[1:] ** 2).sum() - 3.0))
+
+
+def search(shorten, steps=40, start=(0.0, 3.0, -2.0)):
+    """An offset that has gone astray, brought to the target; its log-odds' distance and its norm."""
+    x = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = PolyakStep([x], target_probability=0.9, shorten=shorten, radius=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = bent(x)
+        loss.backward()
+        optimizer.param_groups[0] |= {"loss": loss.detach(), "scale": torch.tensor(1.0)}
+        optimizer.step()
+    return torch.exp(-bent(x)).item(), x.detach()
+
+
+def test_shortening_finds_the_shortest_offset_that_reaches_the_target():
+    (reached, plain), (also, short) = search(0.0), search(0.3, steps=200)
+    assert reached == pytest.approx(0.9, abs=1e-3)
+    assert also == pytest.approx(0.9, abs=1e-2)
+    assert short.norm() < 0.8 * plain.norm()
+    # Optimality: at the shortest offset there is nothing across the gradient.
+    at = short.clone().requires_grad_()
+    bent(at).backward()
+    assert torch.cosine_similarity(short, -at.grad, dim=0) > 0.98
+
+
+def test_nothing_is_taken_off_before_a_step_has_brought_the_target_nearer():
+    x = torch.nn.Parameter(torch.tensor([0.0, 5.0], dtype=torch.float64))
+    optimizer = PolyakStep([x], shorten=0.5, radius=1e-9)
+    offsets = []
+    for loss in (2.0, 2.0, 1.0):  # the first, one without progress, one with
+        x.grad = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        offsets.append(stepped(optimizer, loss, 1.0)[1].item())
+    assert offsets == pytest.approx([5.0, 5.0, 2.5])
+
+
+@pytest.mark.parametrize("shorten", [-0.1, 1.1, math.nan])
+def test_a_fraction_that_is_none_is_refused(shorten):
+    with pytest.raises(ValueError, match=r"shorten: expected a number in \[0, 1\]"):
+        PolyakStep([parameter_with_gradient(1.0)], shorten=shorten)
