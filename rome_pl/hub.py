@@ -40,7 +40,7 @@ def push(folder: Path, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     # Without a network its client lets the error of the HTTP library through, whose name changes with releases.
-    failures = (ValueError, *HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (ValueError, *HfHubHTTPError.__bases__)
     kept = f"The export stays in {folder}; to try again: hf upload {repository} {folder}"
     if get_token() is None:
         raise HubError(f"push_to_hub: no token of the Hugging Face hub: hf auth login, or set HF_TOKEN. {kept}")
