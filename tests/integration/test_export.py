@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -303,9 +304,9 @@ def test_options_that_cannot_be_meant(name, one_run, tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_folder_that_holds_something_is_left_alone(form, one_run, tmp_path):
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(OptionError, match="output: .* is not empty"):
+    with pytest.raises(OptionError, match=r"output: .* is not empty"):
         one_run.export(tmp_path, form)
-    with pytest.raises(OptionError, match="output: .* is a file"):
+    with pytest.raises(OptionError, match=r"output: .* is a file"):
         one_run.export(tmp_path / "note", form)
     assert [file.name for file in tmp_path.iterdir()] == ["note"]
 
@@ -495,16 +496,17 @@ def test_export_and_apply(work, tmp_path, capsys):
 def test_a_checkpoint_can_be_evaluated(work, tmp_path):
     assert called("export", "--ledger", work / "run", "--format", "hf", "--output", tmp_path / "hf") == 0
     scores = []
-    for place, source in enumerate(
-        (("--model.pretrained", tmp_path / "hf"), ("--model.ledger", work / "run")),
-    ):
-        folder = tmp_path / str(place)
-        assert called(
-            "evaluate", *source, "--data.path", work / "records.json", "--trainer.default_root_dir", folder,
-            "--trainer.accelerator", "cpu", "--model.measure_perplexity", "false", "--evaluation_report.figures", "false",
-        ) == 0  # fmt: skip
-        scores.append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["final"]["EM"]["value"])
+    common = (
+        "--data.path", work / "records.json", "--trainer.accelerator", "cpu", "--model.measure_perplexity", "false",
+        "--evaluation_report.figures", "false", "--trainer.default_root_dir",
+    )  # fmt: skip
+    for option, source, moment in (("pretrained", tmp_path / "hf", "base"), ("ledger", work / "run", "final")):
+        folder = tmp_path / option
+        assert called("evaluate", f"--model.{option}", source, *common, folder) == 0
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        scores.append({name: entry["value"] for name, entry in content[moment].items()})
     assert scores[0] == scores[1]
+    assert scores[0]["EM"] is not None
 
 
 @pytest.mark.parametrize(
@@ -541,10 +543,10 @@ def test_a_base_model_that_has_changed_since(work, tmp_path, capsys):
 
 
 class Hub:
-    """Stands in for the hub's client; ``fails`` is raised by the method that it names."""
+    """Stands in for the hub's client; ``fails`` names a method and what it raises."""
 
-    calls: list = []
-    fails: tuple = ()
+    calls: ClassVar[list] = []
+    fails: ClassVar[tuple] = ()
 
     def create_repo(self, repo_id, **options):
         from huggingface_hub.hf_api import RepoUrl
@@ -553,7 +555,8 @@ class Hub:
         return RepoUrl(f"https://huggingface.co/somebody/{repo_id}")
 
     def upload_folder(self, **options):
-        self._do("upload_folder", options["repo_id"], {"files": sorted(os.listdir(options["folder_path"]))})
+        files = sorted(file.name for file in Path(options["folder_path"]).iterdir())
+        self._do("upload_folder", options["repo_id"], {"files": files})
 
     def _do(self, name, *call):
         if self.fails and self.fails[0] == name:

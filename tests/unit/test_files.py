@@ -184,7 +184,7 @@ def test_only_a_free_folder_will_do(tmp_path):
     check_free(tmp_path / "new", "output")
     check_free(tmp_path, "output")
     (tmp_path / "file").write_bytes(OLD)
-    with pytest.raises(OptionError, match="output: .* is not empty; choose another folder"):
+    with pytest.raises(OptionError, match=r"output: .* is not empty; choose another folder"):
         check_free(tmp_path, "output")
-    with pytest.raises(OptionError, match="output: .*file is a file; give a folder"):
+    with pytest.raises(OptionError, match=r"output: .*file is a file; give a folder"):
         check_free(tmp_path / "file", "output")
