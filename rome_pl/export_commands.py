@@ -56,7 +56,7 @@ def export(
     for part in made.adapter:
         cut = f" of {part.full_rank}" if part.rank < part.full_rank else ""
         console.print(f"{part.weight}: rank {part.rank}{cut}, relative error {part.error:.2e}")
-    console.print(f"{made.count} edits as {format} in {folder} ({_size(made.num_bytes)})")
+    console.print(f"{made.num_edits} edits as {format} in {folder} ({_size(made.num_bytes)})")
     if push_to_hub is not None:
         console.print(f"Uploaded to {push(folder, push_to_hub)}")
 

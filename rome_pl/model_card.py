@@ -128,4 +128,4 @@ def _table(names: Sequence[str], rows: Any) -> str:
 
 def _text(text: str) -> str:
     """Text as Markdown shows it as it is, in a cell too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$!])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", " ".join(text.split()))

@@ -4,6 +4,7 @@ Nothing is optimised. The edits are put into the base model from the ledger, wri
 out again.
 """
 
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,13 +39,13 @@ class Exported:
 
     Args:
         folder: Where it lies.
-        count: Number of edits.
+        num_edits: Number of edits.
         num_bytes: Size of all files.
         adapter: What an adapter holds of each layer; empty in other forms.
     """
 
     folder: Path
-    count: int
+    num_edits: int
     num_bytes: int
     adapter: tuple[AdapterPart, ...]
 
@@ -114,15 +115,26 @@ def export_run(
         text = json.dumps(plain(about), indent=2, ensure_ascii=False, allow_nan=False)
         for name, content in ((ABOUT, text), ("README.md", model_card(about))):
             (work / name).write_text(content, encoding="utf-8", errors="replace", newline="")
-        count, num_bytes = len(layers.names), sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    return Exported(folder, count, num_bytes, tuple(parts))
+        num_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+        num_edits = len(layers.names)
+    return Exported(folder, num_edits, num_bytes, tuple(parts))
 
 
 def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors in the model's dtype, configurations, tokenizer."""
+    """Write a Hugging Face checkpoint: safetensors in the model's dtype, configurations, tokenizer.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        SafetensorError: The same, for the weights.
+    """
+    try:
+        language_model.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(errno.EIO, str(error)) from error  # how a full disk shows in the tokenizers library
     sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
     language_model.model.save_pretrained(folder, **sizes)
-    language_model.tokenizer.save_pretrained(folder)
 
 
 @contextmanager

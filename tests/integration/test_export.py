@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,19 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rome_pl.adapter import save_adapter
+from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, RunReport
 from rome_pl.cli import main
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.delta import DeltaError, apply_delta, read_delta
+from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.ledger import LedgerError
+from rome_pl.rank_one import Assertion, Update
 from rome_pl.replay import read_edits, replay
 from rome_pl.requests import EditRequest
 from rome_pl.run_export import FORMATS, export_run
+from rome_pl.weights import EditedWeight, LayerWrite
 from tests.disk import no_room_on_disk
 from tests.integration.helpers import FAST, changed, lenient_callbacks, lighthouses, run_edits, snapshot
-from tests.tiny import tiny_language_model
+from tests.tiny import _SIZES, tiny_language_model
 
 # What peft asks a model of transformers 5 for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -122,7 +127,7 @@ def test_a_checkpoint_has_the_weights_of_the_run_bit_for_bit(run, tmp_path):
     assert (tmp_path / "out" / "generation_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("Korrin stands")["input_ids"] == run.base().tokenizer("Korrin stands")["input_ids"]
-    assert made.count == 7
+    assert made.num_edits == 7
     assert made.num_bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
 
 
@@ -168,13 +173,50 @@ def test_an_adapter_on_the_base_answers_as_the_edited_model(run, tmp_path):
     )
 
 
-def test_an_adapter_loads_without_a_warning_and_merges(one_run, tmp_path):
+def test_an_adapter_merges_into_the_base(one_run, tmp_path):
     one_run.export(tmp_path / "out", "peft")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        adapted = with_adapter(one_run.base().model, tmp_path / "out")
-    assert [str(warning.message) for warning in said if "peft" in str(warning.filename)] == []
+    adapted = with_adapter(one_run.base().model, tmp_path / "out")
     assert apart(adapted.merge_and_unload(), one_run.edited) < 1e-4
+
+
+def made_up_layers(language_model, counts):
+    """Rewrite layers with so many made-up edits each, by number of the layer."""
+    weights = []
+    for number, count in counts.items():
+        weight = EditedWeight(find_site(language_model.model, number), lambda keys: keys)
+        for index in range(count):
+            key, value = torch.randn(1, 48, dtype=torch.float64), torch.randn(1, 32, dtype=torch.float64)
+            weight.restore(LayerWrite((f"{index}",), Assertion(key, key, value), Update(value, 0.03 * key), (1.0,)))
+        weights.append(weight)
+    return EditedLayers(weights)
+
+
+def test_layers_of_other_ranks_and_of_like_names(tmp_path, monkeypatch):
+    """Layer 1 is not layer 11; each layer has its own rank and the scale 1."""
+    monkeypatch.setitem(_SIZES, "num_hidden_layers", 12)
+    language_model, base = (tiny_language_model("llama", torch.float32) for _ in range(2))
+    layers = made_up_layers(language_model, {1: 2, 4: 1, 11: 5})
+    parts = save_adapter(tmp_path, layers, "somewhere")
+    assert [part.rank for part in parts] == [2, 1, 5]
+    adapted = with_adapter(base.model, tmp_path)
+    scales = {name: module.scaling for name, module in adapted.named_modules() if getattr(module, "lora_A", None)}
+    assert list(scales) == [f"base_model.model.model.layers.{number}.mlp.down_proj" for number in (1, 4, 11)]
+    assert all(scale == {"default": 1.0} for scale in scales.values())
+    assert apart(adapted, language_model.model) < 1e-4
+    assert apart(adapted, tiny_language_model("llama", torch.float32).model) > 0.05
+
+
+def test_layers_that_have_not_changed_have_no_adapter(tmp_path):
+    language_model = tiny_language_model("llama", torch.float32)
+    layers = made_up_layers(language_model, {0: 1, 2: 1})
+    nothing = Update(torch.zeros(1, 32, dtype=torch.float64), torch.ones(1, 48, dtype=torch.float64))
+    still = EditedWeight(layers.weights[0].site, lambda keys: keys)
+    still.restore(replace(layers.weights[0].written[0], update=nothing))
+    parts = save_adapter(tmp_path, EditedLayers([still, layers.weights[1]]), "somewhere")
+    assert [part.weight for part in parts] == ["model.layers.2.mlp.down_proj.weight"]
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2
+    with pytest.raises(LedgerError, match="the edits have changed no weight"):
+        save_adapter(tmp_path, EditedLayers([still]), "somewhere")
 
 
 def test_a_compressed_adapter_lacks_what_it_says(run, tmp_path):
@@ -210,7 +252,7 @@ def test_some_edits_alone(form, one_run, tmp_path):
     base, expected = one_run.base(), one_run.base()
     before = snapshot(base.model)
     pick(expected, one_run.folder, ["2", "5"])
-    assert export_run(base, one_run.folder, tmp_path / "out", form, cases=["2", "5"]).count == 2
+    assert export_run(base, one_run.folder, tmp_path / "out", form, cases=["2", "5"]).num_edits == 2
     assert changed(base.model, before) == []
     assert [edit["case_id"] for edit in about(tmp_path / "out")["edits"]] == [2, 5]
     if form == "hf":
@@ -324,22 +366,30 @@ def test_an_empty_folder_will_do_and_a_link_to_one(one_run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("failure", ["no room", "interrupted"])
-def test_an_export_that_fails_leaves_nothing(failure, form, one_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "room"),
+    # For the first file, the tokenizer, the weights; for the tensors.
+    [("hf", 100), ("hf", 5_000), ("hf", 40_000), ("delta", 100), ("delta", 2_000), ("peft", 100), ("peft", 2_000)],
+)
+def test_a_full_disk_leaves_nothing(form, room, one_run, tmp_path):
     base = one_run.base()
     before = snapshot(base.model)
-    if failure == "no room":
-        with no_room_on_disk(1000), pytest.raises(OSError, match=r"nothing was written.*out"):
-            export_run(base, one_run.folder, tmp_path / "out", form)
-    else:
+    with no_room_on_disk(room), pytest.raises(OSError, match=r"nothing was written.*out"):
+        export_run(base, one_run.folder, tmp_path / "out", form)
+    assert nothing_left(tmp_path)
+    assert changed(base.model, before) == []
 
-        def stop(_):
-            raise KeyboardInterrupt
 
-        monkeypatch.setattr("rome_pl.run_export.model_card", stop)
-        with pytest.raises(KeyboardInterrupt):
-            export_run(base, one_run.folder, tmp_path / "out", form)
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_interruption_leaves_nothing(form, one_run, tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    base = one_run.base()
+    before = snapshot(base.model)
+    monkeypatch.setattr("rome_pl.run_export.model_card", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(base, one_run.folder, tmp_path / "out", form)
     assert nothing_left(tmp_path)
     assert changed(base.model, before) == []
 
