@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.blame import blame as find_influences
-from rome_pl.chat import ChatForm
-from rome_pl.errors import OptionError
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.export_commands import apply, export
+from rome_pl.files import check_free
 from rome_pl.ledger import LedgerError
-from rome_pl.replay import differences, read_edits, read_manifest, replay
+from rome_pl.replay import differences, read_edits, replay
+from rome_pl.run_export import save_checkpoint
+from rome_pl.run_folder import base_model, known_names, run_folder
+from rome_pl.undo import pick as keep
 from rome_pl.undo import undo as take_out
-from rome_pl.undo import with_edits
 
 __all__ = ["COMMANDS", "blame", "diff", "pick", "show", "undo"]
 
@@ -31,12 +32,12 @@ def show(ledger: str, cases: str | None = None) -> None:
         ledger: Folder of the run.
         cases: Records to show in full, by ``case_id``, separated by commas; nothing shows all, a line each.
     """
-    run = _run_folder(ledger)
+    run = run_folder(ledger)
     edits = read_edits(run)
     console = Console()
     if cases is not None:
         known = {str(edit["case_id"]): edit for edit in edits}
-        for name in _names(cases, known, run):
+        for name in known_names(cases, known, run):
             console.print(_details(known[name]))
         return
     table = Table(title=f"Edits of {run}")
@@ -78,18 +79,18 @@ def undo(
         statistics: The run's second moments, where they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
     """
-    run = _run_folder(ledger)
+    run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     applied = [name for name, edit in edits.items() if edit["status"] == "applied"]
-    names = applied if cases == "all" else _names(cases, edits, run)
+    names = applied if cases == "all" else known_names(cases, edits, run)
     if not names:
         raise LedgerError(f"{run}: no edit is in the weight")
     if save_model is not None:
-        _check_free(save_model)
-    language_model = _base_model(run, allow_pickle)
+        check_free(Path(save_model), "save_model")
+    language_model = base_model(run, allow_pickle)
     undone = take_out(language_model, run, names, [Path(path) for path in statistics or []])
     if save_model is not None:
-        _save(language_model, save_model)
+        save_checkpoint(language_model, Path(save_model))
     Console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
         f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
@@ -111,16 +112,13 @@ def pick(
         statistics: The run's second moments, where they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
     """
-    run = _run_folder(ledger)
+    run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
-    names = _names(cases, edits, run)
-    _check_free(save_model)
-    language_model = _base_model(run, allow_pickle)
-    layers = with_edits(language_model, run, [Path(path) for path in statistics or []])
-    if missing := [name for name in names if name not in layers.names]:
-        raise LedgerError(f"{run}: edit {missing[0]} is not in the weights ({edits[missing[0]]['status']})")
-    layers.remove([name for name in layers.names if name not in names])
-    _save(language_model, save_model)
+    names = known_names(cases, edits, run)
+    check_free(Path(save_model), "save_model")
+    language_model = base_model(run, allow_pickle)
+    layers = keep(language_model, run, names, [Path(path) for path in statistics or []])
+    save_checkpoint(language_model, Path(save_model))
     Console().print(
         f"{len(layers.names)} edits; the weights are {layers.change:.3g} of their norm away from the original. Saved "
         f"to {save_model}",
@@ -138,9 +136,9 @@ def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False) -
         top: Most rows to show.
         allow_pickle: Whether weights that do not come as safetensors may be read.
     """
-    run = _run_folder(ledger)
+    run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
-    language_model = _base_model(run, allow_pickle)
+    language_model = base_model(run, allow_pickle)
     layers = replay(language_model, run)
     table = Table(title=f"What acts on {escape(repr(prompt))}")
     for name in ("token", "record", "prompt", "true → new", "layer", "share", "size"):
@@ -170,7 +168,7 @@ def diff(ledger: str, other: str) -> None:
         ledger: Folder of a run.
         other: Folder of another.
     """
-    runs = (_run_folder(ledger), _run_folder(other))
+    runs = (run_folder(ledger), run_folder(other))
     one, two = ({str(edit["case_id"]): edit for edit in read_edits(run)} for run in runs)
     differing = differences(*runs)
     table = Table(title=f"{runs[0]} against {runs[1]}")
@@ -191,43 +189,20 @@ def diff(ledger: str, other: str) -> None:
     )
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"show": show, "undo": undo, "pick": pick, "blame": blame, "diff": diff}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "show": show,
+    "undo": undo,
+    "pick": pick,
+    "blame": blame,
+    "diff": diff,
+    "export": export,
+    "apply": apply,
+}
 """The verbs, by name."""
-
-
-def _run_folder(ledger: str) -> Path:
-    """The folder of a run; its ``ledger/`` will do too."""
-    folder = Path(ledger).expanduser()
-    return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
-
-
-def _base_model(run: Path, allow_pickle: bool) -> LanguageModel:
-    """The unedited model that a run began with."""
-    model = read_manifest(run)["model"]
-    loaded = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
-    return loaded.with_chat(ChatForm(**model["chat"]) if model.get("chat") else None)
-
-
-def _check_free(folder: str) -> None:
-    """Refuse a folder for a model that holds something already."""
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise OptionError(f"save_model: {folder} is not empty; choose another folder")
-
-
-def _save(language_model: LanguageModel, folder: str) -> None:
-    language_model.model.save_pretrained(folder)
-    language_model.tokenizer.save_pretrained(folder)
 
 
 def _outcome(edit: Mapping[str, Any] | None) -> str:
     return "" if edit is None else f"{edit['request']['target_new']} ({edit['status']})"
-
-
-def _names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:
-    names = [name.strip() for name in cases.split(",") if name.strip()]
-    if missing := [name for name in names if name not in known]:
-        raise LedgerError(f"{run}: the ledger has no record {', '.join(missing)}; see rome-pl show --ledger {run}")
-    return list(dict.fromkeys(names))
 
 
 def _details(edit: Mapping[str, Any]) -> Table:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ["content_key", "whole_file"]
+from rome_pl.errors import OptionError
+
+__all__ = ["check_free", "content_key", "whole_file", "whole_folder"]
 
 
 def content_key(*parts: Any) -> str:
@@ -48,6 +51,55 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(errno.EIO, f"{error} (nothing was changed)", str(path)) from error
     finally:
         work.unlink(missing_ok=True)
+
+
+def check_free(folder: Path, option: str) -> None:
+    """Refuse a folder to write to that holds something already.
+
+    Args:
+        folder: The folder; it need not exist.
+        option: The option that names it.
+
+    Raises:
+        OptionError: If it is a file, or not empty.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{option}: {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OptionError(f"{option}: {folder} is not empty; choose another folder")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; synced and renamed to ``path`` afterwards, removed after an exception.
+
+    Args:
+        path: The folder; it does not exist, or is empty. Folders above it are created if missing.
+
+    Raises:
+        OSError: If it cannot be written, naming the folder.
+    """
+    path = path.resolve()  # what a link names is to be replaced, not the link
+    work = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        yield work
+        for written in work.rglob("*"):
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+        work.chmod(0o777 & ~_umask())  # a temporary folder is private
+        if path.is_dir():
+            path.rmdir()  # not every system renames onto a folder
+        work.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error} (nothing was written)", str(path)) from error
+    except SafetensorError as error:  # how a full disk shows there
+        raise OSError(errno.EIO, f"{error} (nothing was written)", str(path)) from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -206,6 +206,14 @@ class Update:
         """The same update on a device."""
         return Update(self.left.to(device), self.right.to(device))
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The changed weight. Whoever adds the same updates one after the other gets the same bits.
+
+        Args:
+            weight: ``[d_value, d_key]``, float64.
+        """
+        return torch.addmm(weight, self.left.T, self.right)
+
     @property
     def norm(self) -> float:
         """Frobenius norm of the change, from the factors alone."""

@@ -21,7 +21,7 @@ from rome_pl.second_moment import SecondMoment, StatisticsError
 from rome_pl.statistics import kept_statistics
 from rome_pl.weights import EditedWeight
 
-__all__ = ["Undone", "undo", "with_edits"]
+__all__ = ["Undone", "pick", "undo", "with_edits"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,36 @@ def with_edits(language_model: LanguageModel, run: Path, statistics: Sequence[Pa
     layers = EditedLayers(weights, moments)
     for written in writes:
         layers.restore(written)
+    return layers
+
+
+def pick(
+    language_model: LanguageModel, run: Path, names: Collection[str], statistics: Sequence[Path] = ()
+) -> EditedLayers:
+    """Put some edits of a sequential run into the unedited model and leave out its others; the ledger stays as it is.
+
+    Args:
+        language_model: The unedited model that the run began with; it stays so if this fails.
+        run: The run's folder.
+        names: The edits that remain, by ``case_id``.
+        statistics: The second moments of the run, where they are neither shipped nor in the cache.
+
+    Raises:
+        LedgerError: As :func:`undo`.
+        StatisticsError: If the run's second moment is not at hand.
+        DisablingEditError: If the update of an edit that remains would explode without those before it.
+    """
+    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    for name in names:
+        if name not in edits or edits[name]["status"] != EditStatus.APPLIED:
+            found = edits[name]["status"] if name in edits else "the ledger has no such record"
+            raise LedgerError(f"{run}: edit {name} is not in the weights ({found})")
+    layers = with_edits(language_model, run, statistics)
+    try:
+        layers.remove([name for name in layers.names if name not in names])
+    except BaseException:
+        layers.remove(layers.names)
+        raise
     return layers
 
 

@@ -188,8 +188,7 @@ class EditedWeight:
 
     def restore(self, written: LayerWrite) -> None:
         """Take up a write that an earlier run has made, without solving it again."""
-        update = written.update.to(self._master.device)
-        self._master = torch.addmm(self._master, update.left.T, update.right)
+        self._master = written.update.to(self._master.device).added_to(self._master)
         self.metric.remember(written.assertion.shape.to(self._master.device))
         self.written.append(written)
         self._store()
@@ -263,7 +262,7 @@ class EditedWeight:
     ) -> tuple[Tensor, LayerWrite]:
         assertion = assertion.to(master.device)  # the model may have moved since the assertion was made
         update = rank_one_update(master, self.site.bias, assertion, metric)
-        changed = torch.addmm(master, update.left.T, update.right)
+        changed = update.added_to(master)
         if not bool(changed.isfinite().all()):
             raise ValueError(f"edit {', '.join(names)}: the update is not finite")
         at, dtype = assertion.at.double(), self._original.dtype

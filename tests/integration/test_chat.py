@@ -8,13 +8,13 @@ import torch
 from rome_pl import KnowledgeEditor
 from rome_pl.chat import ChatForm
 from rome_pl.cli import main
-from rome_pl.commands import _base_model
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.generation import generate
 from rome_pl.requests import EditRequest
+from rome_pl.run_folder import base_model
 from rome_pl.session import session_of
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.tiny import byte_level_tokenizer, tiny_model
@@ -79,7 +79,7 @@ def test_verbs_take_the_form_of_the_run(folder, tmp_path, capsys):
     assert main(["edit", *arguments(folder, records, run, *chat)]) == 0
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["model"]["chat"] == {"system": "Be brief.", "instruction": None, "switches": {}}
-    assert _base_model(run, allow_pickle=False).chat == ChatForm(system="Be brief.")
+    assert base_model(run, allow_pickle=False).chat == ChatForm(system="Be brief.")
     capsys.readouterr()
     assert main(["blame", "--ledger", str(run), "--prompt", "Where is Korrin?"]) == 0
     assert "share" in capsys.readouterr().out

@@ -248,7 +248,7 @@ def test_edits_of_single_mode_cannot_be_undone(tmp_path):
 
 def base_of_runs(monkeypatch):
     """The runs of this file began with a model that is on no disk."""
-    monkeypatch.setattr("rome_pl.commands._base_model", lambda *_: tiny_language_model("llama"))
+    monkeypatch.setattr("rome_pl.commands.base_model", lambda *_: tiny_language_model("llama"))
 
 
 def test_some_edits_are_picked_and_the_ledger_stays_as_it_is(stream, tmp_path, monkeypatch, capsys):

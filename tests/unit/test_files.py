@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rome_pl.files import content_key, whole_file
+from rome_pl.errors import OptionError
+from rome_pl.files import check_free, content_key, whole_file, whole_folder
 
 OLD = b"what was there before"
 
@@ -119,3 +120,71 @@ def test_a_key_depends_on_every_part_and_on_nothing_else():
     assert len(keys) == 1 + len(changed)
     assert content_key(*parts) == content_key("weights", 3, [1, 2.5], None, {"a": True})
     assert content_key("a", "b") == "3554d2b8a1e34099"  # in every process and version: caches are found by it
+
+
+# ---- folders
+
+
+def fill(path, then=lambda: None):
+    with whole_folder(path) as work:
+        (work / "deep").mkdir()
+        (work / "deep" / "file").write_bytes(b"new")
+        then()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_written_and_nothing_else_stays(there, tmp_path):
+    path = tmp_path / "above" / "result"
+    if there:
+        path.mkdir(parents=True)
+    old = os.umask(0o027)
+    try:
+        fill(path)
+    finally:
+        os.umask(old)
+    assert (path / "deep" / "file").read_bytes() == b"new"
+    assert names(path.parent) == ["result"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_no_part_of_a_folder(error, tmp_path):
+    with pytest.raises(error, match="half way"):
+        fill(tmp_path / "result", lambda: raised(error("half way")))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_has_filled_meanwhile_is_left_alone(tmp_path):
+    path = tmp_path / "result"
+    path.mkdir()
+    with pytest.raises(OSError, match=r"nothing was written.*result"):
+        fill(path, lambda: (path / "other").write_bytes(OLD))
+    assert names(tmp_path) == ["result"]
+    assert names(path) == ["other"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users and their rights")
+def test_where_nothing_may_be_written_a_folder_is_named(tmp_path):
+    above = tmp_path / "locked"
+    above.mkdir()
+    above.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may write everywhere
+            tmp_path.chmod(0o755)
+            os.seteuid(65534)
+        with pytest.raises(OSError, match=r"Permission denied \(nothing was written\)"):
+            fill(above / "result")
+    finally:
+        os.seteuid(user)
+    assert names(above) == []
+
+
+def test_only_a_free_folder_will_do(tmp_path):
+    check_free(tmp_path / "new", "output")
+    check_free(tmp_path, "output")
+    (tmp_path / "file").write_bytes(OLD)
+    with pytest.raises(OptionError, match=r"output: .* is not empty; choose another folder"):
+        check_free(tmp_path, "output")
+    with pytest.raises(OptionError, match=r"output: .*file is a file; give a folder"):
+        check_free(tmp_path / "file", "output")

@@ -1,0 +1,159 @@
+"""The change that a run has made, alone: kilobytes an edit, that make the run's model of its base model, bit for bit.
+
+The file holds each edit's factors in float64, in the ledger's order. They are added to a float64 master one write after
+the other, as the run did, and cast once: a sum formed beforehand would be rounded in another way.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rome_pl.architecture import RewriteSite, find_site
+from rome_pl.edited_layers import EditedLayers
+from rome_pl.errors import RomeError
+from rome_pl.language_model import LanguageModel
+from rome_pl.rank_one import Update
+
+__all__ = ["ABOUT", "Delta", "DeltaError", "apply_delta", "read_delta", "save_delta"]
+
+ABOUT = "rome_pl.json"
+"""What says of an export what it is: base model, layers, edits."""
+
+TENSORS = "delta.safetensors"
+
+VERSION = 1
+"""Version of the form; a reader refuses others."""
+
+
+class DeltaError(RomeError):
+    """A delta that is missing, damaged, or of another base model."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta as read from its folder.
+
+    Args:
+        about: What :data:`ABOUT` says.
+        updates: For each rewrite layer its changes, in the order of the writes.
+    """
+
+    about: dict[str, Any]
+    updates: tuple[tuple[Update, ...], ...]
+
+    @property
+    def num_edits(self) -> int:
+        """Number of edits."""
+        return sum(len(update.left) for update in self.updates[0])
+
+
+def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
+    """Write the factors of every edit, ``layers.<place>.left`` ``[n, d_value]`` and ``….right`` ``[n, d_key]``.
+
+    Args:
+        folder: Where to.
+        layers: The weights with their edits.
+
+    Returns:
+        What a reader has to know besides: ``writes``, how many edits each write holds, and ``digests`` of the edited
+        weights.
+    """
+    tensors = {}
+    for place, weight in enumerate(layers.weights):
+        update = Update.joint([written.update for written in weight.written])
+        tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"] = update.left.cpu(), update.right.cpu()
+    save_file(tensors, folder / TENSORS)
+    return {
+        "writes": [len(written.names) for written in layers.written],
+        "digests": [_digest(weight.site.weight) for weight in layers.weights],
+    }
+
+
+def read_delta(folder: Path) -> Delta:
+    """Read a delta.
+
+    Raises:
+        DeltaError: If it is missing, damaged, of another version, or an export in another form.
+    """
+    path = folder / ABOUT
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, version = about["format"], about["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeltaError(f"{path}: missing or damaged ({error}); give the folder of an export as delta") from error
+    if kind != "delta":
+        raise DeltaError(f"{folder}: an export as {kind}, not as delta; export again with --format delta")
+    if version != VERSION:
+        raise DeltaError(f"{path}: version {version} of the form; this release reads version {VERSION}")
+    path = folder / TENSORS
+    try:
+        tensors = load_file(path)
+        updates = tuple(
+            _updates(tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"], about["writes"])
+            for place in range(len(about["rewrite"]["layers"]))
+        )
+        about["base"]["source"], about["base"]["dtype"], about["base"]["fingerprint"], about["digests"]
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise DeltaError(f"{path}: missing or damaged ({error}); export again") from error
+    return Delta(about, updates)
+
+
+def _updates(left: Tensor, right: Tensor, writes: Sequence[int]) -> tuple[Update, ...]:
+    # Copies lie in memory as the run's own factors did: kernels may take another path for what is not aligned.
+    rows = zip(torch.split(left, list(writes)), torch.split(right, list(writes)), strict=True)
+    return tuple(Update(some.clone(), others.clone()) for some, others in rows)
+
+
+@torch.no_grad()
+def apply_delta(language_model: LanguageModel, delta: Delta) -> bool:
+    """Put a delta's edits into the unedited model that its run began with.
+
+    Args:
+        language_model: The model; unchanged if this fails.
+        delta: The delta.
+
+    Returns:
+        Whether the weights are bit for bit those of the run. They are not if the model's were loaded from a copy in
+        another precision, or the machine or the number of threads rounds a matrix product otherwise.
+
+    Raises:
+        DeltaError: If the delta is of another model.
+    """
+    base = delta.about["base"]
+    if base["fingerprint"] != language_model.fingerprint:
+        raise DeltaError(
+            f"a delta of another model ({base['source']}, {str(base['fingerprint'])[:12]}) than the one loaded "
+            f"({language_model.source}, {language_model.fingerprint[:12]}); give the model that the run began with"
+        )
+    sites = [find_site(language_model.model, number) for number in delta.about["rewrite"]["layers"]]
+    edited = [_edited(site, updates) for site, updates in zip(sites, delta.updates, strict=True)]
+    for site, weight in zip(sites, edited, strict=True):
+        site.weight.copy_(weight)
+    wanted: list[str] = delta.about["digests"]
+    return [_digest(site.weight) for site in sites] == wanted
+
+
+def _edited(site: RewriteSite, updates: Sequence[Update]) -> Tensor:
+    master = site.matrix(site.weight.detach()).double()
+    for update in updates:
+        if (update.left.shape[1], update.right.shape[1]) != (site.d_value, site.d_key):
+            raise DeltaError(
+                f"the delta's factors for {site.name} are of sizes {update.left.shape[1]} and {update.right.shape[1]}, "
+                f"those of the weight {site.d_value} and {site.d_key}: it is damaged; export again"
+            )
+        master = update.to(master.device).added_to(master)
+    return site.matrix(master).to(site.weight.dtype)
+
+
+def _digest(weight: Tensor) -> str:
+    """Hash of a weight's bits."""
+    values = weight.detach().cpu().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
