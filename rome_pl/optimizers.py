@@ -29,9 +29,10 @@ class PolyakStep(Optimizer):
 
     Many offsets reach the target, and the shortest disturbs least: at it the offset lies along the gradient. With
     ``shorten`` each step also takes off that fraction of what the offset has across the gradient, which leaves the
-    linearised log-odds as they are. It is a damped step of the iteration by which structural reliability finds the point
-    of a level set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the log-odds bend,
-    that costs some of them: after a step that brought them less than 0.05 of the way nearer, nothing is taken off.
+    linearised log-odds as they are. It is a damped step of the iteration by which structural reliability finds the
+    point of a level set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the
+    log-odds bend, that costs some of them: after a step that brought them less than 0.05 of the way nearer, nothing is
+    taken off.
 
     Args:
         params: Offsets, one parameter group each; :class:`rome_pl.RomeModule` adds to each group the current ``loss``
