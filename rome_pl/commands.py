@@ -1,4 +1,4 @@
-"""The verbs of the command line that need no Trainer: looking into a run's ledger, and taking edits out of it."""
+"""The verbs of the command line that need no Trainer: looking into a run's ledger, taking edits out of it, converting."""
 
 import logging
 from collections import Counter
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.blame import blame as find_influences
+from rome_pl.convert import convert_settings, shown, write_config
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.ledger import LedgerError
@@ -18,7 +19,7 @@ from rome_pl.replay import differences, read_edits, read_manifest, replay
 from rome_pl.undo import undo as take_out
 from rome_pl.undo import with_edits
 
-__all__ = ["COMMANDS", "blame", "diff", "pick", "show", "undo"]
+__all__ = ["COMMANDS", "blame", "convert", "diff", "pick", "show", "undo"]
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,48 @@ def diff(ledger: str, other: str) -> None:
     )
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"show": show, "undo": undo, "pick": pick, "blame": blame, "diff": diff}
+def convert(file: str, output: str = "config.yaml", force: bool = False, overwrite: bool = False) -> None:
+    """Turn settings of EasyEdit, kmeng01/rome or their relatives into a configuration, and show what differs.
+
+    Args:
+        file: A YAML or JSON file from their hparams folder; also as the first argument, without a name.
+        output: The configuration to write, for rome-pl edit --config.
+        force: Whether unknown keys are left out.
+        overwrite: Whether an older file of that name may go.
+    """
+    if Path(output).exists() and not overwrite:
+        raise OptionError(f"output: {output} exists; choose another name, or give --overwrite")
+    converted = convert_settings(file, force)
+    write_config(converted, Path(output))
+    table = Table(title=f"{file} ({converted.method})")
+    for name in ("key", "value", "here", "remark"):
+        table.add_column(name, overflow="fold")
+    for row in converted.rows:
+        options = [f"{name}: {shown(value)}" for name, value in row.fate.options.items()]
+        differs = row.fate.kind == "differs"
+        value = "(not in the file)" if row.value is None else shown(row.value)
+        here = "\n".join(options) or ("" if differs else row.fate.kind)
+        remark = f"differs: {row.fate.remark}" if differs else row.fate.remark
+        table.add_row(*map(escape, (row.key, value, here, remark)), style="yellow" if differs else None)
+    console = Console()
+    console.print(table)
+    differing = sum(row.fate.kind == "differs" for row in converted.rows)
+    console.print(
+        f"Wrote {output}; {differing} of {len(converted.rows)} settings differ. Run: rome-pl edit --config {output} "
+        "--data.path FACTS",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "show": show,
+    "undo": undo,
+    "pick": pick,
+    "blame": blame,
+    "diff": diff,
+    "convert": convert,
+}
 """The verbs, by name."""
 
 
