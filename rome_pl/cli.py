@@ -219,7 +219,7 @@ def main(args: Sequence[str] | None = None) -> int:
             load_from_checkpoint_support=False,
             args=_normalised(given),
             parser_class=_Parser,
-            parser_kwargs={"epilog": f"Without a Trainer, on the folder of a run: {', '.join(COMMANDS)}."},
+            parser_kwargs={"epilog": f"Without a Trainer: {', '.join(COMMANDS)}."},
         )
     except (RomeError, OSError) as error:
         print(f"rome-pl: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The verbs of the command line that need no Trainer: looking into a run's ledger, taking edits out of it, converting."""
+"""The verbs of the command line that need no Trainer: on the ledger of a run, and on settings of other projects."""
 
 import logging
 from collections import Counter
@@ -210,7 +210,7 @@ def convert(file: str, output: str = "config.yaml", force: bool = False, overwri
     for row in converted.rows:
         options = [f"{name}: {shown(value)}" for name, value in row.fate.options.items()]
         differs = row.fate.kind == "differs"
-        value = "(not in the file)" if row.value is None else shown(row.value)
+        value = "(not in the file)" if row.value is None else row.value
         here = "\n".join(options) or ("" if differs else row.fate.kind)
         remark = f"differs: {row.fate.remark}" if differs else row.fate.remark
         table.add_row(*map(escape, (row.key, value, here, remark)), style="yellow" if differs else None)

@@ -1,23 +1,19 @@
 """Settings of EasyEdit, kmeng01/rome and their relatives, turned into a configuration of ``rome-pl edit``."""
 
-import json
 import shlex
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rome_pl.conversion_rules import IMPLIED, REQUIRED, RULES, Fate
 from rome_pl.files import whole_file
-from rome_pl.foreign_settings import IMPLIED, METHODS, REQUIRED, RULES, ConversionError, Fate, Settings
+from rome_pl.foreign_settings import ConversionError, read_settings
 from rome_pl.suggestions import did_you_mean
 
 __all__ = ["Converted", "Row", "convert_settings", "shown", "write_config"]
-
-_TELLING = {"nullspace_threshold": "AlphaEdit", "emmet_lambda": "EMMET", "mom2_update_weight": "MEMIT"}
-"""Keys by which a file of a method is known that does not name it; what has none of them is ROME's."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +22,12 @@ class Row:
 
     Args:
         key: The key.
-        value: Its value; ``None`` where the file lacks it.
+        value: Its value, as YAML; ``None`` where the file lacks it.
         fate: What became of it.
     """
 
     key: str
-    value: Any
+    value: str | None
     fate: Fate
 
 
@@ -41,7 +37,7 @@ class Converted:
 
     Args:
         path: The file that they come from.
-        method: Its method, one of :data:`METHODS`.
+        method: Its method, one of :data:`rome_pl.foreign_settings.METHODS`.
         config: What ``rome-pl edit --config`` reads.
         rows: What became of every key, in the file's order, and of those that it lacks.
     """
@@ -64,8 +60,8 @@ def convert_settings(path: str | Path, force: bool = False) -> Converted:
             unknown, or a value of the wrong type.
     """
     path = Path(path).expanduser()
-    values = _read(path)
-    settings = Settings(path, _method(path, values), values)
+    settings = read_settings(path)
+    values = settings.values
     unknown = [key for key in values if key not in RULES]
     if unknown and not force:
         raise ConversionError(
@@ -75,7 +71,7 @@ def convert_settings(path: str | Path, force: bool = False) -> Converted:
     if missing := [key for key in REQUIRED if key not in values]:
         raise ConversionError(f"{path}: lacks the key '{missing[0]}', which every file of {settings.method} has")
     rows = [
-        Row(key, value, RULES[key](settings, key) if key in RULES else Fate("differs", "unknown, left out"))
+        Row(key, shown(value), RULES[key](settings, key) if key in RULES else Fate("differs", "unknown, left out"))
         for key, value in values.items()
     ]
     rows += [Row(key, None, rule(settings, key)) for key, rule in IMPLIED.items() if key not in values]
@@ -117,59 +113,3 @@ def shown(value: Any) -> str:
     """A value as one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConversionError(f"{path}: no such file; give a YAML or JSON file of settings") from None
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    match path.suffix.lower():
-        case ".json":
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ConversionError(
-                    f"{path}, line {error.lineno}: malformed JSON at column {error.colno}: {error.msg}"
-                ) from error
-        case ".yaml" | ".yml":
-            try:
-                values = yaml.safe_load(text)
-            except yaml.MarkedYAMLError as error:
-                line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-                raise ConversionError(f"{path}, line {line}: malformed YAML: {error.problem}") from error
-            except (yaml.YAMLError, ValueError) as error:  # characters and dates that are none
-                raise ConversionError(f"{path}: malformed YAML: {error}") from error
-        case suffix:
-            raise ConversionError(f"{path}: unknown file type '{suffix}'; expected .yaml, .yml or .json")
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConversionError(f"{path}: expected keys with values, got {type(values).__name__}")
-    if not values:
-        raise ConversionError(f"{path}: holds no settings")
-    return values
-
-
-def _method(path: Path, values: Mapping[str, Any]) -> str:
-    """The method that a file names; else that of its folder, as in ``hparams/MEMIT``; else what its keys tell."""
-    known = {_plain(method): method for method in METHODS}
-    if (named := values.get("alg_name")) is not None:
-        if (method := known.get(_plain(str(named)))) is None:
-            raise ConversionError(
-                f"{path}, key 'alg_name': {named!r} is not here{did_you_mean(str(named), METHODS)}; settings of "
-                f"{', '.join(METHODS)} can be converted"
-            )
-        return method
-    if (method := known.get(_plain(path.absolute().parent.name))) is not None:
-        return method
-    if "layers" in values and "mom2_adjustment" in values:
-        return next((method for key, method in _TELLING.items() if key in values), "ROME")
-    raise ConversionError(
-        f"{path}: names no method ('alg_name'), and has not the keys of one that is here; settings of "
-        f"{', '.join(METHODS)} can be converted"
-    )
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")

@@ -50,7 +50,9 @@ class SuggestingParser(ArgumentParser):
     _given: Sequence[str] = ()
 
     @override
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse's overloads, which jsonargparse does not have either
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
         """Parse arguments; which verb they name is kept for what an error says."""
         self._given = list(args or ())
         return super().parse_args(args, *others, **options)
