@@ -191,7 +191,8 @@ class KnowledgeEditor:
         """Rewrite several facts, one after the other, with the arguments and the return value of EasyEdit's ``edit``.
 
         What is measured before stands under ``pre``; ``post`` is measured with all of them in the model, or with its
-        own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` and ``reason`` say so.
+        own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` and ``reason``
+        say so.
 
         Args:
             prompts: Texts that end right before the answers; a text is a list of one, here and in the others.

@@ -16,8 +16,9 @@ _ENOUGH = 0.6
 
 # What jsonargparse says of names that it does not know. An unknown option is followed by its value, which is none.
 _UNKNOWN = (
-    re.compile(r"^Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
-    re.compile(r"^Option '(?P<name>[^']+)' is not accepted"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
+    re.compile(r"Subcommand '[^']+' does not accept option '(?P<name>[^']+)'"),
+    re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
     re.compile(r"invalid choice: '(?P<choice>[^']+)'"),
 )
 
@@ -67,9 +68,9 @@ class SuggestingParser(ArgumentParser):
         verb = next((subcommands[given] for given in self._given if given in subcommands), None)
         names = list(_options(parser or verb or self))
         if message.startswith("unrecognized arguments:"):
-            written = [part.partition("=")[0] for part in message.split() if part.startswith("--")]
-            found = (did_you_mean(name.strip("-"), names).replace("'", "'--", 1) for name in written)
-            return next(filter(None, found), "")
+            written = (part.partition("=")[0] for part in message.split() if part.startswith("--"))
+            near = next(filter(None, (did_you_mean(name.removeprefix("--"), names) for name in written)), "")
+            return near.replace("'", "'--", 1)  # as it is written there
         for pattern in _UNKNOWN:
             if match := pattern.search(message):
                 parts = match.groupdict()
