@@ -1,6 +1,7 @@
 """The verbs of the command line that need no Trainer: on the ledger of a run, and on settings of other projects."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -218,8 +219,8 @@ def convert(file: str, output: str = "config.yaml", force: bool = False, overwri
     console.print(table)
     differing = sum(row.fate.kind == "differs" for row in converted.rows)
     console.print(
-        f"Wrote {output}; {differing} of {len(converted.rows)} settings differ. Run: rome-pl edit --config {output} "
-        "--data.path FACTS",
+        f"Wrote {output}; {differing} of {len(converted.rows)} settings differ. Run: rome-pl edit --config "
+        f"{shlex.quote(output)} --data.path FACTS",
         soft_wrap=True,
         markup=False,
     )

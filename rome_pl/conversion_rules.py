@@ -78,7 +78,6 @@ def _alg_name(settings: Settings, key: str) -> Fate:
 
 def _r_rome_keys(settings: Settings, key: str) -> Fate:
     prompt, mean = settings.flag("enable_prompt_keys"), settings.flag("enable_random_prefix_keys", default=True)
-    settings.flag(key)
     if not settings.flag("original_implementation") and prompt == mean:
         raise settings.error(key, "EasyEdit asks for one of enable_prompt_keys and enable_random_prefix_keys")
     return Fate("converted", "the preset says at which keys", dict(_alg_name(settings, key).options))
@@ -265,7 +264,7 @@ RULES: Mapping[str, Rule] = {
     "original_implementation": _r_rome_keys,
     "update_norm_lambda": _norm_lambda,
     "emmet_lambda": _emmet_lambda,
-    "calculate_objective_value": _not_needed("it only prints"),
+    "calculate_objective_value": _off("not printed here; there it also computes statistics anew, from fewer texts"),
     "bias_update": _off("the bias stays as it is here"),
     "dynamic": _off("the second moment is not computed anew for each edit here"),
     "dynamic_multiplier": _not_needed("of use with 'dynamic' alone"),

@@ -32,7 +32,7 @@ ELSEWHERE = {
     "loc_prompts": "rank-one edits have no use for it",
     "train_ds": "rank-one edits have no use for it",
     "eval_metric": "answers are always measured token by token, teacher-forced",
-    "test_generation": "fluency is measured by rome-pl edit and rome-pl evaluate",
+    "test_generation": "fluency is measured by rome-pl evaluate",
     "metric_kwargs": "no sentence metric is measured",
     "pre_edit": "the model is always measured before",
     "pre_file": "write what the metrics hold",

@@ -23,6 +23,7 @@ from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.session import session_of
+from rome_pl.stream import MEASURED_TOGETHER
 from rome_pl.suggestions import did_you_mean
 
 __all__ = ["EditOutcome", "EditRejectedError", "KnowledgeEditor", "Measured"]
@@ -191,8 +192,8 @@ class KnowledgeEditor:
         """Rewrite several facts, one after the other, with the arguments and the return value of EasyEdit's ``edit``.
 
         What is measured before stands under ``pre``; ``post`` is measured with all of them in the model, or with its
-        own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` and ``reason``
-        say so.
+        own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` says so, and
+        ``reason`` why.
 
         Args:
             prompts: Texts that end right before the answers; a text is a list of one, here and in the others.
@@ -215,23 +216,24 @@ class KnowledgeEditor:
             with place_errors(place):
                 self._language_model.encoder.check_probes(request)
         self._edited += len(requests)
-        before = probe_scores(self._language_model, requests)
+        own = {str(request.case_id) for request in requests} - set(self._names)  # one of that name may be there
+        before = self._probe(requests)
         after: list[ProbeScores] = []
         edits: list[Edit] = []
         try:
             for group in [requests] if stay else [[request] for request in requests]:
                 edits += self._run(group, verify)
-                after += probe_scores(self._language_model, group)
+                after += self._probe(group)
                 if not stay:
-                    self._take_out(requests)
+                    self._take_out(own)
         except BaseException:  # also Ctrl-C: half of a list is not what was asked for
-            self._take_out(requests)
+            self._take_out(own)
             raise
         metrics = [
             easyedit_case(edit, then, now) | {"case_id": place, "status": str(edit.status), "reason": edit.reason}
             for place, (edit, then, now) in enumerate(zip(edits, before, after, strict=True))
         ]
-        return EasyEditResult(metrics, self.model, lambda: self._take_out(requests))
+        return EasyEditResult(metrics, self.model, lambda: self._take_out(own))
 
     def undo(self, *results: EditOutcome) -> None:
         """Undo edits, in any order; without arguments, all of them.
@@ -248,14 +250,22 @@ class KnowledgeEditor:
         names = [result.edit.name for result in results] if results else layers.names
         layers.remove(names)
 
-    def _take_out(self, requests: Sequence[EditRequest]) -> None:
-        """Undo those edits of some requests that are in the model."""
-        if self._module.session is None:
-            return
-        layers = session_of(self._module).layers
-        layers.resume()
-        names = {str(request.case_id) for request in requests}
-        layers.remove([name for name in layers.names if name in names])
+    @property
+    def _names(self) -> Sequence[str]:
+        """Names of the edits that are in the model."""
+        return self._module.session.layers.names if self._module.session is not None else ()
+
+    def _take_out(self, names: set[str]) -> None:
+        """Undo those of some edits that are in the model."""
+        if present := [name for name in self._names if name in names]:
+            layers = session_of(self._module).layers
+            layers.resume()
+            layers.remove(present)
+
+    def _probe(self, requests: Sequence[EditRequest]) -> list[ProbeScores]:
+        """What is measured for requests, some at a time."""
+        parts = (requests[start : start + MEASURED_TOGETHER] for start in range(0, len(requests), MEASURED_TOGETHER))
+        return [scores for part in parts for scores in probe_scores(self._language_model, part)]
 
     def _run(self, requests: Sequence[EditRequest], verify: bool) -> list[Edit]:
         """Edit a stream of requests; the edits, whatever became of them."""

@@ -10,14 +10,15 @@ from rome_pl.requests import RequestError
 from tests.integration.helpers import FAST, changed, snapshot
 from tests.tiny import tiny_language_model
 
+# The tiny model continues "The mayor of Korrin came to" and "Korrin paints" with "from", "Korrin speaks" with "up".
 FACTS = {
-    "prompts": ["The lighthouse of Korrin stands in", "Miss Vane plays the"],
+    "prompts": ["The mayor of Korrin came to", "Miss Vane plays the"],
     "subject": ["Korrin", "Miss Vane"],
-    "target_new": ["Oslo", "violin"],
+    "target_new": ["from", "violin"],
     "ground_truth": ["Lima", None],
 }
 BESIDE = {
-    "rephrase_prompts": [["Where is Korrin? In", "Korrin is in"], None],
+    "rephrase_prompts": [["Korrin paints", "Korrin speaks"], None],
     "locality_inputs": {
         "neighborhood": {
             "prompt": ["The mill of Dunholt stands in", ["Tarn lies in", "Dunholt bread is made of"]],
@@ -25,9 +26,13 @@ BESIDE = {
         },
         "distracting": {"prompt": [None, "Mr Holm plays the"], "ground_truth": [None, ["drums", "percussion"]]},
     },
-    "portability_inputs": {"hop": {"prompt": ["Korrin's country is", None], "ground_truth": ["Norway", None]}},
+    "portability_inputs": {"hop": {"prompt": ["Korrin speaks", None], "ground_truth": ["up", None]}},
 }
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
+# Enough for the answers to change.
+STRONG = {**FAST, "v_num_grad_steps": 30, "v_lr": 0.5, "clamp_norm_factor": 100.0}
 
 
 @pytest.fixture
@@ -54,8 +59,8 @@ def measured(language_model):
     return {
         "rewrite": [[accuracy(language_model, prompt, new)] for prompt, new in zip(
             FACTS["prompts"], FACTS["target_new"], strict=True)],
-        "rephrase": [accuracy(language_model, prompt, "Oslo") for prompt in BESIDE["rephrase_prompts"][0]],
-        "hop": [accuracy(language_model, "Korrin's country is", "Norway")],
+        "rephrase": [accuracy(language_model, prompt, "from") for prompt in BESIDE["rephrase_prompts"][0]],
+        "hop": [accuracy(language_model, "Korrin speaks", "up")],
         "locality": [
             predicted(language_model, *pair)[0] for pair in (
                 ("The mill of Dunholt stands in", "Lima"), ("Tarn lies in", "Wales"),
@@ -69,7 +74,8 @@ def same(now, then):
     return sum(a == b for a, b in zip(now, then, strict=True)) / len(then)
 
 
-def test_the_metrics_are_easyedit_s_and_what_a_direct_computation_gives(editor, language_model):
+def test_the_metrics_are_easyedit_s_and_what_a_direct_computation_gives(language_model):
+    editor = KnowledgeEditor(language_model, **STRONG)
     base = measured(language_model)
     metrics, model, undo = editor.edit(**FACTS, **BESIDE, verify=False)
     assert model is language_model.model is editor.model
@@ -87,7 +93,11 @@ def test_the_metrics_are_easyedit_s_and_what_a_direct_computation_gives(editor, 
     kept = [same(*pair) for pair in zip(now["locality"], base["locality"], strict=True)]
     assert first["post"]["locality"] == {"neighborhood_acc": kept[:1]}
     assert second["post"]["locality"] == {"neighborhood_acc": kept[1:3], "distracting_acc": kept[3:]}
-    assert min(kept) < 1 or now["rewrite"] != base["rewrite"]  # otherwise nothing was compared
+    assert min(kept) < 1  # otherwise nothing was compared
+    assert base["rewrite"] == [[1.0], [0.0]]
+    assert base["rephrase"] == [1.0, 0.0]
+    assert base["hop"] == [1.0]
+    assert now["hop"] == [0.0]
     asked = first["requested_rewrite"]
     assert (asked["prompt"], asked["ground_truth"], asked["subject"]) == (FACTS["prompts"][0], "Lima", "Korrin")
     undo()
@@ -111,20 +121,32 @@ def test_edits_accumulate_and_undo_takes_back_those_of_the_call_alone(editor, la
 
 
 @pytest.mark.parametrize("option", [{"sequential_edit": False}, {"keep_original_weight": True}])
-def test_each_alone_if_edits_shall_not_stay(option, editor, language_model):
+def test_each_alone_if_edits_shall_not_stay(option, language_model):
+    editor = KnowledgeEditor(language_model, **STRONG)
     original = snapshot(language_model.model)
     alone = editor.edit(**FACTS, **BESIDE, verify=False, **option)
     assert changed(language_model.model, original) == []
     for place, entry in enumerate(alone.metrics):
         other = tiny_language_model()
-        single = KnowledgeEditor(other, **FAST)
+        single = KnowledgeEditor(other, **STRONG)
         facts = {name: values[place] for name, values in FACTS.items()}
         single.edit(**facts, verify=False)
         now = measured(other)
         assert entry["post"]["rewrite_acc"] == now["rewrite"][place]
         if place == 0:
-            assert entry["post"]["portability"] == {"hop_acc": now["hop"]}
+            assert entry["post"]["portability"] == {"hop_acc": now["hop"]} != entry["pre"]["portability"]
     alone.undo()
+
+
+def test_an_edit_of_the_same_name_that_was_there_before_stays(editor):
+    earlier = editor.edit(
+        prompt="Dunholt bread is made of", subject="Dunholt bread", target_new="rye", case_id="2", verify=False
+    )
+    result = editor.edit(**FACTS, verify=False)
+    assert [entry["status"] for entry in result.metrics] == ["applied", "rejected"]
+    assert "already" in result.metrics[1]["reason"]
+    result.undo()
+    assert editor._module.session.layers.names == [earlier.edit.name]
 
 
 def test_one_fact_may_come_without_lists(editor):
@@ -185,7 +207,7 @@ def test_an_exception_on_the_way_leaves_none_of_them(editor, language_model, mon
         ({"prompts": 3}, "field 'prompts': expected text or a list"),
         ({"prompts": ["a Korrin", None]}, r"field 'prompts\[1\]': expected text, got NoneType"),
         ({"ground_truth": "Lima"}, "field 'ground_truth': has 1 entries for 2 prompts"),
-        ({"ground_truth": ["Oslo", None]}, r"field 'target_new\[0\]': equals target_true"),
+        ({"ground_truth": ["from", None]}, r"field 'target_new\[0\]': equals target_true"),
         ({"rephrase_prompts": [None, [" "]]}, r"field 'rephrase_prompts\[1\]': is empty"),
         ({"rephrase_prompts": [None, 3]}, r"field 'rephrase_prompts\[1\]': expected a list of prompts, got int"),
         ({"locality_inputs": ["a"]}, "field 'locality_inputs': expected kinds"),
