@@ -63,8 +63,9 @@ def test_misspelt_options_and_verbs(arguments, expected, capsys):
 )
 def test_misspelt_keys_of_a_file(verb, text, expected, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
-    error = error_of([verb, "--config", str(tmp_path / "config.yaml")], capsys)
-    assert error.endswith(f"; did you mean '{expected}'?")
+    for more in ([], ["--print_config"]):  # of which the parser speaks with other words
+        error = error_of([verb, "--config", str(tmp_path / "config.yaml"), *more], capsys)
+        assert error.endswith(f"; did you mean '{expected}'?")
 
 
 def test_an_option_of_another_verb_is_not_suggested(capsys):
