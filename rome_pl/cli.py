@@ -1,5 +1,6 @@
 """The command line: Lightning's CLI with one verb per task, and plain verbs on the ledger of a run."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -37,6 +38,7 @@ from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
+from rome_pl.suggestions import SuggestingParser
 from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
@@ -50,6 +52,12 @@ class _RunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+
+
+class _Parser(SuggestingParser, LightningArgumentParser):
+    """Lightning's parser, with suggestions."""
+
+    verbs = tuple(COMMANDS)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,13 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     try:
         if given and given[0] in COMMANDS:
-            auto_cli(COMMANDS[given[0]], args=given[1:], prog=f"rome-pl {given[0]}", as_positional=False)
+            auto_cli(
+                COMMANDS[given[0]],
+                args=_normalised(_named(*given)),
+                prog=f"rome-pl {given[0]}",
+                as_positional=False,
+                parser_class=SuggestingParser,
+            )
             return APPLIED
         cli = RomeCLI(
             model_class=RomeModule,
@@ -204,7 +218,8 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=_normalised(given),
-            parser_kwargs={"epilog": f"Without a Trainer, on the folder of a run: {', '.join(COMMANDS)}."},
+            parser_class=_Parser,
+            parser_kwargs={"epilog": f"Without a Trainer: {', '.join(COMMANDS)}."},
         )
     except (RomeError, OSError) as error:
         print(f"rome-pl: {error}", file=sys.stderr)
@@ -230,6 +245,13 @@ def _quieten() -> None:
         "The '.*_dataloader' does not have many workers",  # requests are text in memory; tokenising text takes little
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _named(verb: str, *args: str) -> list[str]:
+    """Arguments of a plain verb; the first of them may come without its name."""
+    if not args or args[0].startswith("-"):
+        return list(args)
+    return [f"--{next(iter(inspect.signature(COMMANDS[verb]).parameters))}", *args]
 
 
 _SWITCHES = ("--dry_run", "--overwrite", "--list", "--force")

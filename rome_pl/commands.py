@@ -1,6 +1,7 @@
-"""The verbs of the command line that need no Trainer: looking into a run's ledger, and taking edits out of it."""
+"""The verbs of the command line that need no Trainer: on the ledger of a run, and on settings of other projects."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.blame import blame as find_influences
+from rome_pl.convert import convert_settings, shown, write_config
+from rome_pl.errors import OptionError
 from rome_pl.export_commands import apply, export
 from rome_pl.files import check_free
 from rome_pl.ledger import LedgerError
@@ -20,7 +23,7 @@ from rome_pl.run_folder import base_model, known_names, run_folder
 from rome_pl.undo import pick as keep
 from rome_pl.undo import undo as take_out
 
-__all__ = ["COMMANDS", "blame", "diff", "pick", "show", "undo"]
+__all__ = ["COMMANDS", "blame", "convert", "diff", "pick", "show", "undo"]
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +192,40 @@ def diff(ledger: str, other: str) -> None:
     )
 
 
+def convert(file: str, output: str = "config.yaml", force: bool = False, overwrite: bool = False) -> None:
+    """Turn settings of EasyEdit, kmeng01/rome or their relatives into a configuration, and show what differs.
+
+    Args:
+        file: A YAML or JSON file from their hparams folder; also as the first argument, without a name.
+        output: The configuration to write, for rome-pl edit --config.
+        force: Whether unknown keys are left out.
+        overwrite: Whether an older file of that name may go.
+    """
+    if Path(output).exists() and not overwrite:
+        raise OptionError(f"output: {output} exists; choose another name, or give --overwrite")
+    converted = convert_settings(file, force)
+    write_config(converted, Path(output))
+    table = Table(title=f"{file} ({converted.method})")
+    for name in ("key", "value", "here", "remark"):
+        table.add_column(name, overflow="fold")
+    for row in converted.rows:
+        options = [f"{name}: {shown(value)}" for name, value in row.fate.options.items()]
+        differs = row.fate.kind == "differs"
+        value = "(not in the file)" if row.value is None else row.value
+        here = "\n".join(options) or ("" if differs else row.fate.kind)
+        remark = f"differs: {row.fate.remark}" if differs else row.fate.remark
+        table.add_row(*map(escape, (row.key, value, here, remark)), style="yellow" if differs else None)
+    console = Console()
+    console.print(table)
+    differing = sum(row.fate.kind == "differs" for row in converted.rows)
+    console.print(
+        f"Wrote {output}; {differing} of {len(converted.rows)} settings differ. Run: rome-pl edit --config "
+        f"{shlex.quote(output)} --data.path FACTS",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "show": show,
     "undo": undo,
@@ -197,6 +234,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "diff": diff,
     "export": export,
     "apply": apply,
+    "convert": convert,
 }
 """The verbs, by name."""
 

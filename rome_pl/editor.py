@@ -3,24 +3,28 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, overload
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
+from rome_pl.easyedit import EasyEditResult, accumulates, easyedit_requests, place_errors
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
+from rome_pl.exports import easyedit_case
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel, load_language_model
-from rome_pl.metrics.probes import measure_target
+from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.session import session_of
+from rome_pl.stream import MEASURED_TOGETHER
+from rome_pl.suggestions import did_you_mean
 
 __all__ = ["EditOutcome", "EditRejectedError", "KnowledgeEditor", "Measured"]
 
@@ -124,17 +128,26 @@ class KnowledgeEditor:
         """The model, with every edit made so far."""
         return self._language_model.model
 
+    @overload
+    def edit(
+        self, prompt: str, subject: str, target_new: str, target_true: str | None = None, *, verify: bool = True,
+        **others: Any,
+    ) -> EditOutcome: ...  # fmt: skip
+
+    @overload
+    def edit(self, *, prompts: str | Sequence[str], verify: bool = True, **others: Any) -> EasyEditResult: ...
+
     def edit(
         self,
-        prompt: str,
-        subject: str,
-        target_new: str,
+        prompt: str | None = None,
+        subject: Any = None,
+        target_new: Any = None,
         target_true: str | None = None,
         *,
         verify: bool = True,
-        **fields: Any,
-    ) -> EditOutcome:
-        """Rewrite one fact.
+        **others: Any,
+    ) -> EditOutcome | EasyEditResult:
+        """Rewrite one fact; with EasyEdit's ``prompts`` in the place of ``prompt``, see :meth:`edit_many`.
 
         Args:
             prompt: Text that ends right before the answer, with the subject in it.
@@ -142,26 +155,87 @@ class KnowledgeEditor:
             target_new: The answer the model shall give.
             target_true: The answer before; only measured.
             verify: Whether an edit whose target stays unlikely is taken back.
-            fields: Further fields of :class:`EditRequest`, such as ``subject_span`` or ``target_space``.
+            others: Further fields of :class:`EditRequest`, such as ``subject_span`` or ``target_space``.
 
         Raises:
             RequestError: If the request is not valid.
+            OptionError: If an argument is not known.
             EditRejectedError: If the edit failed or was refused; the model is as it was before.
         """
-        request = EditRequest(
-            prompt=prompt, subject=subject, target_new=target_new, target_true=target_true,
-            case_id=fields.pop("case_id", self._edited), **fields,
-        )  # fmt: skip
+        if "prompts" in others:
+            if prompt is not None or target_true is not None:
+                raise OptionError("prompts goes with ground_truth, and prompt with target_true")
+            return self.edit_many(target_new=target_new, subject=subject, verify=verify, **others)
+        if isinstance(prompt, list | tuple):
+            raise OptionError("prompt is one text; several are prompts, with EasyEdit's other arguments")
+        if unknown := sorted(set(others) - _FIELDS):
+            raise OptionError(f"{unknown[0]}: no field of a request{did_you_mean(unknown[0], {*_FIELDS, 'prompts'})}")
+        asked: dict[str, Any] = {"case_id": self._edited, **others}
+        asked |= {"prompt": prompt, "subject": subject, "target_new": target_new, "target_true": target_true}
+        request = EditRequest(**asked)
         self._edited += 1
-        before, device = self._measure(request), self._language_model.device
-        callbacks: list[Callback] = [RepresentationCheck(), RankOneWriter(), EditCommit()]
-        if verify:
-            callbacks.insert(2, Verification())
-        self._run(request, callbacks, device)
-        edit = session_of(self._module).edits[-1]
+        before = self._measure(request)
+        (edit,) = self._run([request], verify)
         if edit.status is not EditStatus.APPLIED:
             raise EditRejectedError(f"{edit.status}: {edit.reason}")
         return EditOutcome(before, self._measure(request), self.model, edit)
+
+    def edit_many(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        subject: str | Sequence[str],
+        *,
+        sequential_edit: bool | None = None,
+        keep_original_weight: bool | None = None,
+        verify: bool = True,
+        **others: Any,
+    ) -> EasyEditResult:
+        """Rewrite several facts, one after the other, with the arguments and the return value of EasyEdit's ``edit``.
+
+        What is measured before stands under ``pre``; ``post`` is measured with all of them in the model, or with its
+        own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` says so, and
+        ``reason`` why.
+
+        Args:
+            prompts: Texts that end right before the answers; a text is a list of one, here and in the others.
+            target_new: The answers that the model shall give.
+            subject: The entities, each exactly as in its prompt.
+            sequential_edit: Whether edits accumulate and stay, which they do unless this is ``False``: then each is
+                made on the model as it is now, measured, and taken back.
+            keep_original_weight: The opposite of it, by its older name.
+            verify: Whether an edit whose target stays unlikely is taken back.
+            others: ``ground_truth``, ``rephrase_prompts``, ``locality_inputs`` and ``portability_inputs``; see
+                :func:`rome_pl.easyedit.easyedit_requests`.
+
+        Raises:
+            RequestError: If a request is not valid, with argument and position; nothing was edited.
+            OptionError: If an argument is not known or has no meaning here.
+        """
+        requests = easyedit_requests(prompts, target_new, subject, first=self._edited, **others)
+        stay = accumulates(sequential_edit, keep_original_weight)
+        for place, request in enumerate(requests):
+            with place_errors(place):
+                self._language_model.encoder.check_probes(request)
+        self._edited += len(requests)
+        own = {str(request.case_id) for request in requests} - set(self._names)  # one of that name may be there
+        before = self._probe(requests)
+        after: list[ProbeScores] = []
+        edits: list[Edit] = []
+        try:
+            for group in [requests] if stay else [[request] for request in requests]:
+                edits += self._run(group, verify)
+                after += self._probe(group)
+                if not stay:
+                    self._take_out(own)
+        except BaseException:  # also Ctrl-C: half of a list is not what was asked for
+            self._take_out(own)
+            raise
+        metrics = [
+            easyedit_case(edit, then, now) | {"case_id": place, "status": str(edit.status), "reason": edit.reason}
+            for place, (edit, then, now) in enumerate(zip(edits, before, after, strict=True))
+        ]
+        return EasyEditResult(metrics, self.model, lambda: self._take_out(own))
 
     def undo(self, *results: EditOutcome) -> None:
         """Undo edits, in any order; without arguments, all of them.
@@ -178,7 +252,29 @@ class KnowledgeEditor:
         names = [result.edit.name for result in results] if results else layers.names
         layers.remove(names)
 
-    def _run(self, request: EditRequest, callbacks: list[Callback], device: torch.device) -> None:
+    @property
+    def _names(self) -> Sequence[str]:
+        """Names of the edits that are in the model."""
+        return self._module.session.layers.names if self._module.session is not None else ()
+
+    def _take_out(self, names: set[str]) -> None:
+        """Undo those of some edits that are in the model."""
+        if present := [name for name in self._names if name in names]:
+            layers = session_of(self._module).layers
+            layers.resume()
+            layers.remove(present)
+
+    def _probe(self, requests: Sequence[EditRequest]) -> list[ProbeScores]:
+        """What is measured for requests, some at a time."""
+        parts = (requests[start : start + MEASURED_TOGETHER] for start in range(0, len(requests), MEASURED_TOGETHER))
+        return [scores for part in parts for scores in probe_scores(self._language_model, part)]
+
+    def _run(self, requests: Sequence[EditRequest], verify: bool) -> list[Edit]:
+        """Edit a stream of requests; the edits, whatever became of them."""
+        device = self._language_model.device
+        callbacks: list[Callback] = [RepresentationCheck(), RankOneWriter(), EditCommit()]
+        if verify:
+            callbacks.insert(2, Verification())
         with _quiet(), _interruptible():
             trainer = Trainer(
                 max_epochs=1,
@@ -191,9 +287,10 @@ class KnowledgeEditor:
                 enable_model_summary=False,
             )
             try:
-                trainer.fit(self._module, request_loader([request]))
+                trainer.fit(self._module, request_loader(requests))
             finally:
                 self.model.to(device)  # the Trainer leaves the model on the CPU
+        return session_of(self._module).edits
 
     def _measure(self, request: EditRequest) -> Measured:
         language_model = self._language_model
@@ -219,6 +316,9 @@ class KnowledgeEditor:
             )
         text = language_model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return Measured(probabilities[0], probabilities[1], text)
+
+
+_FIELDS = {field.name for field in fields(EditRequest)} - {"source"}
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from rome_pl.report import prefers
 from rome_pl.requests import EditRequest, Probe
 from rome_pl.session import EditSession
 
-__all__ = ["FORMATS", "FormatName", "detailed_records", "easyedit_cases", "kmeng01_cases", "write_lines"]
+__all__ = [
+    "FORMATS",
+    "FormatName",
+    "detailed_records",
+    "easyedit_case",
+    "easyedit_cases",
+    "kmeng01_cases",
+    "write_lines",
+]
 
 FormatName = Literal["easyedit", "kmeng01"]
 
@@ -70,16 +78,24 @@ def easyedit_cases(session: EditSession) -> list[dict[str, Any]]:
     accuracy is teacher-forced, by token; locality compares predictions with those before and has no ``pre``. Neighbours
     are EasyEdit's locality of the kind ``neighborhood``.
     """
-    return [
-        {
-            "pre": _easyedit_scores(edit.request, before, None),
-            "case_id": edit.request.case_id,
-            "requested_rewrite": _easyedit_request(edit.request),
-            "time": _seconds(edit),
-            "post": _easyedit_scores(edit.request, after, before),
-        }
-        for edit, before, after in _measured(session)
-    ]
+    return [easyedit_case(edit, before, after) for edit, before, after in _measured(session)]
+
+
+def easyedit_case(edit: Edit, before: ProbeScores, after: ProbeScores) -> dict[str, Any]:
+    """One edit's entry as EasyEdit's ``edit`` returns it.
+
+    Args:
+        edit: The edit.
+        before: What was measured without it.
+        after: What was measured with it.
+    """
+    return {
+        "pre": _easyedit_scores(edit.request, before, None),
+        "case_id": edit.request.case_id,
+        "requested_rewrite": _easyedit_request(edit.request),
+        "time": _seconds(edit),
+        "post": _easyedit_scores(edit.request, after, before),
+    }
 
 
 def kmeng01_cases(session: EditSession) -> list[dict[str, Any]]:
