@@ -97,11 +97,11 @@ class ProgressLines(ProgressBar):
         self._enabled = True
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()  # not before: other callbacks measure the unedited model at the start
 
     @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
 
     @override
@@ -121,8 +121,7 @@ class ProgressLines(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         blocks = _num_blocks(trainer)
-        total = self.total_predict_batches_current_dataloader if blocks is None else blocks
-        self._tell(batch_idx + 1, total)
+        self._tell(batch_idx + 1, trainer.num_predict_batches[dataloader_idx] if blocks is None else blocks)
 
     def _begin(self) -> None:
         self._began = self._last = time.monotonic()
@@ -133,9 +132,8 @@ class ProgressLines(ProgressBar):
         if not self._enabled or done == self._told or (done != total and now - self._last < self.every_n_seconds):
             return
         self._last, self._told = now, done
-        seconds = now - self._began
         of = "" if total is None else f" of {total}"
-        log.info("%d%s %s after %.0f s, %.2g s each", done, of, self.counted, seconds, seconds / done)
+        log.info("%d%s %s after %.0f s", done, of, self.counted, now - self._began)
 
 
 def _num_requests(trainer: Trainer) -> int | None:

@@ -213,20 +213,21 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return _run(given, quiet)
-    except (RomeError, OSError, MisconfigurationException) as error:
-        code, message = BAD_CONFIGURATION, str(error)
+    except (Exception, KeyboardInterrupt) as error:
         if "--debug" in switches:
             raise
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
-        if "--debug" in switches:
-            raise
-    except Exception as error:
-        code, message = UNEXPECTED, unexpected(error)
-        if "--debug" in switches:
-            raise
+        code, message = _explained(error)
     print(f"rome-pl: {message}", file=sys.stderr)
     return code
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message for an exception."""
+    if isinstance(error, RomeError | OSError | MisconfigurationException):
+        return BAD_CONFIGURATION, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    return UNEXPECTED, unexpected(error)
 
 
 def _run(given: list[str], quiet: bool) -> int:
@@ -254,7 +255,7 @@ def _run(given: list[str], quiet: bool) -> int:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=_normalised(given) + ["--trainer.enable_progress_bar=false"] * (quiet and verb in VERBS),
+        args=_normalised(given) + ["--trainer.enable_progress_bar=false"] * (quiet and verb != "completion"),
         parser_kwargs={"prog": "rome-pl"},
     )
     assert isinstance(cli.trainer, RomeTrainer)

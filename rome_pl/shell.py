@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,8 +18,6 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 SWITCHES = {"--quiet": "only warnings, errors and the tables at the end", "--debug": "tracebacks of errors"}
 """Switches that every verb takes, at any place, with what they do."""
-
-log = logging.getLogger(__name__)
 
 Verbs = Mapping[str, Callable[..., Any]]
 

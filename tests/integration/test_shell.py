@@ -158,7 +158,7 @@ def test_a_log_file_gets_lines_and_no_bar(arguments, capfd, caplog):
     assert "\r" not in out + err
     assert "━" not in err
     told = [record.getMessage() for record in caplog.records if record.name == "rome_pl.callbacks.progress"]
-    assert [re.sub(r"[\d.]+ s", "T", line) for line in told] == ["3 of 3 edits after T, T each"]
+    assert [re.sub(r"[\d.]+ s", "T", line) for line in told] == ["3 of 3 edits after T"]
 
 
 def test_a_terminal_gets_a_bar_on_the_standard_error(monkeypatch):
@@ -168,6 +168,16 @@ def test_a_terminal_gets_a_bar_on_the_standard_error(monkeypatch):
     assert bar._console_kwargs == {"stderr": True}
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
     assert isinstance(rome_pl.cli._progress(VERBS["edit"]), ProgressLines)
+
+
+def test_measuring_says_how_far_it_is_too(model_folder, arguments, tmp_path, caplog):
+    records, folder = tmp_path / "records.json", tmp_path / "evaluated"
+    options = {"model.pretrained": model_folder, "data.path": records, "trainer.default_root_dir": folder}
+    with caplog.at_level(logging.INFO, "rome_pl"):
+        given = ["evaluate", *(f"--{name}={value}" for name, value in options.items()), "--trainer.accelerator=cpu"]
+        assert main([*given, "--evaluation_report.figures=false"]) == 0
+    told = [record.getMessage() for record in caplog.records if record.name == "rome_pl.callbacks.progress"]
+    assert re.fullmatch(r"(\d+) of \1 lists of requests after \d+ s", told[-1])
 
 
 def test_the_bar_can_be_left_out(arguments, capfd):
