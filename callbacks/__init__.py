@@ -12,6 +12,7 @@ from rome_pl.callbacks.probe_evaluation import ProbeEvaluation as ProbeEvaluatio
 from rome_pl.callbacks.progress import EditProgressBar as EditProgressBar
 from rome_pl.callbacks.progress import EvaluationProgressBar as EvaluationProgressBar
 from rome_pl.callbacks.progress import MomentProgressBar as MomentProgressBar
+from rome_pl.callbacks.progress import ProgressLines as ProgressLines
 from rome_pl.callbacks.rank_one_writer import RankOneWriter as RankOneWriter
 from rome_pl.callbacks.representation_check import RepresentationCheck as RepresentationCheck
 from rome_pl.callbacks.retention import RetentionCheck as RetentionCheck

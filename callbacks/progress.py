@@ -1,17 +1,21 @@
-"""Progress bars that count what a user counts."""
+"""Progress that counts what a user counts: bars, and lines for log files."""
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from typing_extensions import override
 
 from rome_pl.edit import EditBatch
 from rome_pl.moment_pass import MomentPass
 from rome_pl.session import session_of
 
-__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar"]
+__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar", "ProgressLines"]
+
+log = logging.getLogger(__name__)
 
 
 class EditProgressBar(RichProgressBar):
@@ -29,8 +33,8 @@ class EditProgressBar(RichProgressBar):
     @override
     def total_train_batches(self) -> int | float:
         """Number of requests, which is what the bar counts."""
-        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
-        return len(dataset) if isinstance(dataset, Sequence) else super().total_train_batches
+        requests = _num_requests(self.trainer)
+        return super().total_train_batches if requests is None else requests
 
     @override
     def on_train_batch_end(
@@ -51,14 +55,8 @@ class MomentProgressBar(RichProgressBar):
     @override
     def total_predict_batches_current_dataloader(self) -> int | float:
         """Steps if no pass ends early; the data loader cannot know them."""
-        moments = getattr(self.trainer.lightning_module, "moments", None)
-        if not isinstance(moments, MomentPass):
-            return super().total_predict_batches_current_dataloader
-        blocks = sum(
-            boundaries[-1] - len(done)
-            for boundaries, done in zip(moments.plan.boundaries, moments.plan.done, strict=True)
-        )
-        return blocks // moments.peers.world_size + len(moments.plan.boundaries)
+        blocks = _num_blocks(self.trainer)
+        return super().total_predict_batches_current_dataloader if blocks is None else blocks
 
     @property
     @override
@@ -73,3 +71,83 @@ class EvaluationProgressBar(RichProgressBar):
     @override
     def predict_description(self) -> str:
         return "Measuring"
+
+
+class ProgressLines(ProgressBar):
+    """Says now and then how far a run is, a line each time: for log files, in which a bar is noise.
+
+    Args:
+        counted: What is counted, in the plural.
+        every_n_seconds: Least time between two lines; the last one always comes.
+    """
+
+    def __init__(self, counted: str = "edits", every_n_seconds: float = 30.0) -> None:
+        super().__init__()
+        self.counted, self.every_n_seconds = counted, every_n_seconds
+        self._enabled = True
+        self._began = self._last = 0.0
+        self._told = 0
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()  # not before: other callbacks measure the unedited model at the start
+
+    @override
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
+    ) -> None:
+        self._tell(len(session_of(pl_module).edits), _num_requests(trainer))
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        blocks = _num_blocks(trainer)
+        self._tell(batch_idx + 1, trainer.num_predict_batches[dataloader_idx] if blocks is None else blocks)
+
+    def _begin(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._told = 0
+
+    def _tell(self, done: int, total: float | None) -> None:
+        now = time.monotonic()
+        if not self._enabled or done == self._told or (done != total and now - self._last < self.every_n_seconds):
+            return
+        self._last, self._told = now, done
+        of = "" if total is None else f" of {total}"
+        log.info("%d%s %s after %.0f s", done, of, self.counted, now - self._began)
+
+
+def _num_requests(trainer: Trainer) -> int | None:
+    """Number of requests of a stream, if it is known."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sequence) else None
+
+
+def _num_blocks(trainer: Trainer) -> int | None:
+    """Blocks of text for this process, if it sums keys and none of its passes ends early."""
+    moments = getattr(trainer.lightning_module, "moments", None)
+    if not isinstance(moments, MomentPass):
+        return None
+    blocks = sum(
+        boundaries[-1] - len(done) for boundaries, done in zip(moments.plan.boundaries, moments.plan.done, strict=True)
+    )
+    return blocks // moments.peers.world_size + len(moments.plan.boundaries)

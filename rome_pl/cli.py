@@ -2,18 +2,23 @@
 
 import inspect
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from rome_pl.callbacks import (
@@ -24,6 +29,7 @@ from rome_pl.callbacks import (
     MomentProgressBar,
     MomentReport,
     ProbeEvaluation,
+    ProgressLines,
     RankOneWriter,
     RepresentationCheck,
     RetentionCheck,
@@ -38,8 +44,9 @@ from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
-from rome_pl.suggestions import SuggestingParser
-from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, RomeTrainer
+from rome_pl.shell import SWITCHES, completion_script, overview, split_switches, unexpected, unknown
+from rome_pl.suggestions import SuggestingParser, did_you_mean
+from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, INTERRUPTED, UNEXPECTED, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
 
@@ -57,8 +64,6 @@ class _RunConfig(SaveConfigCallback):
 class _Parser(SuggestingParser, LightningArgumentParser):
     """Lightning's parser, with suggestions."""
 
-    verbs = tuple(COMMANDS)
-
 
 @dataclass(frozen=True)
 class _Verb:
@@ -68,7 +73,7 @@ class _Verb:
         model: The LightningModule.
         data: The LightningDataModule.
         callbacks: Classes of callbacks with their sections, in the order in which they have to run.
-        progress: Makes the progress bar.
+        progress: Progress bar, and what it counts, for those who have lines instead.
         trainer: Defaults of the Trainer that differ from Lightning's.
         defaults: Defaults of other options.
         links: Options that are set once and used twice.
@@ -77,7 +82,7 @@ class _Verb:
     model: type[LightningModule]
     data: type[LightningDataModule]
     callbacks: tuple[tuple[type[Callback], str], ...]
-    progress: Callable[[], Callback]
+    progress: tuple[type[RichProgressBar], str]
     trainer: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
     links: tuple[tuple[str, str], ...] = ()
@@ -100,7 +105,7 @@ VERBS = {
             (TensorBoardReport, "tensorboard_report"),
             (RunReport, "run_report"),
         ),
-        lambda: EditProgressBar(leave=True),
+        (EditProgressBar, "edits"),
         _TRAINER
         | {
             "max_epochs": 1,
@@ -117,14 +122,14 @@ VERBS = {
         EvaluationModule,
         RequestDataModule,
         ((EvaluationReport, "evaluation_report"),),
-        lambda: EvaluationProgressBar(leave=True),
+        (EvaluationProgressBar, "lists of requests"),
         _TRAINER | {"default_root_dir": "runs/evaluate"},
     ),
     "covariance": _Verb(
         CovarianceModule,
         CorpusDataModule,
         ((MomentReport, "moment_report"),),
-        lambda: MomentProgressBar(leave=True),
+        (MomentProgressBar, "blocks of text"),
         _TRAINER | {"default_root_dir": "runs/covariance"},
     ),
 }
@@ -143,6 +148,7 @@ class RomeCLI(LightningCLI):
         self._verb = VERBS[subcommand]
         self._model_class, self._datamodule_class = self._verb.model, self._verb.data
         self.trainer_defaults = self._verb.trainer
+        kwargs["epilog"] = "; ".join(f"{name}: {meaning}" for name, meaning in SWITCHES.items())
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     @override
@@ -152,6 +158,14 @@ class RomeCLI(LightningCLI):
         parser.set_defaults(self._verb.defaults)
         for source, target in self._verb.links:
             parser.link_arguments(source, target)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, or print what completes these arguments: only here the parser is complete and nothing runs yet."""
+        if isinstance(args, list) and args[:1] == ["completion"]:
+            print(completion_script(args[1] if len(args) == 2 else "", parser, COMMANDS))
+            raise SystemExit(APPLIED)
+        super().parse_arguments(parser, args)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -173,8 +187,9 @@ class RomeCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
-        self.trainer_defaults = {"callbacks": [VERBS[self.subcommand].progress()]}
         trainer = self._get(self.config_init, "trainer")
+        if trainer["enable_progress_bar"] is not False:
+            self.trainer_defaults = {"callbacks": [_progress(VERBS[self.subcommand])]}
         if trainer["logger"] in (None, True):
             # Built here and not in a default, because it goes below the run folder.
             from lightning.pytorch.loggers import TensorBoardLogger
@@ -193,37 +208,69 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        The exit code: 0 all edits applied, 3 some were not, 2 bad configuration, 130 interrupted.
+        The exit code: 0 all edits applied, 3 some were not, 2 bad configuration, 1 an error that nobody foresaw, 130
+        interrupted.
     """
+    given, switches = split_switches(sys.argv[1:] if args is None else args)
+    quiet = "--quiet" in switches
     _quieten()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    given = list(sys.argv[1:] if args is None else args)
+    if quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of downloads and of loading weights
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if given and given[0] in COMMANDS:
-            auto_cli(
-                COMMANDS[given[0]],
-                args=_normalised(_named(*given)),
-                prog=f"rome-pl {given[0]}",
-                as_positional=False,
-                parser_class=SuggestingParser,
-            )
-            return APPLIED
-        cli = RomeCLI(
-            model_class=RomeModule,
-            datamodule_class=RequestDataModule,
-            trainer_class=RomeTrainer,
-            save_config_callback=_RunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=_normalised(given),
-            parser_class=_Parser,
-            parser_kwargs={"epilog": f"Without a Trainer: {', '.join(COMMANDS)}."},
-        )
-    except (RomeError, OSError) as error:
-        print(f"rome-pl: {error}", file=sys.stderr)
+        return _run(given, quiet)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in switches:
+            raise
+        code, message = _explained(error)
+    print(f"rome-pl: {message}", file=sys.stderr)
+    return code
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message for an exception."""
+    if isinstance(error, RomeError | OSError | MisconfigurationException):
+        return BAD_CONFIGURATION, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    return UNEXPECTED, unexpected(error)
+
+
+def _run(given: list[str], quiet: bool) -> int:
+    """Do what a verb says; the exit code."""
+    verbs = {verb: getattr(RomeTrainer, verb) for verb in VERBS} | COMMANDS | {"completion": completion_script}
+    if not given:
+        print(overview(verbs), file=sys.stderr)
         return BAD_CONFIGURATION
+    verb = given[0]
+    if verb in ("-h", "--help", "--version"):
+        print(f"rome-pl {version('rome_pl')}" if verb == "--version" else overview(verbs))
+        return APPLIED
+    if verb not in verbs and not verb.startswith("-"):
+        print(f"rome-pl: {unknown(verb, verbs)}\n\n{overview(verbs)}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    if verb in COMMANDS:
+        auto_cli(
+            COMMANDS[verb],
+            args=_normalised(_named(*given)),
+            prog=f"rome-pl {verb}",
+            as_positional=False,
+            parser_class=SuggestingParser,
+        )
+        return APPLIED
+    cli = RomeCLI(
+        model_class=RomeModule,
+        datamodule_class=RequestDataModule,
+        trainer_class=RomeTrainer,
+        save_config_callback=_RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=_normalised(given) + ["--trainer.enable_progress_bar=false"] * (quiet and verb != "completion"),
+        parser_class=_Parser,
+        parser_kwargs={"prog": "rome-pl"},
+    )
     assert isinstance(cli.trainer, RomeTrainer)
     return cli.trainer.exit_code
 
@@ -231,6 +278,12 @@ def main(args: Sequence[str] | None = None) -> int:
 def run() -> None:
     """Entry point of the ``rome-pl`` command."""
     sys.exit(main())
+
+
+def _progress(verb: _Verb) -> Callback:
+    """A bar on a terminal, else a line now and then; both on the standard error, where no table is."""
+    bar, counted = verb.progress
+    return bar(leave=True, console_kwargs={"stderr": True}) if sys.stderr.isatty() else ProgressLines(counted)
 
 
 def _quieten() -> None:
@@ -277,5 +330,14 @@ def _normalised(args: Sequence[str]) -> list[str]:
 
 def _config_path(name: str) -> str:
     """Path of a shipped config, unless a file of that name is here."""
-    shipped = Path(str(files("rome_pl") / "configs" / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"))
-    return str(shipped) if not Path(name).is_file() and shipped.is_file() else name
+    folder = Path(str(files("rome_pl") / "configs"))
+    shipped = folder / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"
+    if Path(name).is_file():
+        return name
+    if not shipped.is_file() and re.fullmatch(r"[\w./-]+", name):  # and no options in place of a name
+        names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+        raise OptionError(
+            f"--config: there is no file '{name}', and no shipped config of that name"
+            f"{did_you_mean(name, sorted(names))}"
+        )
+    return str(shipped) if shipped.is_file() else name

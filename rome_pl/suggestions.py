@@ -19,7 +19,6 @@ _UNKNOWN = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
     re.compile(r"Subcommand '[^']+' does not accept option '(?P<name>[^']+)'"),
     re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
-    re.compile(r"invalid choice: '(?P<choice>[^']+)'"),
 )
 
 
@@ -44,9 +43,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 class SuggestingParser(ArgumentParser):
     """A parser whose errors about names that it does not know say which name is near."""
-
-    verbs: Sequence[str] = ()
-    """Verbs beside those of the parser."""
 
     _given: Sequence[str] = ()
 
@@ -74,8 +70,6 @@ class SuggestingParser(ArgumentParser):
         for pattern in _UNKNOWN:
             if match := pattern.search(message):
                 parts = match.groupdict()
-                if "choice" in parts:
-                    return did_you_mean(parts["choice"], [*subcommands, *self.verbs])
                 return did_you_mean(".".join(filter(None, (parts.get("group"), parts["name"]))), names)
         return ""
 

@@ -30,10 +30,10 @@ from rome_pl.resume import check_model, check_settings, is_finished
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
 
-__all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "RomeTrainer", "RunFolderError"]
+__all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
 
-APPLIED, BAD_CONFIGURATION, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: all edits applied; bad configuration; some skipped, rejected or rolled back; interrupted."""
+APPLIED, UNEXPECTED, BAD_CONFIGURATION, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: all applied; unforeseen error; bad configuration; some skipped, rejected or rolled back; interrupted."""
 
 _RUN_FILES = (
     *("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard", "figures"),

@@ -81,15 +81,24 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):
-    """A random model of a family, in evaluation mode."""
+def _config(family: str):
+    if family == "gemma3":  # a text model inside a model that also sees
+        vision = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+        vision |= {"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 14}
+        text = _config("gemma3_text").to_dict()
+        return AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     known = AutoConfig.for_model(family)
     values = {name: value for name, value in _SIZES.items() if hasattr(known, name)}
     if family in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
         values["head_dim"] = 8
     if family == "falcon":
         values.pop("num_key_value_heads", None)
-    config = AutoConfig.for_model(family, **values)
+    return AutoConfig.for_model(family, **values)
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+    """A random model of a family, in evaluation mode."""
+    config = _config(family)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,7 +1,6 @@
 """The command line, called in-process: its files, tables, exit codes and errors."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +8,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rome_pl.configs
 from rome_pl.cli import main
 from rome_pl.edit_module import RomeModule
 from rome_pl.metrics import EditScores
 from tests.integration.helpers import FAST
 from tests.tiny import tiny_language_model
 
-CONFIGS = sorted(Path(rome_pl.configs.__file__).parent.rglob("*.yaml"))
 METHOD_OPTIONS = {
     "layers", "fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor",
     "mom2_adjustment",
@@ -312,26 +309,6 @@ def test_the_method_s_options_have_their_published_names():
         "compile", "on_error", "keep_original_weight",
     }  # fmt: skip
     assert set(inspect.signature(RomeModule).parameters) == METHOD_OPTIONS | beside_the_method
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_parses(config, capsys):
-    verb = config.parent.name if config.parent.name != "configs" else "edit"
-    with pytest.raises(SystemExit) as exit_:
-        main([verb, "--config", str(config), "--print_config"])
-    assert exit_.value.code == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
-    written = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for section, values in written.items():
-        for name, value in values.items():
-            if name == "optimizer":  # the resolved one names every argument
-                assert resolved[section][name]["class_path"] == value["class_path"]
-            else:
-                assert resolved[section][name] == value
-
-
-def test_there_are_configs_and_the_quickstart_is_one():
-    assert "quickstart" in [path.stem for path in CONFIGS]
 
 
 def test_the_quickstart_config_runs(arguments, tmp_path):

@@ -34,7 +34,7 @@ def test_the_first_two_commands_set_up_and_run_and_test():
 def test_the_configs_named_are_shipped():
     shipped = {path.stem for path in Path(rome_pl.configs.__file__).parent.glob("*.yaml")}
     assert set(re.findall(r"--config (\w[\w.-]*)", README)) <= shipped
-    assert {"gpt2-xl", "gpt-j-6b", "llama-7b"} <= shipped
+    assert {"gpt2-xl", "gpt-j-6b", "llama-2-7b"} <= shipped
 
 
 def test_the_example_file_is_valid():
