@@ -81,10 +81,11 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = LAYERS):
     """A random model of a family, in evaluation mode."""
     known = AutoConfig.for_model(family)
-    values = {name: value for name, value in _SIZES.items() if hasattr(known, name)}
+    sizes = _SIZES | dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), layers)
+    values = {name: value for name, value in sizes.items() if hasattr(known, name)}
     if family in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
         values["head_dim"] = 8
     if family == "falcon":
