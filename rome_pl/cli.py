@@ -34,6 +34,7 @@ from rome_pl.callbacks import (
 from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
+from rome_pl.distributed import check_strategy
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
@@ -167,6 +168,7 @@ class RomeCLI(LightningCLI):
         assert self.subcommand is not None
         self.trainer_defaults = {"callbacks": [VERBS[self.subcommand].progress()]}
         trainer = self._get(self.config_init, "trainer")
+        check_strategy(trainer["strategy"])
         if trainer["logger"] in (None, True):
             # Built here and not in a default, because it goes below the run folder.
             from lightning.pytorch.loggers import TensorBoardLogger

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
-from rome_pl.distributed import gather, one_after_the_other
+from rome_pl.distributed import check_strategy, gather, one_after_the_other
 from rome_pl.edit import EditStatus
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
@@ -103,6 +103,7 @@ class EvaluationModule(LightningModule):
         Raises:
             OptionError: With the setting that works.
         """
+        check_strategy(self.trainer.strategy)
         if stage != "predict":
             raise OptionError(f"models are evaluated by Trainer.predict, not by {stage}")
         if self.trainer.precision != "32-true":

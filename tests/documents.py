@@ -84,8 +84,8 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 def missing(shown: str, printed: str, tolerance: float = 0.05) -> list[str]:
     """The lines of an output as a page shows it that were not printed, in that order.
 
-    Lines are compared by their words, and by their numbers as far as another machine's last bits allow. A page may leave
-    lines out; ``…`` says where.
+    Lines are compared by their words, and by their numbers as far as last bits of another machine allow. A page may
+    leave lines out; ``…`` says where.
 
     Args:
         shown: What the page shows.

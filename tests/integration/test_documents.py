@@ -1,8 +1,8 @@
 """Every block of README.md and of the tutorial runs as it stands.
 
 The quick tests put a tiny random model in the place of whatever model a block names, and let every edit count that was
-written, since such a model knows no facts. The slow ones use SmolLM2, also in the place of models on the hub, and compare
-what is printed with what the page shows.
+written, since such a model knows no facts. The slow ones use SmolLM2, also in the place of models on the hub, and
+compare what is printed with what the page shows.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from rome_pl.language_model import DEFAULT_SOURCE
 from tests.documents import blocks_of, commands_of, missing, run
 from tests.tiny import byte_level_tokenizer, tiny_model
 
-PAGES = ["README.md", "docs/tutorial.md"]
+PAGES = ["README.md", "docs/tutorial.md", "docs/plug-in.md"]
 
 # Lightning's, about ten batches in a Trainer of one's own with its default settings.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -48,8 +48,8 @@ def put_in_place(monkeypatch, instead):
     )
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs(page, stand_in, monkeypatch):
+@pytest.mark.parametrize(("page", "saved"), list(zip(PAGES, [1, 2, 0], strict=True)))
+def test_every_block_runs(page, saved, stand_in, monkeypatch):
     put_in_place(monkeypatch, lambda source: str(stand_in))
     monkeypatch.setattr(Verification.__init__, "__defaults__", (0.0,))
     session = {}
@@ -59,8 +59,11 @@ def test_every_block_runs(page, stand_in, monkeypatch):
         printed = run(block, session)
         if block.shown is not None:
             assert printed.strip(), f"{block.where} prints nothing"
-    assert json.loads(Path("runs/smollm2/results.json").read_text())["n_applied"] > 0
-    assert AutoModelForCausalLM.from_pretrained("edited").config.num_hidden_layers == 6
+    results = [json.loads(path.read_text()) for path in Path("runs").glob("*/results.json")]
+    assert results
+    assert all(result["n_applied"] > 0 for result in results)
+    models = [AutoModelForCausalLM.from_pretrained(path.parent) for path in Path().glob("*/config.json")]
+    assert [model.config.num_hidden_layers for model in models] == [6] * saved
 
 
 @pytest.mark.slow
