@@ -29,6 +29,7 @@ class RetentionCheck(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        session_of(pl_module)  # another module's validation gives something else than scores
         self._scores = {}
 
     @override

@@ -7,12 +7,14 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from rome_pl.distributed import check_strategy
 from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
 from rome_pl.edited_layers import Written
-from rome_pl.metrics import held_out_text, perplexity
-from rome_pl.metrics.probes import next_tokens
-from rome_pl.metrics.text import measure_text
-from rome_pl.session import EditSession, session_of
+from rome_pl.errors import OptionError
+from rome_pl.language_model import LanguageModel
+from rome_pl.metrics import held_out_text
+from rome_pl.model_state import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
+from rome_pl.session import EditSession
 
 __all__ = ["CANARIES", "StateCheck"]
 
@@ -47,6 +49,11 @@ FEW = 10
 
 class StateCheck(Callback):
     """Every n edits of a sequential stream: are the weights finite, is their change small, does the model still talk?
+
+    It also watches the training of any LightningModule that has a causal language model as ``model`` and its fast
+    tokenizer as ``tokenizer``: then an interval is so many batches, the original weights are those that the fit begins
+    with (a copy of them is kept), scalars ``state/…`` go to every logger, and ``on_failure`` is ``warn`` or ``stop``.
+    ``checks`` holds what was found.
 
     Args:
         every_n_edits: Interval.
@@ -84,47 +91,53 @@ class StateCheck(Callback):
     ) -> None:
         if every_n_edits < 1:
             raise ValueError(f"every_n_edits: expected a number from 1 on, got {every_n_edits}")
-        if not 0 <= least_canary_agreement <= 1:
-            raise ValueError(f"least_canary_agreement: expected a share in [0, 1], got {least_canary_agreement}")
-        if not largest_change > 0:
-            raise ValueError(f"largest_change: expected a positive number, got {largest_change}")
-        if largest_perplexity_ratio is not None and not largest_perplexity_ratio > 1:
-            raise ValueError(f"largest_perplexity_ratio: expected a number above 1, got {largest_perplexity_ratio}")
-        for name, bound in (
-            ("largest_divergence", largest_divergence),
-            ("largest_spectral_change", largest_spectral_change),
-        ):
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name}: expected a positive number, got {bound}")
+        if largest_spectral_change is not None and not largest_spectral_change > 0:
+            raise ValueError(f"largest_spectral_change: expected a positive number, got {largest_spectral_change}")
+        self.bounds = Bounds(largest_change, least_canary_agreement, largest_perplexity_ratio, largest_divergence)
         self.every_n_edits, self.on_failure = every_n_edits, on_failure
-        self.largest_divergence, self.largest_spectral_change = largest_divergence, largest_spectral_change
-        self.largest_change, self.least_canary_agreement = largest_change, least_canary_agreement
-        self.largest_perplexity_ratio, self.perplexity_text = largest_perplexity_ratio, perplexity_text
+        self.largest_spectral_change, self.perplexity_text = largest_spectral_change, perplexity_text
         self.canaries: Sequence[str] = canaries or CANARIES
-        self._expected: list[int] = []
-        self._perplexity = 0.0
+        self.checks: list[dict[str, Any]] = []
+        self._watch: ModelWatch | None = None
+        self._batches = 0
         self._since_good: list[Edit] = []
         self._dropped = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.largest_perplexity_ratio is not None or self.largest_divergence is not None:
+        if self.bounds.need_text:
             held_out_text(self.perplexity_text)
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch, self._batches, self.checks = None, 0, []
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        session = session_of(pl_module)
+        session = getattr(pl_module, "session", None)
+        if not isinstance(session, EditSession):
+            if self._watch is None:  # in a later epoch the first one's weights are the original ones still
+                self._check_options(trainer)
+                language_model = language_model_of(pl_module)
+                self._watch = self._begin(language_model, TrainedWeights(language_model.model))
+            return
         self._since_good, self._dropped = [], 0
+        self.checks = session.state_checks
         if session.sequential:
-            self._expected = next_tokens(session.language_model, self.canaries)
-            if self.largest_perplexity_ratio is not None:
-                self._perplexity = perplexity(session.language_model, held_out_text(self.perplexity_text))
+            self._watch = self._begin(session.language_model, session.layers)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch = None  # it may hold a copy of the weights
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        session = session_of(pl_module)
+        session = getattr(pl_module, "session", None)
+        if not isinstance(session, EditSession):
+            self._check_training(trainer)
+            return
         if not session.sequential:
             return
         edits = edits_of(outputs)
@@ -149,51 +162,47 @@ class StateCheck(Callback):
         self._roll_back(session, finding)
         trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
 
+    def _begin(self, language_model: LanguageModel, weights: Weights) -> ModelWatch:
+        text = held_out_text(self.perplexity_text) if self.bounds.need_text else ""
+        return ModelWatch(language_model, weights, self.bounds, self.canaries, text)
+
     def _look(self, session: EditSession) -> dict[str, Any]:
-        """What there is to say about the model's state, and what of it is bad."""
-        finite = session.layers.finite
-        now = next_tokens(session.language_model, self.canaries)
-        agreement = sum(a == b for a, b in zip(now, self._expected, strict=True)) / len(now)
-        change = session.layers.change
-        failures = []
-        if not finite:
-            failures.append("a weight is not finite")
-        if not change <= self.largest_change:
-            failures.append(f"the weight changed by {change:.2f} of its norm (largest_change: {self.largest_change})")
-        if agreement < self.least_canary_agreement:
-            failures.append(
-                f"{agreement:.0%} of the canaries hold (least_canary_agreement: {self.least_canary_agreement})"
-            )
-        found = {"finite": finite, "change": change, "canary_agreement": agreement, "failures": failures}
+        """What there is to say about the state of a model that is edited, and what of it is bad."""
+        assert self._watch is not None
+        found = self._watch.look()
         if self.largest_spectral_change is not None:
             found["spectral_change"] = spectral = session.layers.spectral_change
             if not spectral <= self.largest_spectral_change:
-                failures.append(
+                found["failures"].append(
                     f"the change's largest singular value is {spectral:.2f} of the weight's "
                     f"(largest_spectral_change: {self.largest_spectral_change})"
                 )
-        if self.largest_perplexity_ratio is not None or self.largest_divergence is not None:
-            self._read(session, found, failures)
         return found
 
-    def _read(self, session: EditSession, found: dict[str, Any], failures: list[str]) -> None:
-        """Let the model read held-out text."""
-        unedited = session.unedited if self.largest_divergence is not None else None
-        measured = measure_text(session.language_model, held_out_text(self.perplexity_text), unedited)
-        if self.largest_perplexity_ratio is not None:
-            found["perplexity_ratio"] = ratio = measured.perplexity / self._perplexity
-            if not ratio <= self.largest_perplexity_ratio:
-                failures.append(
-                    f"perplexity of held-out text is {ratio:.2f} times the unedited model's "
-                    f"(largest_perplexity_ratio: {self.largest_perplexity_ratio})"
-                )
-        if self.largest_divergence is not None:
-            found["divergence"] = divergence = measured.divergence
-            if divergence is None or not divergence <= self.largest_divergence:
-                failures.append(
-                    f"the next token's divergence on held-out text is {divergence:.3g} nats "
-                    f"(largest_divergence: {self.largest_divergence})"
-                )
+    def _check_options(self, trainer: Trainer) -> None:
+        """Refuse what only a module that edits can do."""
+        check_strategy(trainer.strategy)
+        if self.on_failure not in ("warn", "stop"):
+            raise OptionError(
+                f"on_failure: {self.on_failure} takes edits back, and this module makes none; use warn or stop"
+            )
+        if self.largest_spectral_change is not None:
+            raise OptionError("largest_spectral_change is of rewrite layers, and this module has none; leave it out")
+
+    def _check_training(self, trainer: Trainer) -> None:
+        """Look at a model that somebody else's module trains, if it is time."""
+        self._batches += 1
+        if self._batches % self.every_n_edits and not trainer.is_last_batch:
+            return
+        assert self._watch is not None
+        found = self._watch.look()
+        self.checks.append({"batches": self._batches, **found})
+        scalars = {f"state/{name}": float(value) for name, value in found.items() if name != "failures"}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=self._batches)
+        if found["failures"]:
+            log.warning("The model's state is bad after %d batches: %s", self._batches, "; ".join(found["failures"]))
+            trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
 
     def _roll_back(self, session: EditSession, finding: str) -> None:
         log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)

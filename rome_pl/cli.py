@@ -41,6 +41,7 @@ from rome_pl.callbacks import (
 from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
+from rome_pl.distributed import check_strategy
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
@@ -188,6 +189,7 @@ class RomeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
         trainer = self._get(self.config_init, "trainer")
+        check_strategy(trainer["strategy"])
         if trainer["enable_progress_bar"] is not False:
             self.trainer_defaults = {"callbacks": [_progress(VERBS[self.subcommand])]}
         if trainer["logger"] in (None, True):

@@ -9,7 +9,7 @@ from rome_pl.architecture import RewriteSite, decoder_layers, find_site
 from rome_pl.convergence import Check
 from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.defaults import default_layer
-from rome_pl.distributed import Peers, one_after_the_other
+from rome_pl.distributed import Peers, check_strategy, one_after_the_other
 from rome_pl.errors import OptionError
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.moment_pass import KEYS_PER_DIMENSION, Finished, MomentPass, PassOptions
@@ -193,6 +193,7 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         OptionError: With the setting that works.
     """
+    check_strategy(trainer.strategy)
     if trainer.precision != "32-true":
         raise OptionError(
             f"precision is {trainer.precision}: use '32-true', and set the weights' precision by model.dtype"

@@ -10,11 +10,44 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rome_pl.errors import RomeError
+from rome_pl.errors import OptionError, RomeError
 
-__all__ = ["PeerError", "Peers", "gather", "independent_gradients", "leave_to_each_process", "one_after_the_other"]
+__all__ = [
+    "PeerError",
+    "Peers",
+    "check_strategy",
+    "gather",
+    "independent_gradients",
+    "leave_to_each_process",
+    "one_after_the_other",
+]
 
 T = TypeVar("T")
+
+
+_SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
+"""How the names begin of Lightning's strategies, and of their classes, that split a model's weights."""
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies that split the weights of a model among devices.
+
+    An edit is solved in float64 from the whole matrix, and checked by forwards through parts of the model, neither of
+    which a shard allows.
+
+    Args:
+        strategy: Lightning's name of one, or the strategy itself.
+
+    Raises:
+        OptionError: With what to use instead.
+    """
+    names = [strategy] if isinstance(strategy, str) else [kind.__name__ for kind in type(strategy).__mro__]
+    if any(name.lower().startswith(_SHARDING) for name in names):
+        raise OptionError(
+            f"strategy {names[0]} splits the model's weights among devices, but an edit needs each matrix whole. Use "
+            "strategy 'ddp', where every device holds the whole model, or one device; a model too large for one may "
+            "fit in model.dtype: bfloat16"
+        )
 
 
 def gather(items: Sequence[T]) -> list[T]:

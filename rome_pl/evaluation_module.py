@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from rome_pl.chat import ChatForm
-from rome_pl.distributed import gather, one_after_the_other
+from rome_pl.distributed import check_strategy, gather, one_after_the_other
 from rome_pl.edit import EditStatus
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
@@ -107,6 +107,7 @@ class EvaluationModule(LightningModule):
         Raises:
             OptionError: With the setting that works.
         """
+        check_strategy(self.trainer.strategy)
         if stage != "predict":
             raise OptionError(f"models are evaluated by Trainer.predict, not by {stage}")
         if self.trainer.precision != "32-true":

@@ -8,6 +8,7 @@ from typing import Any
 
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
+from rome_pl.distributed import check_strategy
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
@@ -38,6 +39,7 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
     Raises:
         OptionError: With the setting that works.
     """
+    check_strategy(trainer.strategy)
     if trainer.max_epochs != 1:
         raise OptionError(
             f"max_epochs is {trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"

@@ -81,14 +81,15 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _config(family: str):
+def _config(family: str, layers: int = LAYERS):
     if family == "gemma3":  # a text model inside a model that also sees
         vision = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
         vision |= {"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 14}
         text = _config("gemma3_text").to_dict()
         return AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     known = AutoConfig.for_model(family)
-    values = {name: value for name, value in _SIZES.items() if hasattr(known, name)}
+    sizes = _SIZES | dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), layers)
+    values = {name: value for name, value in sizes.items() if hasattr(known, name)}
     if family in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
         values["head_dim"] = 8
     if family == "falcon":
@@ -96,9 +97,9 @@ def _config(family: str):
     return AutoConfig.for_model(family, **values)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = LAYERS):
     """A random model of a family, in evaluation mode."""
-    config = _config(family)
+    config = _config(family, layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -691,9 +691,8 @@ def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_
 
 def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
     check = StateCheck(every_n_edits=2, largest_perplexity_ratio=1.5)
-    found = iter([12.0, 16.0])
-    monkeypatch.setattr("rome_pl.callbacks.state_check.perplexity", lambda *_: 10.0)
-    monkeypatch.setattr("rome_pl.callbacks.state_check.measure_text", lambda *_: TextMeasure(next(found), None, 5))
+    found = iter([10.0, 12.0, 16.0])
+    monkeypatch.setattr("rome_pl.model_state.measure_text", lambda *_: TextMeasure(next(found), None, 5))
     session = run_edits(
         tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
     )

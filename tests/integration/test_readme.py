@@ -1,4 +1,4 @@
-"""What README promises exists."""
+"""What README promises exists; its blocks are run by ``test_documents``."""
 
 import ast
 import importlib
@@ -9,13 +9,14 @@ import yaml
 
 import rome_pl.configs
 from rome_pl.records import parse_records
+from tests.documents import blocks_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block.code for block in blocks_of("README.md") if block.language == language]
 
 
 def test_the_first_two_commands_set_up_and_run_and_test():

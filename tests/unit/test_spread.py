@@ -9,10 +9,13 @@ import torch
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
 from rome_pl.callbacks import RepresentationCheck
 from rome_pl.hooks import capture_columns, capture_output
+from rome_pl.metric import PlainMetric
+from rome_pl.objective import edit_rows
 from rome_pl.prefix import run_prefix
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
+from rome_pl.spread import Spread, keys_at
 from tests.integration.helpers import FAST, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import FAMILIES, tiny_language_model
 
@@ -89,6 +92,9 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, share
             missing = edit.delta - (hidden - before[edit.name]).mean(0)
             left = weights[edit.name][place:]
             asked = missing * left[0] / sum(left)
+            if shares == "specific":
+                largest = 2 * left[0] / sum(weights[edit.name]) * edit.delta.norm()
+                asked = asked * min(1.0, float(largest / asked.norm()))
             residuals.append(asked.numpy())
             keys.append(inputs.mean(0).numpy())
         k, r = np.stack(keys, 1), np.stack(residuals, 1)
@@ -231,6 +237,25 @@ def test_specificity_is_one_for_ordinary_text_and_small_for_what_is_everywhere(t
     common = torch.linalg.eigh(layers.moments[1].matrix)[1][:, -1]
     rare = torch.linalg.eigh(layers.moments[1].matrix)[1][:, 0]
     assert layers.specificity([common] * 3)[1] < layers.specificity([rare] * 3)[1] / 5
+
+
+@pytest.mark.parametrize(("preset", "clamped"), [("lifelong", True), ("memit", False)])
+def test_what_layers_below_have_made_worse_is_not_made_good_at_any_price(preset, clamped):
+    language_model, chosen = tiny_language_model("llama"), PRESETS[preset]
+    sites = [find_site(language_model.model, layer) for layer in (0, 1)]
+    layout = edit_rows([language_model.encoder.edit(REQUESTS[0], ("", "It rains. "))])
+    prefix = run_prefix(language_model.model, sites[1], layout.rows, language_model.encoder.pad_id, below=sites[:1])
+    metrics = [PlainMetric(lambda keys: keys)] * 2
+    spread = Spread(prefix, layout, chosen, metrics, [(1.0, 3.0)])
+    offset = torch.ones(sites[0].d_value, dtype=torch.float64)
+    share = 0.25 if clamped else 0.5
+    for shift, norm in ((0.0, 1.0), (5.0, 2.0 if clamped else 6.0), (-0.5, 0.5)):
+        spread._before += shift
+        (assertion,) = spread.assertions(0, [(0, offset)])
+        keys = keys_at(prefix, layout.contexts[0], chosen, metrics)[0]
+        asked = (assertion.value[0] - keys.output(chosen.at)).norm() / offset.norm()
+        assert float(asked) == pytest.approx(share * norm, rel=1e-6)
+        spread._before -= shift
 
 
 @pytest.mark.parametrize("preset", ["lifelong", "memit"])
