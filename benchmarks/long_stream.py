@@ -46,6 +46,7 @@ def main() -> None:
     arguments.add_argument("--config", default="stream", help="shipped config that the other options come from")
     arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
     arguments.add_argument("--batch-size", type=int, default=10, help="edits solved jointly")
+    arguments.add_argument("--largest_disturbance", type=float, default=0.05, help="see Verification")
     arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
     arguments.add_argument("--unedited", type=int, default=0, help="last records of the file that are only recalled")
     arguments.add_argument("--perplexity_text", help="text for perplexity; nothing takes the shipped one")
@@ -77,7 +78,7 @@ def main() -> None:
         callbacks=[
             RepresentationCheck(),
             RankOneWriter(),
-            Verification(),
+            Verification(largest_disturbance=options.largest_disturbance),
             EditCommit(ledger=True, resume=True),
             checkpoints,
             RunReport(figures=False, largest_table=0),

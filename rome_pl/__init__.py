@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rome_pl.chat import ChatForm as ChatForm
     from rome_pl.covariance_module import CovarianceModule as CovarianceModule
     from rome_pl.edit_module import RomeModule as RomeModule
     from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
@@ -11,8 +12,10 @@ if TYPE_CHECKING:
     from rome_pl.language_model import load_language_model as load_language_model
     from rome_pl.optimizers import PolyakStep as PolyakStep
     from rome_pl.requests import EditRequest as EditRequest
+    from rome_pl.run_export import export_run as export_run
 
 _PUBLIC = {
+    "ChatForm": "rome_pl.chat",
     "CovarianceModule": "rome_pl.covariance_module",
     "EditRequest": "rome_pl.requests",
     "EvaluationModule": "rome_pl.evaluation_module",
@@ -20,10 +23,12 @@ _PUBLIC = {
     "LanguageModel": "rome_pl.language_model",
     "PolyakStep": "rome_pl.optimizers",
     "RomeModule": "rome_pl.edit_module",
+    "export_run": "rome_pl.run_export",
     "load_language_model": "rome_pl.language_model",
 }
 
 __all__ = [
+    "ChatForm",
     "CovarianceModule",
     "EditRequest",
     "EvaluationModule",
@@ -31,6 +36,7 @@ __all__ = [
     "LanguageModel",
     "PolyakStep",
     "RomeModule",
+    "export_run",
     "load_language_model",
 ]
 

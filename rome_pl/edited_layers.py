@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -134,6 +135,33 @@ class EditedLayers:
         """
         pairs = zip(self.moments, keys, strict=False)
         return tuple(float(moment.solve(key.unsqueeze(0))[0] @ key.double()) / len(key) for moment, key in pairs)
+
+    def disturbance(self, written: Written) -> float | None:
+        """How much a write changes what a layer gives at the tokens of ordinary text; the largest over the layers.
+
+        The root mean square of ``ΔW k`` over the text of the second moment, relative to that of the original ``W k``:
+        ``(tr ΔW C ΔWᵀ / tr W C Wᵀ)^½``.
+
+        Args:
+            written: The write, of one edit or of several.
+
+        Returns:
+            The ratio; ``None`` where the metric is the identity, and there is no text.
+        """
+        ratios = []
+        for moment, whole, update in zip(self.moments, self._output_squares, written.updates, strict=False):
+            left, right = update.left.to(moment.matrix.device), update.right.to(moment.matrix.device)
+            ratios.append(float(((left @ left.T) * (right @ moment.matrix @ right.T)).sum()) / whole)
+        return math.sqrt(max(ratios)) if ratios else None
+
+    @cached_property
+    def _output_squares(self) -> list[float]:
+        """Mean squared norm of each layer's original outputs, bias apart, over the text of its second moment."""
+        pairs = [
+            (weight.site.matrix(weight.original).to(moment.matrix), moment.matrix)
+            for weight, moment in zip(self.weights, self.moments, strict=False)
+        ]
+        return [float(((matrix @ second) * matrix).sum()) for matrix, second in pairs]
 
     def resume(self) -> None:
         """Take up the weights where they were left; see :meth:`EditedWeight.resume`."""

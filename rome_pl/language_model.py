@@ -180,6 +180,25 @@ def load_encoder(source: str, chat: ChatForm | None = None) -> TextEncoder:
     return TextEncoder(tokenizer, _max_length(config), frame_for(tokenizer, chat))
 
 
+def _say_if_cached(name: str) -> None:
+    """Say that the hub cannot be reached, where the libraries then quietly take the copy of an earlier download."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name of the hub; the loader says so
+        return
+    if not isinstance(cached, str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:  # it answers
+        return
+    except Exception as error:  # the client's errors, which differ from version to version
+        log.warning("The hub cannot be reached (%s): taking the copy in %s", _first_line(error), Path(cached).parent)
+
+
 def _max_length(config: Any) -> int:
     return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)
 
@@ -193,6 +212,8 @@ def _resolve(source: str) -> str:
         if not path.is_file():
             raise SourceError(f"{path}: no such GGUF file")
         return str(_converted(path))
+    if not Path(source).expanduser().is_dir():
+        _say_if_cached(source)
     return source
 
 

@@ -7,8 +7,7 @@ under the writes below it and writes a share of what is missing; the last one wr
 MEMIT's shares are even. Where layer :math:`l` writes the share :math:`s_l`, ordinary text is disturbed by
 :math:`\sum_l s_l^2 \|\delta\|^2 / k_l^\top M_l k_l` (the mean square of :math:`\Delta W k` over text, for
 :math:`M = C^{-1}`), which is least for shares in proportion to :math:`k_l^\top M_l k_l`: a layer that takes the subject
-for something common writes little. There no layer writes more than twice what the shares of the whole offset give it:
-where the layers above turn a write into something else, making up for that would disturb more than the edit is worth.
+for something common writes little.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,6 @@ from rome_pl.prefix import PrefixPass
 from rome_pl.rank_one import Assertion, Preset, Update
 
 __all__ = ["Spread", "keys_at"]
-
-AT_MOST = 2.0
-"""With shares by specificity, how many times its share of the whole offset a layer writes at most."""
 
 
 def keys_at(prefix: PrefixPass, rows: Sequence[int], preset: Preset, metrics: Sequence[Metric]) -> list[EditKeys]:
@@ -86,18 +82,8 @@ class Spread:
             own = slice(first, first := first + len(self._layout.contexts[edit]))
             keys = EditKeys.of(seen[place].keys[own], seen[place].outputs[own], preset, metric)
             missing = offset.double() - keys.mix(moved[own], preset.at)
-            asked = self._limited(self._share(edit, place) * missing, edit, place, offset)
-            assertions.append(keys.assertion(preset, asked))
+            assertions.append(keys.assertion(preset, self._share(edit, place) * missing))
         return assertions
-
-    def _limited(self, asked: Tensor, edit: int, place: int, offset: Tensor) -> Tensor:
-        """What a layer is asked for, no longer than it may be."""
-        if self._preset.shares == "even":
-            return asked
-        planned = self._weights[edit][place] / sum(self._weights[edit])
-        largest = AT_MOST * planned * offset.double().norm()
-        limited: Tensor = asked * (largest / asked.norm().clamp(min=torch.finfo(asked.dtype).tiny)).clamp(max=1)
-        return limited
 
     def _share(self, edit: int, place: int) -> float:
         """Which part of what is missing a layer writes."""

@@ -7,7 +7,6 @@ compare what is printed with what the page shows.
 
 import importlib.util
 import json
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -82,8 +81,6 @@ def test_every_block_runs(page, saved, stand_in, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs_on_the_default_model_and_prints_what_the_page_shows(page, monkeypatch):
     put_in_place(monkeypatch, lambda source: source if source.startswith("package:") else DEFAULT_SOURCE)
-    if page == "README.md":  # its KnowledgeEditor is GPT-2 XL's, and that model's options need not suit this one
-        monkeypatch.setattr("rome_pl.editor.Verification", partial(Verification, least_probability=0.0))
     session = {}
     for block in blocks_of(page):
         printed = run(block, session)

@@ -88,6 +88,23 @@ def test_unknown_name_while_offline_is_refused_by_name(load, source):
         load(source)
 
 
+def test_an_earlier_download_is_taken_where_the_hub_cannot_be_reached_and_that_is_said(
+    folder, tmp_path, monkeypatch, caplog
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = load_language_model("someone/model")
+    assert torch.equal(found.model.lm_head.weight, load_language_model(str(snapshot)).model.lm_head.weight)
+    (said,) = [record.getMessage() for record in caplog.records if "hub" in record.getMessage()]
+    assert said.startswith("The hub cannot be reached (")
+    assert said.endswith(f"taking the copy in {snapshot}")
+
+
 def test_unknown_name_says_what_to_do():
     with pytest.raises(SourceError, match=r"Check the spelling; offline, give a folder with config\.json"):
         load_language_model("someone/no-such-model")

@@ -7,15 +7,12 @@ import pytest
 import torch
 
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
-from rome_pl.callbacks import RepresentationCheck
+from rome_pl.callbacks import RepresentationCheck, Verification
 from rome_pl.hooks import capture_columns, capture_output
-from rome_pl.metric import PlainMetric
-from rome_pl.objective import edit_rows
 from rome_pl.prefix import run_prefix
 from rome_pl.rank_one import PRESETS
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
-from rome_pl.spread import Spread, keys_at
 from tests.integration.helpers import FAST, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import FAMILIES, tiny_language_model
 
@@ -92,9 +89,6 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, share
             missing = edit.delta - (hidden - before[edit.name]).mean(0)
             left = weights[edit.name][place:]
             asked = missing * left[0] / sum(left)
-            if shares == "specific":
-                largest = 2 * left[0] / sum(weights[edit.name]) * edit.delta.norm()
-                asked = asked * min(1.0, float(largest / asked.norm()))
             residuals.append(asked.numpy())
             keys.append(inputs.mean(0).numpy())
         k, r = np.stack(keys, 1), np.stack(residuals, 1)
@@ -239,25 +233,6 @@ def test_specificity_is_one_for_ordinary_text_and_small_for_what_is_everywhere(t
     assert layers.specificity([common] * 3)[1] < layers.specificity([rare] * 3)[1] / 5
 
 
-@pytest.mark.parametrize(("preset", "clamped"), [("lifelong", True), ("memit", False)])
-def test_what_layers_below_have_made_worse_is_not_made_good_at_any_price(preset, clamped):
-    language_model, chosen = tiny_language_model("llama"), PRESETS[preset]
-    sites = [find_site(language_model.model, layer) for layer in (0, 1)]
-    layout = edit_rows([language_model.encoder.edit(REQUESTS[0], ("", "It rains. "))])
-    prefix = run_prefix(language_model.model, sites[1], layout.rows, language_model.encoder.pad_id, below=sites[:1])
-    metrics = [PlainMetric(lambda keys: keys)] * 2
-    spread = Spread(prefix, layout, chosen, metrics, [(1.0, 3.0)])
-    offset = torch.ones(sites[0].d_value, dtype=torch.float64)
-    share = 0.25 if clamped else 0.5
-    for shift, norm in ((0.0, 1.0), (5.0, 2.0 if clamped else 6.0), (-0.5, 0.5)):
-        spread._before += shift
-        (assertion,) = spread.assertions(0, [(0, offset)])
-        keys = keys_at(prefix, layout.contexts[0], chosen, metrics)[0]
-        asked = (assertion.value[0] - keys.output(chosen.at)).norm() / offset.norm()
-        assert float(asked) == pytest.approx(share * norm, rel=1e-6)
-        spread._before -= shift
-
-
 @pytest.mark.parametrize("preset", ["lifelong", "memit"])
 def test_an_edit_without_an_offset_asks_for_no_change(preset, tmp_path):
     """As of a fact that the model gives with the wanted probability already."""
@@ -292,3 +267,54 @@ def test_a_key_that_stands_for_much_else_is_noted_or_rejected(reject, tmp_path):
     (edit,) = session.edits
     assert edit.status == ("rejected" if reject else "applied")
     assert "stands for much else" in (edit.reason if reject else edit.notes[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_disturbance_is_what_a_write_changes_on_the_text_of_the_second_moment(family, tmp_path):
+    language_model = tiny_language_model(family)
+    originals = {name: tensor.clone() for name, tensor in language_model.model.state_dict().items()}
+    paths, _ = statistics_of(language_model, tmp_path)
+    options = {**SHARED, **EMMET, "statistics": paths, "sequential_edit": True}
+    layers = run_edits(language_model, tmp_path / "run", REQUESTS[:1], **options).layers
+    ratios = []
+    for number, weight, moment in zip(layers.numbers, layers.weights, layers.moments, strict=True):
+        keys = torch.randn(
+            200, weight.site.d_key, dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+        )  # those of the second moment
+        original = weight.site.matrix(originals[weight.site.name]).double()
+        change = weight.site.matrix(weight.site.weight.detach()).double() - original
+        ratios.append(float(((keys @ change.T) ** 2).sum() / ((keys @ original.T) ** 2).sum()))
+        assert moment.info.layer == number
+    assert layers.disturbance(layers.written[0]) == pytest.approx(max(ratios) ** 0.5, rel=1e-4)
+
+
+def test_an_edit_that_disturbs_ordinary_text_is_rejected_and_the_others_of_its_batch_stay(tmp_path):
+    language_model = tiny_language_model("llama")
+    paths, _ = statistics_of(language_model, tmp_path)
+    options = {**SHARED, **EMMET, "statistics": paths, "sequential_edit": True}
+    free = run_edits(language_model, tmp_path / "a", REQUESTS, batch_size=3, **options)
+    found = {edit.name: free.layers.disturbance(edit.written) for edit in free.edits}
+    worst = max(found, key=found.get)
+    bound = (found[worst] + sorted(found.values())[-2]) / 2
+    callbacks = lenient_callbacks()
+    callbacks[2] = Verification(least_probability=0.0, largest_disturbance=bound)
+    session = run_edits(
+        tiny_language_model("llama"), tmp_path / "b", REQUESTS, batch_size=3, callbacks=callbacks, **options
+    )
+    assert session.layers.names == [name for name in found if name != worst]
+    (reason,) = [edit.reason for edit in session.edits if edit.name == worst]
+    assert f"more than {bound:g}: its key stands for much else" in reason
+
+
+def test_without_statistics_nothing_is_known_of_disturbance(tmp_path):
+    callbacks = lenient_callbacks()
+    callbacks[2] = Verification(least_probability=0.0, largest_disturbance=1e-9)
+    options = {**SHARED, "layers": [1], "preset": "easyedit", "mom2_adjustment": None, "sequential_edit": True}
+    session = run_edits(tiny_language_model(), tmp_path, REQUESTS[:1], callbacks=callbacks, **options)
+    assert session.layers.disturbance(session.layers.written[0]) is None
+    assert session.layers.names == ["a"]
+
+
+def test_a_bound_on_disturbance_is_positive():
+    with pytest.raises(ValueError, match="largest_disturbance: expected a positive number, got 0"):
+        Verification(largest_disturbance=0.0)
