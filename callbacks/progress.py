@@ -11,7 +11,7 @@ from rome_pl.edit import EditBatch
 from rome_pl.moment_pass import MomentPass
 from rome_pl.session import session_of
 
-__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar"]
+__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar", "TraceProgressBar"]
 
 
 class EditProgressBar(RichProgressBar):
@@ -73,3 +73,12 @@ class EvaluationProgressBar(RichProgressBar):
     @override
     def predict_description(self) -> str:
         return "Measuring"
+
+
+class TraceProgressBar(RichProgressBar):
+    """Lightning's Rich progress bar, naming what it counts: facts."""
+
+    @property
+    @override
+    def predict_description(self) -> str:
+        return "Tracing"

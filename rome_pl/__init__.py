@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rome_pl.language_model import load_language_model as load_language_model
     from rome_pl.optimizers import PolyakStep as PolyakStep
     from rome_pl.requests import EditRequest as EditRequest
+    from rome_pl.trace_module import TraceModule as TraceModule
 
 _PUBLIC = {
     "CovarianceModule": "rome_pl.covariance_module",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "LanguageModel": "rome_pl.language_model",
     "PolyakStep": "rome_pl.optimizers",
     "RomeModule": "rome_pl.edit_module",
+    "TraceModule": "rome_pl.trace_module",
     "load_language_model": "rome_pl.language_model",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "LanguageModel",
     "PolyakStep",
     "RomeModule",
+    "TraceModule",
     "load_language_model",
 ]
 

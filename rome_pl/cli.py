@@ -29,14 +29,17 @@ from rome_pl.callbacks import (
     RunReport,
     StateCheck,
     TensorBoardReport,
+    TraceProgressBar,
+    TraceReport,
     Verification,
 )
 from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
-from rome_pl.data_modules import CorpusDataModule, RequestDataModule
+from rome_pl.data_modules import CorpusDataModule, FactDataModule, RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
+from rome_pl.trace_module import TraceModule
 from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
@@ -118,6 +121,13 @@ VERBS = {
         ((MomentReport, "moment_report"),),
         lambda: MomentProgressBar(leave=True),
         _TRAINER | {"default_root_dir": "runs/covariance"},
+    ),
+    "locate": _Verb(
+        TraceModule,
+        FactDataModule,
+        ((TraceReport, "trace_report"),),
+        lambda: TraceProgressBar(leave=True),
+        _TRAINER | {"default_root_dir": "runs/locate"},
     ),
 }
 

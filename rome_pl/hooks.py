@@ -1,7 +1,7 @@
 """Context managers that look into a model or change one forward of it, and leave nothing behind."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "hash_seed",
     "head_on",
     "layer_answer",
+    "put_at_column",
     "run_from_layer",
     "seeded",
     "stopped_after",
@@ -156,6 +157,30 @@ def add_at_column(projection: nn.Module, delta: Tensor, column: int = 0) -> Iter
         return torch.cat([rows[:, :column], moved, rows[:, column + 1 :]], dim=1).reshape(output.shape)
 
     handle = projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[int], column: int) -> Iterator[None]:
+    """Replace a module's output at one column of some rows by ``value``, ``[d]``.
+
+    Args:
+        module: The module; its output may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        value: What stands there instead.
+        rows: Number of rows of the batch.
+        chosen: The rows that change.
+        column: The column.
+    """
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = output.reshape(rows, -1, output.shape[-1]).clone()
+        states[chosen, column] = value.to(states.dtype)
+        return states.reshape(output.shape)
+
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
