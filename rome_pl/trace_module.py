@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jsonargparse import Namespace, namespace_to_dict
 from lightning.pytorch import LightningModule
 
 from rome_pl.architecture import decoder_layers, find_site
@@ -19,6 +18,7 @@ from rome_pl.metrics.probes import measure_answers
 from rome_pl.rank_one import PRESETS, PresetName
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.stream import MEASURED_TOGETHER
+from rome_pl.trace_cache import KnownTraces
 from rome_pl.trace_results import TracedFact, token_roles
 from rome_pl.tracing import Fact, Tracer, default_window, draw_noise, embedding_deviation
 
@@ -65,11 +65,10 @@ class TraceModule(LightningModule):
         trial_edits: int = 10,
         trial_path: str | None = None,
         preset: PresetName = "r_rome",
-        editing: dict[str, Any] = NO_EDITING,
+        editing: dict = NO_EDITING,  # type: ignore[type-arg]  # the command line would make objects of dict[str, Any]
         seed: int = 0,
     ) -> None:
         super().__init__()
-        editing = _plain(editing)  # the command line nests namespaces in it
         self.save_hyperparameters()
         for name in ("facts", "noise_samples", "window"):
             value = self.hparams[name]
@@ -209,6 +208,8 @@ class TraceModule(LightningModule):
         self.traced, self.trial = [], None
         self._started = time.monotonic()
         self._tracer = Tracer(self._language_model.model, self.window)
+        settings = (self.window, self.deviation, self.hparams["noise_samples"], self.hparams["seed"])
+        self._known_traces = KnownTraces(self._language_model, *settings)
 
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, float]:
         """Trace facts; the total effect of each, by name."""
@@ -217,23 +218,12 @@ class TraceModule(LightningModule):
         for request in batch:
             name = str(request.case_id)
             fact = self._facts[name]
-            first, end = fact.subject
-            noise = draw_noise(
-                self.hparams["noise_samples"],
-                end - first,
-                self._language_model.model.get_input_embeddings().embedding_dim,
-                self.deviation,
-                self.hparams["seed"],
-                name,
-            )
-            self.traced.append(
-                TracedFact(
-                    name,
-                    tuple(decode([token]) for token in fact.ids),
-                    token_roles(len(fact.ids), fact.subject),
-                    self._tracer.trace(fact, noise),
-                )
-            )
+            trace = self._known_traces.find(fact)
+            if trace is None:
+                trace = self._tracer.trace(fact, self._noise(fact))
+                self._known_traces.keep(fact, trace)
+            tokens = tuple(decode([token]) for token in fact.ids)
+            self.traced.append(TracedFact(name, tokens, token_roles(len(fact.ids), fact.subject), trace))
         return {fact.name: fact.trace.total_effect for fact in self.traced[-len(batch) :]}
 
     def on_predict_epoch_end(self) -> None:
@@ -249,6 +239,14 @@ class TraceModule(LightningModule):
         self.configure_model()
         self._tracer = Tracer(self._language_model.model, self.window)
         self.layer_trial()
+
+    def _noise(self, fact: Fact) -> torch.Tensor:
+        """What is added to the subject's embeddings, ``[samples, tokens, width]``; always the same for a fact."""
+        width = self._language_model.model.get_input_embeddings().embedding_dim
+        tokens = fact.subject[1] - fact.subject[0]
+        return draw_noise(
+            self.hparams["noise_samples"], tokens, width, self.deviation, self.hparams["seed"], fact.ids, fact.subject
+        )
 
     def _encode(self, request: EditRequest) -> Fact:
         if request.target_true is None:
