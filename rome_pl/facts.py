@@ -40,13 +40,13 @@ def _is_fact(record: Any) -> bool:
 
 def _as_short(record: Any) -> Any:
     """A record of known_1000.json in the short form; what is none stays as it is."""
-    if not _is_fact(record) or "attribute" not in record or "target_new" in record:
+    if not _is_fact(record) or not {"attribute", "known_id"} & set(record) or "target_new" in record:
         return record
     kept = {name: value for name, value in record.items() if name not in _KNOWN_ONLY}
     relation = record.get("relation_id") or record.get("template")
     if "known_id" in record:
         kept.setdefault("case_id", record["known_id"])
-    return kept | {"target_true": record["attribute"], "relation": relation}
+    return kept | {"target_true": record.get("attribute"), "relation": relation}
 
 
 def _with_target(fact: Mapping[str, Any], related: set[str], everything: set[str], seed: int) -> Mapping[str, Any]:
@@ -54,7 +54,7 @@ def _with_target(fact: Mapping[str, Any], related: set[str], everything: set[str
         return fact
     own = str(fact.get("target_true")).strip()
     others = sorted(related - {own}) or sorted(everything - {own})
-    if not others:  # the parser says what is missing
-        return fact
+    if not others:
+        return {**fact, "target_new": None}  # the parser says that it is missing
     drawn = others[hash_seed(seed, "new target", fact["prompt"], fact["subject"]) % len(others)]
     return {**fact, "target_new": drawn}

@@ -84,7 +84,7 @@ def score_layer(
     summary = summarise_scores(measured, base)
     rates = tuple(name for name in RATES if summary[name]["n"])
     values = [record_values(scores, base.get(name)) for name, scores in measured.items()]
-    rows = [[found[name] for name in rates] for found in values if all(name in found for name in rates)]
+    rows = [[found[name] for name in rates] for found in values if rates and all(name in found for name in rates)]
     scores = {name: summary[name] for name in RATES}
     scores["S"] = entry(
         torch.tensor(rows, dtype=torch.float64).reshape(len(rows), max(1, len(rates))),

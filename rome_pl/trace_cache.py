@@ -47,7 +47,7 @@ class KnownTraces:
         line["restored"] = {kind: table.tolist() for kind, table in trace.restored.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" + json.dumps(line))  # the line before may have been cut short
 
     def _read(self) -> dict[str, Trace]:
         known: dict[str, Trace] = {}

@@ -172,7 +172,7 @@ class TraceModule(LightningModule):
         rows = []
         for request in requests:
             try:
-                fact = self._encode(request)
+                fact = self.encode(request)
                 rows.append(model.encoder.continuation(request.prompt, str(request.target_true), request))
             except RequestError as error:
                 self.refused.append(error)
@@ -248,7 +248,12 @@ class TraceModule(LightningModule):
             self.hparams["noise_samples"], tokens, width, self.deviation, self.hparams["seed"], fact.ids, fact.subject
         )
 
-    def _encode(self, request: EditRequest) -> Fact:
+    def encode(self, request: EditRequest) -> Fact:
+        """The fact of a request: its prompt's tokens, where the subject is among them, and its answer.
+
+        Raises:
+            RequestError: If it has no true answer, or does not fit into the model's context.
+        """
         if request.target_true is None:
             raise request.error(
                 "target_true", "is missing: a fact to trace needs its answer ('attribute' in known_1000.json)"
