@@ -78,6 +78,8 @@ class TraceModule(LightningModule):
             raise OptionError(f"noise_factor: expected a number above 0, got {noise_factor}: without noise no effect")
         if trial_edits < 0:
             raise OptionError(f"trial_edits: expected a number from 0 on, got {trial_edits}")
+        if doubled := sorted({"preset", "seed"} & set(editing)):
+            raise OptionError(f"editing: {doubled[0]} is an option of its own; set model.{doubled[0]}")
         if preset not in PRESETS:
             raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
         self.language_model: LanguageModel | None = None
@@ -116,12 +118,7 @@ class TraceModule(LightningModule):
         """
         if stage != "predict":
             raise OptionError(f"facts are traced by Trainer.predict, not by {stage}")
-        if self.trainer.precision != "32-true":
-            raise OptionError(
-                f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
-            )
-        if self.trainer.world_size > 1:
-            raise OptionError(f"{self.trainer.world_size} devices: facts are traced on one; set trainer.devices: 1")
+        self._check_trainer()
 
     def candidates(self) -> list[int]:
         """The layers at which edits are tried.
@@ -234,11 +231,20 @@ class TraceModule(LightningModule):
         """Load what is needed, so that whatever is wrong comes to light before anything is traced or replaced.
 
         Raises:
-            RomeError: If the model cannot be used, or a layer or an option does not exist.
+            RomeError: If the model cannot be used, a layer or an option does not exist, or the Trainer is set wrongly.
         """
+        self._check_trainer()
         self.configure_model()
         self._tracer = Tracer(self._language_model.model, self.window)
         self.layer_trial()
+
+    def _check_trainer(self) -> None:
+        if self.trainer.precision != "32-true":
+            raise OptionError(
+                f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
+            )
+        if self.trainer.world_size > 1:
+            raise OptionError(f"{self.trainer.world_size} devices: facts are traced on one; set trainer.devices: 1")
 
     def _noise(self, fact: Fact) -> torch.Tensor:
         """What is added to the subject's embeddings, ``[samples, tokens, width]``; always the same for a fact."""

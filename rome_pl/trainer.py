@@ -204,6 +204,7 @@ class RomeTrainer(Trainer):
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         others = trial_requests(model.hparams)
+        model.trainer = self
         model.check()
         claim_run_folder(Path(self.default_root_dir), overwrite)
         if not self._ran_to_its_end(model, datamodule):
@@ -213,7 +214,7 @@ class RomeTrainer(Trainer):
         if trial is not None:
             try:
                 model.trial = trial.run(requests)
-            except SystemExit:  # how Lightning leaves after Ctrl-C
+            except (SystemExit, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C, or before it began
                 self.exit_code = INTERRUPTED
                 return
             report = self._callback(TraceReport)

@@ -248,6 +248,8 @@ def test_results_do_not_depend_on_other_facts_or_on_bos(tmp_path, private_cache)
         ({"model__layers": "[1, 3]", "model__trial_edits": 0}, "layers: 3 does not exist"),
         ({"model__editing": '{"v_lr": -1}'}, "editing: v_lr: expected a number from 0 on"),
         ({"model__editing": '{"learning_rate": 1}'}, "learning_rate"),
+        ({"model__editing": '{"preset": "rome"}'}, "editing: preset is an option of its own"),
+        ({"trainer__precision": "bf16-true"}, "precision is bf16-true: use '32-true'"),
         ({"model__editing": '{"layers": [1]}'}, "editing: layers is not for a trial to choose"),
         ({"model__trial_path": "nowhere.json"}, "nowhere.json: no such file"),
         ({"trainer__devices": 2}, "facts are traced on one; set trainer.devices: 1"),
