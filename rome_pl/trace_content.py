@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rome_pl.layer_choice import agreement, trial_content
 from rome_pl.records import InvalidRecord
+from rome_pl.report import invalid_record
 from rome_pl.second_moment import library_versions
 from rome_pl.trace_results import ROLE_NAMES, TracedFact, mean_effects, peak, total_effects
 
