@@ -40,9 +40,11 @@ def _is_fact(record: Any) -> bool:
 
 def _as_short(record: Any) -> Any:
     """A record of known_1000.json in the short form; what is none stays as it is."""
-    if not _is_fact(record) or not {"attribute", "known_id"} & set(record) or "target_new" in record:
+    if not isinstance(record, Mapping) or not {"attribute", "known_id"} & set(record) or "target_new" in record:
         return record
-    kept = {name: value for name, value in record.items() if name not in _KNOWN_ONLY}
+    # What is missing stays so, under its name: the parser tells.
+    kept = {"prompt": None, "subject": None}
+    kept |= {name: value for name, value in record.items() if name not in _KNOWN_ONLY}
     relation = record.get("relation_id") or record.get("template")
     if "known_id" in record:
         kept.setdefault("case_id", record["known_id"])

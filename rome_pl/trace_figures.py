@@ -73,7 +73,7 @@ def trial_curve(content: Mapping[str, Any]) -> Figure:
     )
     right.plot(layers, [entry["value"] for _, entry in known_effects], color=BLUE)
     right.axvline(trial["recommended"], color=GREY, lw=0.8, ls=":")
-    right.set(title="tracing: MLP output at the last subject token", xlabel="layer", ylabel="average indirect effect")
+    right.set(title="tracing: MLP output at the last subject token", xlabel="layer", ylabel="indirect effect")
     return figure
 
 

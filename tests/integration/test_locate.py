@@ -276,7 +276,8 @@ TARN = {"prompt": "Tarn was", "subject": "Tarn", "attribute": "Lima", "known_id"
             [{**PROMPT, "subject": "Vane", "known_id": 4, "attribute": "a"}, {**TARN, "subject": "x"}],
             "'Vane' does not occur in the prompt",
         ),
-        ([{"prompt": "Korrin was", "attribute": "Oslo"}], "unknown form of record"),
+        ([{"prompt": "Korrin was", "attribute": "Oslo"}], "record 0, field 'subject': is missing"),
+        ([{"subject": "Korrin", "answer": "Oslo"}], "unknown form of record"),
     ],
 )
 def test_facts_that_cannot_be_traced_are_named(arguments, tmp_path, capsys, records, said):
