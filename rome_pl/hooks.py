@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rome_pl.architecture import decoder_layers
 
 __all__ = [
+    "PassThrough",
     "add_at_column",
     "add_rank_one",
     "capture_columns",
@@ -226,7 +227,7 @@ def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands in for a decoder layer that need not run; answers in the form the family's layers answer in."""
 
     def __init__(self, answer: Callable[[Tensor], Any]) -> None:
@@ -234,6 +235,7 @@ class _PassThrough(nn.Module):
         self.answer = answer
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """The hidden states as they came."""
         return self.answer(hidden_states)
 
 
@@ -265,7 +267,7 @@ def run_from_layer(
     handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         for index in range(layer):
-            layers[index] = _PassThrough(answer)
+            layers[index] = PassThrough(answer)
         for index, module in (stand_ins or {}).items():
             layers[index] = module
         yield

@@ -28,8 +28,8 @@ from rome_pl.hooks import (
     head_on,
     layer_answer,
     put_at_column,
-    run_from_layer,
 )
+from rome_pl.joining import join_layers
 from rome_pl.prefix import cache_of, forward_masks
 from rome_pl.suffix import LARGEST_ERROR
 
@@ -40,7 +40,7 @@ Kind = Literal["hidden", "mlp", "attention"]
 KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attention")
 
 TOKENS_PER_FORWARD = 4096
-"""Most tokens of one forward: restorations at one token that start at the same layer share it."""
+"""Most tokens of one forward: restorations at one token share it, and join it at the layers where they start."""
 log = logging.getLogger(__name__)
 
 
@@ -187,11 +187,10 @@ class Tracer:
             for kind in self.modules
             for layer in range(depth)
         ]
+        wanted.sort(key=lambda restoration: restoration.start)
         together = max(1, TOKENS_PER_FORWARD // size)
-        for start in range(depth):
-            here = [restoration for restoration in wanted if restoration.start == start]
-            for first in range(0, len(here), together):
-                yield here[first : first + together]
+        for first in range(0, len(wanted), together):
+            yield wanted[first : first + together]
 
     def _run(self, fact: Fact, noise: Tensor) -> tuple[float, Tensor, _Runs]:
         """The answer's clean probability, its logarithm under each sample of noise, and the runs that gave them."""
@@ -234,32 +233,35 @@ class Tracer:
         """Logarithms of the answer's probability with each of a group's restorations, ``[group, samples]``."""
         whole = bool(self._whole_rows) if whole is None else whole
         first = 0 if whole else token
-        start, samples = group[0].start, len(runs.corrupted[0])
-        hidden = runs.corrupted[start][:, first:].repeat(len(group), 1, 1)
+        samples, depth = len(runs.corrupted[0]), len(self.layers)
+        running = [samples * sum(one.start <= layer for one in group) for layer in range(depth)]
+        hidden = torch.cat([runs.corrupted[one.start][:, first:] for one in group])
         rows = [list(range(place * samples, (place + 1) * samples)) for place in range(len(group))]
+        for place, one in enumerate(group):
+            if one.kind == "hidden":
+                hidden[rows[place], token - first] = runs.clean[one.start][token]
         options: dict[str, Any] = {"use_cache": False}
         if first:
-            kept = [
-                tuple(part[:, :, :first].repeat(len(group), 1, 1, 1) for part in pair) for pair in runs.cache[start:]
-            ]
-            options = {"past_key_values": cache_of([(pair[0], pair[1]) for pair in kept], start), "use_cache": True}
+            start = group[0].start
+            kept = []
+            for (keys, values), here in zip(runs.cache[start:], running[start:], strict=True):
+                copies = (here // samples, 1, 1, 1)
+                kept.append((keys[:, :, :first].repeat(copies), values[:, :, :first].repeat(copies)))
+            options = {"past_key_values": cache_of(kept, start), "use_cache": True}
         ids = torch.tensor([fact.ids[first:]], device=hidden.device).expand(len(hidden), -1)
         with ExitStack() as stack:
-            for place, restoration in enumerate(group):
-                if restoration.kind == "hidden":
-                    hidden[rows[place], token - first] = runs.clean[start][token]
             for kind, modules in self.modules.items():
-                for layer in range(start, len(modules)):
+                for layer, module in enumerate(modules):
                     chosen = [
                         row
                         for place, one in enumerate(group)
-                        if one.kind == kind and layer < one.end
+                        if one.kind == kind and one.start <= layer < one.end
                         for row in rows[place]
                     ]
                     if chosen:
                         value = runs.outputs[kind][layer][token]
-                        stack.enter_context(put_at_column(modules[layer], value, len(hidden), chosen, token - first))
-            stack.enter_context(run_from_layer(self.model, start, hidden, runs.answer))
+                        stack.enter_context(put_at_column(module, value, running[layer], chosen, token - first))
+            stack.enter_context(join_layers(self.model, hidden, running, runs.answer))
             return self._answer(fact, ids, options, first).view(len(group), samples)
 
     def _answer(self, fact: Fact, ids: Tensor, options: dict[str, Any], first: int = 0) -> Tensor:
