@@ -7,8 +7,8 @@ Example:
 from pathlib import Path
 
 import torch
+from common import parser, write
 
-from benchmarks.common import parser, write
 from rome_pl.data_modules import FactDataModule
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen

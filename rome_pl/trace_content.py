@@ -44,6 +44,8 @@ def results(module: Any, invalid: Sequence[InvalidRecord]) -> dict[str, Any]:
         "unknown": module.unknown,
         "records": [invalid_record(entry) for entry in (*invalid, *refused)],
     }
+    if "mlp" in module.missing and module.hparams["trial_edits"]:
+        content["notes"].append("Without an MLP to rewrite at every layer no edits could be tried")
     if module.trial is not None:
         content["trial"] = trial_content(module.trial)
         of_mlp: Mapping[Any, Any] = effects.get("mlp", {})

@@ -322,6 +322,7 @@ def test_a_mixture_of_experts_is_traced_without_its_mlps_and_without_a_trial(tmp
     content = read(tmp_path / "run")
     assert set(content["effects"]) == {"hidden", "attention"}
     assert any("mlp could not be traced" in note and "mixture of experts" in note for note in content["notes"])
+    assert any("no edits could be tried" in note for note in content["notes"])
     assert content["peak"] is None
     assert module.layer_trial() is None
 
