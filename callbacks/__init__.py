@@ -13,12 +13,14 @@ from rome_pl.callbacks.progress import EditProgressBar as EditProgressBar
 from rome_pl.callbacks.progress import EvaluationProgressBar as EvaluationProgressBar
 from rome_pl.callbacks.progress import MomentProgressBar as MomentProgressBar
 from rome_pl.callbacks.progress import ProgressLines as ProgressLines
+from rome_pl.callbacks.progress import TraceProgressBar as TraceProgressBar
 from rome_pl.callbacks.rank_one_writer import RankOneWriter as RankOneWriter
 from rome_pl.callbacks.representation_check import RepresentationCheck as RepresentationCheck
 from rome_pl.callbacks.retention import RetentionCheck as RetentionCheck
 from rome_pl.callbacks.run_report import RunReport as RunReport
 from rome_pl.callbacks.state_check import StateCheck as StateCheck
 from rome_pl.callbacks.tensorboard_report import TensorBoardReport as TensorBoardReport
+from rome_pl.callbacks.trace_report import TraceReport as TraceReport
 from rome_pl.callbacks.verification import Verification as Verification
 
 

@@ -13,7 +13,7 @@ from rome_pl.edit import EditBatch
 from rome_pl.moment_pass import MomentPass
 from rome_pl.session import session_of
 
-__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar", "ProgressLines"]
+__all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar", "ProgressLines", "TraceProgressBar"]
 
 log = logging.getLogger(__name__)
 
@@ -151,3 +151,12 @@ def _num_blocks(trainer: Trainer) -> int | None:
         boundaries[-1] - len(done) for boundaries, done in zip(moments.plan.boundaries, moments.plan.done, strict=True)
     )
     return blocks // moments.peers.world_size + len(moments.plan.boundaries)
+
+
+class TraceProgressBar(RichProgressBar):
+    """Lightning's Rich progress bar, naming what it counts: facts."""
+
+    @property
+    @override
+    def predict_description(self) -> str:
+        return "Tracing"

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from rome_pl.drawing import Figure, png
+from rome_pl.drawing import Figure, pixels
 from rome_pl.edit import Edit, EditBatch, edits_of
 from rome_pl.exports import detailed_records
 from rome_pl.figures import draw_figures
@@ -183,11 +182,9 @@ def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 
 def _show(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
-    from matplotlib.image import imread
-
-    pixels = imread(BytesIO(png(figure)))[..., :3]
+    picture = pixels(figure)
     for logger in _tensorboards(trainer):
-        logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+        logger.experiment.add_image(tag, picture, step, dataformats="HWC")
 
 
 def _scalars(edit: Edit) -> dict[str, float]:

@@ -5,6 +5,7 @@ if __name__ != "rome_pl.data_modules":
 
 from rome_pl.data_modules.corpus import CorpusDataModule as CorpusDataModule
 from rome_pl.data_modules.counterfact import CounterFactDataModule as CounterFactDataModule
+from rome_pl.data_modules.facts import FactDataModule as FactDataModule
 from rome_pl.data_modules.knowedit import KnowEditDataModule as KnowEditDataModule
 from rome_pl.data_modules.request_data import RequestDataModule as RequestDataModule
 from rome_pl.data_modules.zsre import ZsreDataModule as ZsreDataModule

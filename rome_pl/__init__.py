@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rome_pl.optimizers import PolyakStep as PolyakStep
     from rome_pl.requests import EditRequest as EditRequest
     from rome_pl.run_export import export_run as export_run
+    from rome_pl.trace_module import TraceModule as TraceModule
 
 _PUBLIC = {
     "ChatForm": "rome_pl.chat",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "PolyakStep": "rome_pl.optimizers",
     "RomeModule": "rome_pl.edit_module",
     "export_run": "rome_pl.run_export",
+    "TraceModule": "rome_pl.trace_module",
     "load_language_model": "rome_pl.language_model",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "LanguageModel",
     "PolyakStep",
     "RomeModule",
+    "TraceModule",
     "export_run",
     "load_language_model",
 ]

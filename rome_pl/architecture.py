@@ -13,7 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from rome_pl.errors import RomeError
 
-__all__ = ["RewriteSite", "UnsupportedModelError", "decoder_layers", "dtype_of_delta", "find_site", "hidden_size"]
+__all__ = [
+    "RewriteSite",
+    "UnsupportedModelError",
+    "decoder_layers",
+    "dtype_of_delta",
+    "find_attention_output",
+    "find_site",
+    "hidden_size",
+]
 
 
 class UnsupportedModelError(RomeError):
@@ -124,6 +132,31 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
     return found
 
 
+def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
+    """Find what ends attention in a decoder layer: the last dense map there that gives back the hidden size.
+
+    Args:
+        model: A causal language model of the transformers library.
+        layer: Index of a decoder layer, from 0.
+
+    Raises:
+        UnsupportedModelError: If there is none, as in a layer that mixes tokens by convolving them.
+    """
+    block, width = decoder_layers(model)[1][layer], hidden_size(model)
+    mixers = [name for name, module in block.named_modules() if name and _is_attention(module)]
+    dense = [
+        module
+        for name, module in block.named_modules()
+        if name.startswith(tuple(f"{mixer}." for mixer in mixers)) and isinstance(module, nn.Linear | Conv1D)
+    ]
+    ends = [m for m in dense if m.weight.shape[1 if isinstance(m, Conv1D) else 0] == width]
+    if not ends:
+        raise UnsupportedModelError(
+            f"layer {layer} of {type(model).__name__} has no attention that ends in a dense map"
+        )
+    return ends[-1]  # keys, values and queries are registered before what reads them
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = model.config
     return config.get_text_config(decoder=True)
@@ -137,7 +170,11 @@ def _inside_mixer(block: nn.Module, name: str) -> bool:
 
 def _is_mixer(module: nn.Module) -> bool:
     convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
-    return convolves or "attention" in type(module).__name__.lower()
+    return convolves or _is_attention(module)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
 
 
 def _is_expert_part(name: str, module: nn.Module) -> bool:

@@ -1,14 +1,11 @@
 """The command line: Lightning's CLI with one verb per task, and plain verbs on the ledger of a run."""
 
-import inspect
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
+from rome_pl.arguments import named, normalised
 from rome_pl.callbacks import (
     EditCommit,
     EditProgressBar,
@@ -36,17 +34,20 @@ from rome_pl.callbacks import (
     RunReport,
     StateCheck,
     TensorBoardReport,
+    TraceProgressBar,
+    TraceReport,
     Verification,
 )
 from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
-from rome_pl.data_modules import CorpusDataModule, RequestDataModule
+from rome_pl.data_modules import CorpusDataModule, FactDataModule, RequestDataModule
 from rome_pl.distributed import check_strategy
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.shell import SWITCHES, completion_script, overview, split_switches, unexpected, unknown
-from rome_pl.suggestions import SuggestingParser, did_you_mean
+from rome_pl.suggestions import SuggestingParser
+from rome_pl.trace_module import TraceModule
 from rome_pl.trainer import APPLIED, BAD_CONFIGURATION, INTERRUPTED, UNEXPECTED, RomeTrainer
 
 __all__ = ["RomeCLI", "main", "run"]
@@ -132,6 +133,13 @@ VERBS = {
         ((MomentReport, "moment_report"),),
         (MomentProgressBar, "blocks of text"),
         _TRAINER | {"default_root_dir": "runs/covariance"},
+    ),
+    "locate": _Verb(
+        TraceModule,
+        FactDataModule,
+        ((TraceReport, "trace_report"),),
+        (TraceProgressBar, "facts"),
+        _TRAINER | {"default_root_dir": "runs/locate"},
     ),
 }
 
@@ -254,7 +262,7 @@ def _run(given: list[str], quiet: bool) -> int:
     if verb in COMMANDS:
         auto_cli(
             COMMANDS[verb],
-            args=_normalised(_named(*given)),
+            args=normalised(named(COMMANDS[verb], given[1:])),
             prog=f"rome-pl {verb}",
             as_positional=False,
             parser_class=SuggestingParser,
@@ -269,7 +277,7 @@ def _run(given: list[str], quiet: bool) -> int:
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=_normalised(given) + ["--trainer.enable_progress_bar=false"] * (quiet and verb != "completion"),
+        args=normalised(given) + ["--trainer.enable_progress_bar=false"] * (quiet and verb != "completion"),
         parser_class=_Parser,
         parser_kwargs={"prog": "rome-pl"},
     )
@@ -300,46 +308,3 @@ def _quieten() -> None:
         "The '.*_dataloader' does not have many workers",  # requests are text in memory; tokenising text takes little
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _named(verb: str, *args: str) -> list[str]:
-    """Arguments of a plain verb; the first of them may come without its name."""
-    if not args or args[0].startswith("-"):
-        return list(args)
-    return [f"--{next(iter(inspect.signature(COMMANDS[verb]).parameters))}", *args]
-
-
-_SWITCHES = ("--dry_run", "--overwrite", "--list", "--force")
-
-
-def _normalised(args: Sequence[str]) -> list[str]:
-    """Arguments as the parser wants them: switches with a value, shipped configs by their path."""
-    normalised: list[str] = []
-    previous = ""
-    for argument, following in zip(args, [*args[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        switch = flag.replace("-", "_").replace("__", "--", 1)
-        if switch in _SWITCHES and not equals and following not in ("true", "false"):
-            argument = f"{switch}=true"
-        elif flag in ("--config", "-c") and equals:
-            argument = f"{flag}={_config_path(value)}"
-        elif previous in ("--config", "-c"):
-            argument = _config_path(argument)
-        normalised.append(argument)
-        previous = argument
-    return normalised
-
-
-def _config_path(name: str) -> str:
-    """Path of a shipped config, unless a file of that name is here."""
-    folder = Path(str(files("rome_pl") / "configs"))
-    shipped = folder / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"
-    if Path(name).is_file():
-        return name
-    if not shipped.is_file() and re.fullmatch(r"[\w./-]+", name):  # and no options in place of a name
-        names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-        raise OptionError(
-            f"--config: there is no file '{name}', and no shipped config of that name"
-            f"{did_you_mean(name, sorted(names))}"
-        )
-    return str(shipped) if shipped.is_file() else name

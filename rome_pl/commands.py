@@ -17,9 +17,9 @@ from rome_pl.errors import OptionError
 from rome_pl.export_commands import apply, export
 from rome_pl.files import check_free
 from rome_pl.ledger import LedgerError
+from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import differences, read_edits, replay
 from rome_pl.run_export import save_checkpoint
-from rome_pl.run_folder import base_model, known_names, run_folder
 from rome_pl.undo import pick as keep
 from rome_pl.undo import undo as take_out
 

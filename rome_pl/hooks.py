@@ -1,7 +1,7 @@
 """Context managers that look into a model or change one forward of it, and leave nothing behind."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rome_pl.architecture import decoder_layers
 
 __all__ = [
+    "PassThrough",
     "add_at_column",
     "add_rank_one",
     "capture_columns",
@@ -21,6 +22,7 @@ __all__ = [
     "hash_seed",
     "head_on",
     "layer_answer",
+    "put_at_column",
     "run_from_layer",
     "seeded",
     "stopped_after",
@@ -163,6 +165,30 @@ def add_at_column(projection: nn.Module, delta: Tensor, column: int = 0) -> Iter
 
 
 @contextmanager
+def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[int], column: int) -> Iterator[None]:
+    """Replace a module's output at one column of some rows by ``value``, ``[d]``.
+
+    Args:
+        module: The module; its output may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        value: What stands there instead.
+        rows: Number of rows of the batch.
+        chosen: The rows that change.
+        column: The column.
+    """
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = output.reshape(rows, -1, output.shape[-1]).clone()
+        states[chosen, column] = value.to(states.dtype)
+        return states.reshape(output.shape)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
     """Let each row see a rank-one change of the projection's weight of its own, which nobody writes.
 
@@ -201,7 +227,7 @@ def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands in for a decoder layer that need not run; answers in the form the family's layers answer in."""
 
     def __init__(self, answer: Callable[[Tensor], Any]) -> None:
@@ -209,6 +235,7 @@ class _PassThrough(nn.Module):
         self.answer = answer
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """The hidden states as they came."""
         return self.answer(hidden_states)
 
 
@@ -240,7 +267,7 @@ def run_from_layer(
     handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         for index in range(layer):
-            layers[index] = _PassThrough(answer)
+            layers[index] = PassThrough(answer)
         for index, module in (stand_ins or {}).items():
             layers[index] = module
         yield

@@ -32,7 +32,7 @@ from rome_pl.hooks import (
 )
 from rome_pl.rank_one import Update
 
-__all__ = ["Lookup", "PrefixPass", "run_prefix"]
+__all__ = ["Lookup", "PrefixPass", "cache_of", "forward_masks", "run_prefix"]
 
 GROUP_TOKENS = 256
 """Rows of similar prefix length share a forward of at least so many tokens, for the sake of little padding."""
@@ -174,7 +174,7 @@ class PrefixPass:
         """A cache of the prefix that a forward may extend. Built anew each time, so no graph outlives its step."""
         if not self.cache:
             return {"use_cache": False}
-        return {"past_key_values": _cache_of(self.cache, self.site.layer), "use_cache": True}
+        return {"past_key_values": cache_of(self.cache, self.site.layer), "use_cache": True}
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def run_prefix(
             stack.enter_context(clean_padding(model, aligned.attention_mask))
             options: dict[str, Any] = {"use_cache": False}
         else:
-            options = {"past_key_values": _cache_of(cache[: site.layer + 1], 0), "use_cache": True}
+            options = {"past_key_values": cache_of(cache[: site.layer + 1], 0), "use_cache": True}
         with stopped_after(layers[site.layer]):
             model(
                 input_ids=aligned.input_ids[:, start:],
@@ -280,7 +280,7 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
+def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
     """A cache that holds given keys and values for the layers from ``first`` on."""
     # Without the model's config every layer keeps all columns, also where attention slides: the mask does that.
     cache = DynamicCache()

@@ -20,6 +20,7 @@ __all__ = [
     "compute",
     "kept_statistics",
     "resolve_second_moments",
+    "statistics_files",
     "statistics_folder",
     "unfinished_folder",
 ]
@@ -96,23 +97,39 @@ def resolve_second_moments(
         StatisticsError: If configured statistics are damaged or belong to another model or layer.
         CorpusError: If the corpus cannot be read.
     """
-    weights = {site.layer: language_model.fingerprint_below(site) for site in sites}
+    found = statistics_files(language_model, sites, statistics=statistics, corpus=corpus, wanted=wanted, seed=seed)
+    moments = []
+    for site in sites:
+        moment = SecondMoment.load(found[site.layer])  # what every later run will read
+        weights = language_model.fingerprint_below(site)
+        moment.check(weights=weights, layer=site.layer, where=str(found[site.layer]))
+        moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
+    return moments
+
+
+def statistics_files(
+    language_model: LanguageModel,
+    sites: Sequence[RewriteSite],
+    *,
+    statistics: str | Sequence[str] | None = None,
+    corpus: str | None = None,
+    wanted: int | None = None,
+    seed: int = 0,
+) -> dict[int, Path]:
+    """The files that :func:`resolve_second_moments` reads, by layer; what is in none is computed in one pass.
+
+    Arguments and errors are those of that function.
+    """
     if statistics is not None:
         paths = [statistics] if isinstance(statistics, str) else list(statistics)
         found = _configured(paths, sites)
     elif corpus is None and wanted is None:
-        found = _at_hand(sites, weights)
+        found = _at_hand(sites, {site.layer: language_model.fingerprint_below(site) for site in sites})
     else:
         found = {}
-    missing = [site for site in sites if site.layer not in found]
-    if missing:
+    if missing := [site for site in sites if site.layer not in found]:
         found |= _of_text(language_model, missing, corpus, wanted, seed)
-    moments = []
-    for site in sites:
-        moment = SecondMoment.load(found[site.layer])  # what every later run will read
-        moment.check(weights=weights[site.layer], layer=site.layer, where=str(found[site.layer]))
-        moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
-    return moments
+    return found
 
 
 def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int, Path]:

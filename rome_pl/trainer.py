@@ -1,12 +1,10 @@
 """The Trainer behind the command line: Lightning's, with a verb that edits."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from filelock import Timeout
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -15,38 +13,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.architecture import RewriteSite
-from rome_pl.callbacks import EditCommit
+from rome_pl.callbacks import EditCommit, TraceReport
 from rome_pl.covariance_module import CovarianceModule, check_trainer
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
-from rome_pl.errors import OptionError, RomeError
+from rome_pl.errors import OptionError
 from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.language_model import load_encoder
-from rome_pl.ledger import lock_of
+from rome_pl.layer_trial import trial_requests
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
 from rome_pl.resume import check_model, check_settings, is_finished
+from rome_pl.run_folder import RunFolderError, can_resume, check_save_folder, claim_run_folder
+from rome_pl.sampling import sample_requests
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
+from rome_pl.trace_module import TraceModule
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
 
 APPLIED, UNEXPECTED, BAD_CONFIGURATION, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: all applied; unforeseen error; bad configuration; some skipped, rejected or rolled back; interrupted."""
 
-_RUN_FILES = (
-    *("config.yaml", "manifest.json", "results.json", "ledger", "tensorboard", "figures"),
-    *("records.jsonl", "table.md", "table.csv", "report.html", "easyedit.json", "kmeng01.json"),
-)
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Callback)
-
-
-class RunFolderError(RomeError):
-    """A run folder that holds an earlier run."""
 
 
 class RomeTrainer(Trainer):
@@ -86,9 +78,9 @@ class RomeTrainer(Trainer):
             self._dry_run(model, datamodule)
             return
         folder = Path(self.default_root_dir)
-        resuming = _can_resume(folder, resume, overwrite)
+        resuming = can_resume(folder, resume, overwrite)
         if save_model is not None:
-            _check_save_folder(Path(save_model), model, overwrite or resuming)
+            check_save_folder(Path(save_model), model.hparams["sequential_edit"], overwrite or resuming)
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         model.configure_model()
@@ -107,7 +99,7 @@ class RomeTrainer(Trainer):
                 raise OptionError("resume: the Trainer has no EditCommit, which keeps the ledger")
             commit.resume = True
         elif self.is_global_zero:
-            _claim_run_folder(folder, overwrite)
+            claim_run_folder(folder, overwrite)
         interrupted = False
         try:
             self.fit(model, datamodule=datamodule)
@@ -164,7 +156,7 @@ class RomeTrainer(Trainer):
                 next(datamodule.corpus.texts())
             model.load()
             model.sites()
-            _claim_run_folder(Path(self.default_root_dir), overwrite)
+            claim_run_folder(Path(self.default_root_dir), overwrite)
         if not self._ran_to_its_end(model, datamodule):
             return
         if export_npz is not None and self.is_global_zero:
@@ -191,9 +183,43 @@ class RomeTrainer(Trainer):
         model.trainer = self
         model.check()
         if self.is_global_zero:
-            _claim_run_folder(folder, overwrite)
+            claim_run_folder(folder, overwrite)
         if not self._ran_to_its_end(model, datamodule):
             return
+        self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
+
+    def locate(self, model: LightningModule, datamodule: RequestDataModule, overwrite: bool = False) -> None:
+        """Find where a model keeps facts by causal tracing, and by trial edits which layer to edit.
+
+        Args:
+            model: The module.
+            datamodule: The facts.
+            overwrite: Whether a run folder that holds an earlier run may be replaced.
+
+        Raises:
+            RunFolderError: If the run folder holds an earlier run.
+        """
+        if not isinstance(model, TraceModule):
+            raise TypeError(f"expected a TraceModule, got {type(model).__name__}")
+        # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
+        datamodule.setup()
+        others = trial_requests(model.hparams)
+        model.trainer = self
+        model.check()
+        claim_run_folder(Path(self.default_root_dir), overwrite)
+        if not self._ran_to_its_end(model, datamodule):
+            return
+        requests = others or sample_requests(model.known, model.hparams["trial_edits"], model.hparams["seed"])
+        trial = model.layer_trial()
+        if trial is not None:
+            try:
+                model.trial = trial.run(requests)
+            except (SystemExit, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C, or before it began
+                self.exit_code = INTERRUPTED
+                return
+            report = self._callback(TraceReport)
+            if report is not None:
+                report.report_trial(self, model)
         self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
 
     def _ran_to_its_end(self, model: LightningModule, datamodule: LightningDataModule) -> bool:
@@ -243,61 +269,6 @@ class RomeTrainer(Trainer):
             console.print(message, style="red", markup=False)
         console.print(f"{table.row_count} requests are valid, {len(refused)} are not; nothing was edited")
         self.exit_code = SOME_FAILED if refused else APPLIED
-
-
-def _can_resume(folder: Path, resume: str | None, overwrite: bool) -> bool:
-    """Whether there is a run to go on with, and it is asked for."""
-    if resume is None:
-        return False
-    if overwrite:
-        raise OptionError("resume goes on with an earlier run, overwrite replaces it; give one of the two")
-    there = (folder / "ledger" / "edits.jsonl").is_file()
-    if resume != "auto" and not there:
-        raise RunFolderError(f"resume: {resume} holds no run (ledger/edits.jsonl); give the folder of one, or auto")
-    if resume != "auto" and Path(resume).expanduser().resolve() != folder.resolve():
-        raise OptionError(f"resume: {resume} is not the run folder; set trainer.default_root_dir to it")
-    return there
-
-
-def _check_save_folder(folder: Path, model: RomeModule, overwrite: bool) -> None:
-    if not model.hparams["sequential_edit"]:
-        raise OptionError("save_model: in single-edit mode every edit is taken back; set model.sequential_edit: true")
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"save_model: {folder} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise RunFolderError(f"save_model: {folder} is not empty; choose another folder, or add --overwrite")
-
-
-def _claim_run_folder(folder: Path, overwrite: bool) -> None:
-    """Make sure that the folder holds nothing but what a run may write.
-
-    Files that a run leaves when it fails before its first edit are no earlier run.
-    """
-    if not folder.exists():
-        return
-    names = {path.name for path in folder.iterdir()}
-    kept = {"results.json"} & names
-    if (folder / "ledger" / "edits.jsonl").exists():
-        kept.add("ledger")
-    if foreign := names - set(_RUN_FILES):
-        kept |= foreign
-    if kept and not overwrite:
-        raise RunFolderError(
-            f"{folder} is not empty ({', '.join(sorted(kept)[:5])}); choose another --trainer.default_root_dir, "
-            "or add --overwrite, which replaces an earlier run there and nothing else"
-        )
-    try:
-        with lock_of(folder / "ledger").acquire(timeout=0):
-            pass
-    except Timeout as error:
-        raise RunFolderError(f"{folder}: another run is writing there; choose another folder") from error
-    except OSError:  # no ledger
-        pass
-    for path in (folder / name for name in _RUN_FILES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _show_statistics(folder: Path) -> None:

@@ -13,8 +13,8 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.generation import generate
+from rome_pl.recorded_run import base_model
 from rome_pl.requests import EditRequest
-from rome_pl.run_folder import base_model
 from rome_pl.session import session_of
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.tiny import byte_level_tokenizer, tiny_model

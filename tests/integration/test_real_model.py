@@ -111,3 +111,22 @@ def test_python_edits_and_undoes(real):
     assert "Berlin" in result.after.continuation
     editor.undo(result)
     assert torch.equal(real.model.model.layers[4].mlp.down_proj.weight, before)
+
+
+def test_locate_traces_facts_and_recommends_a_layer_that_edits(tmp_path):
+    run = tmp_path / "run"
+    options = {
+        "model.facts": 2, "model.noise_samples": 1, "model.trial_edits": 3, "model.layers": "4,27",
+        "model.editing.mom2_adjustment": "false", "data.limit": 8, "trainer.default_root_dir": run,
+        "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert main(["locate", "--config", "locate/smollm2", *arguments]) == 0
+    content = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert content["totals"]["total_effect"]["value"] > 0.05
+    # Attention brings the answer to the last token late; the subject's states hold it early.
+    hidden = content["effects"]["hidden"]
+    assert hidden["last"][-1]["value"] == pytest.approx(content["totals"]["total_effect"]["value"])
+    assert hidden["last"][2]["value"] < 0.1 * hidden["last"][-1]["value"]
+    assert content["trial"]["recommended"] == 4  # what is rewritten near the top reaches the subject's own token alone
+    assert (run / "edit.yaml").is_file()

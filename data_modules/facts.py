@@ -1,0 +1,70 @@
+"""Facts to trace, from a file, a hub data set, or the package's samples."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from rome_pl.data_modules.request_data import RequestDataModule, request_loader
+from rome_pl.facts import facts_to_requests
+from rome_pl.requests import EditRequest
+
+__all__ = ["FactDataModule"]
+
+
+class FactDataModule(RequestDataModule):
+    """Gives facts to a :class:`rome_pl.TraceModule`: prompts with a subject and the true answer.
+
+    Beside the forms of :class:`RequestDataModule` it reads ``known_1000.json`` (Meng et al. 2022), and short records
+    without ``target_new``. For trial edits these get another fact's answer as the new one, of the same relation where
+    there is one, drawn by ``sample_seed``.
+
+    Args:
+        path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` for the records shipped with the package.
+        limit: Most records to use, from the first on; nothing uses all.
+        form: As in :class:`RequestDataModule`.
+        split: Split of a hub data set.
+        on_error: Whether a record that is no valid fact is skipped (and reported) or stops the run.
+        sample: Size of a seeded sample of the valid records, in file order; nothing takes all.
+        sample_by_relation: Whether each relation keeps its share in the sample.
+        sample_seed: Seed of the sample and of new targets.
+    """
+
+    def __init__(
+        self,
+        path: str = "sample",
+        limit: int | None = None,
+        form: Literal["counterfact", "zsre", "knowedit", "flat", "short"] | None = None,
+        split: str = "train",
+        on_error: Literal["skip", "stop"] = "skip",
+        sample: int | None = None,
+        sample_by_relation: bool = False,
+        sample_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            limit,
+            form,
+            split,
+            on_error,
+            sample=sample,
+            sample_by_relation=sample_by_relation,
+            sample_seed=sample_seed,
+        )
+
+    @override
+    def predict_dataloader(self) -> DataLoader[EditRequest]:
+        """The facts that the model knows, one at a time.
+
+        Raises:
+            TypeError: If the Trainer's module is none that traces.
+        """
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None or not hasattr(module, "begin"):
+            raise TypeError("facts are traced by a Trainer that runs predict() on a TraceModule")
+        return request_loader(module.begin(self.requests))
+
+    @override
+    def _records(self) -> Sequence[Any]:
+        return facts_to_requests(super()._records(), self.sample_seed)

@@ -1,0 +1,37 @@
+"""What the verbs of the command line need of a run's folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rome_pl.chat import ChatForm
+from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.ledger import LedgerError
+from rome_pl.replay import read_manifest
+
+__all__ = ["base_model", "known_names", "run_folder"]
+
+
+def run_folder(ledger: str) -> Path:
+    """The folder of a run; its ``ledger/`` will do too."""
+    folder = Path(ledger).expanduser()
+    return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
+
+
+def base_model(run: Path, allow_pickle: bool) -> LanguageModel:
+    """The unedited model that a run began with, in the run's dtype and with its form of prompts."""
+    model = read_manifest(run)["model"]
+    loaded = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
+    return loaded.with_chat(ChatForm(**model["chat"]) if model.get("chat") else None)
+
+
+def known_names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:
+    """Names of records, given separated by commas, each once.
+
+    Raises:
+        LedgerError: If the run has no record of a name.
+    """
+    names = [name.strip() for name in cases.split(",") if name.strip()]
+    if missing := [name for name in names if name not in known]:
+        raise LedgerError(f"{run}: the ledger has no record {', '.join(missing)}; see rome-pl show --ledger {run}")
+    return list(dict.fromkeys(names))

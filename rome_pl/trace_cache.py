@@ -1,0 +1,70 @@
+"""Traces that other runs have made: a fact that was traced under the same settings is not traced again."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from rome_pl.files import content_key
+from rome_pl.language_model import LanguageModel, cache_folder
+from rome_pl.tracing import KINDS, Fact, Trace
+
+__all__ = ["KnownTraces"]
+
+
+class KnownTraces:
+    """Keeps the traces of one model under one choice of settings, below the cache folder, a line for each.
+
+    An interrupted run so goes on where it was, and more facts or other trial edits cost only what is new.
+
+    Args:
+        language_model: The model, with its weights as they were loaded.
+        settings: Whatever else a trace depends on.
+    """
+
+    def __init__(self, language_model: LanguageModel, *settings: object) -> None:
+        key = content_key(
+            language_model.fingerprint,
+            language_model.tokenizer_fingerprint,
+            str(next(language_model.model.parameters()).dtype),
+            language_model.device.type,
+            [str(setting) for setting in settings],
+        )
+        self.path: Path = cache_folder() / "traces" / f"{key}.jsonl"
+        self._known = self._read()
+
+    def find(self, fact: Fact) -> Trace | None:
+        """The fact's trace, if it is known."""
+        return self._known.get(_name(fact))
+
+    def keep(self, fact: Fact, trace: Trace) -> None:
+        """Remember a trace."""
+        self._known[_name(fact)] = trace
+        line = {"fact": _name(fact), "clean": trace.clean, "corrupted": trace.corrupted}
+        line["restored"] = {kind: table.tolist() for kind, table in trace.restored.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")), self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(line))  # the line before may have been cut short
+
+    def _read(self) -> dict[str, Trace]:
+        known: dict[str, Trace] = {}
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):  # not there, or of no use
+            return known
+        for line in lines:
+            try:
+                content: dict[str, Any] = json.loads(line)
+                tables = {kind: content["restored"][kind] for kind in KINDS if kind in content["restored"]}
+                restored = {kind: torch.tensor(table, dtype=torch.float64) for kind, table in tables.items()}
+                known[content["fact"]] = Trace(float(content["clean"]), float(content["corrupted"]), restored)
+            except (ValueError, TypeError, KeyError):  # cut short, when a run was killed: it is traced again
+                continue
+        return known
+
+
+def _name(fact: Fact) -> str:
+    return content_key(asdict(fact))
