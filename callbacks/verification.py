@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
+from rome_pl.errors import OptionError
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["Verification"]
@@ -33,6 +34,14 @@ class Verification(Callback):
         if largest_disturbance is not None and not largest_disturbance > 0:
             raise ValueError(f"largest_disturbance: expected a positive number, got {largest_disturbance}")
         self.least_probability, self.largest_disturbance = least_probability, largest_disturbance
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.largest_disturbance is not None and not session_of(pl_module).layers.moments:
+            raise OptionError(
+                "largest_disturbance: without the second moment of keys (this preset, or mom2_adjustment: false) "
+                "nothing is known of ordinary text; leave it out"
+            )
 
     @override
     def on_train_batch_start(
@@ -76,12 +85,10 @@ class Verification(Callback):
         """Why an edit cannot stay, if so."""
         assert edit.after is not None
         assert edit.written is not None
-        if edit.after < self.least_probability:
+        if not edit.after >= self.least_probability:  # nor if it is no number
             return f"after the write the target has probability {edit.after:.2g}, below {self.least_probability:g}"
-        if self.largest_disturbance is None:
-            return None
         disturbance = session.layers.disturbance(edit.written)
-        if disturbance is None or disturbance <= self.largest_disturbance:
+        if self.largest_disturbance is None or disturbance is None or disturbance <= self.largest_disturbance:
             return None
         return (
             f"it would change what a layer gives on ordinary text by {disturbance:.2g} of its size, more than "

@@ -88,7 +88,7 @@ class ChatFrame:
             rendered = _render(self.tokenizer, self.form, [_user(self.form, prompt)], opened=True)
             if rendered != self.head + prompt + self.tail:
                 raise TemplateError(
-                    f"the chat template does not show {prompt!r} as it is, so where the subject stands is not known; "
+                    f"the chat template does not show {prompt!r} as it is, so where its words stand is not known; "
                     "reword the prompt, or leave chat out"
                 )
 

@@ -253,7 +253,7 @@ def _run(given: list[str], quiet: bool) -> int:
         print(overview(verbs), file=sys.stderr)
         return BAD_CONFIGURATION
     verb = given[0]
-    if verb in ("-h", "--help", "--version"):
+    if verb in ("-h", "--help", "--version") or (verb == "completion" and {"-h", "--help"} & set(given)):
         print(f"rome-pl {version('rome_pl')}" if verb == "--version" else overview(verbs))
         return APPLIED
     if verb not in verbs and not verb.startswith("-"):

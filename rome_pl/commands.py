@@ -15,7 +15,7 @@ from rome_pl.blame import blame as find_influences
 from rome_pl.convert import convert_settings, shown, write_config
 from rome_pl.errors import OptionError
 from rome_pl.export_commands import apply, export
-from rome_pl.files import check_free
+from rome_pl.files import check_free, whole_folder
 from rome_pl.ledger import LedgerError
 from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import differences, read_edits, replay
@@ -93,7 +93,8 @@ def undo(
     language_model = base_model(run, allow_pickle)
     undone = take_out(language_model, run, names, [Path(path) for path in statistics or []])
     if save_model is not None:
-        save_checkpoint(language_model, Path(save_model))
+        with whole_folder(Path(save_model)) as work:
+            save_checkpoint(language_model, work)
     Console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
         f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
@@ -121,7 +122,8 @@ def pick(
     check_free(Path(save_model), "save_model")
     language_model = base_model(run, allow_pickle)
     layers = keep(language_model, run, names, [Path(path) for path in statistics or []])
-    save_checkpoint(language_model, Path(save_model))
+    with whole_folder(Path(save_model)) as work:
+        save_checkpoint(language_model, work)
     Console().print(
         f"{len(layers.names)} edits; the weights are {layers.change:.3g} of their norm away from the original. Saved "
         f"to {save_model}",

@@ -223,6 +223,8 @@ class TextEncoder:
             for field in ("paraphrases", "neighbours"):
                 for prompt in getattr(request, field):
                     self.continuation(prompt, target, request, field)
+        for prompt in request.generation_prompts:
+            self._framed(prompt, request, "generation_prompts")
         for field in ("locality", "portability"):
             for probe in getattr(request, field):
                 self.continuation(probe.prompt, probe.answer, request, field)

@@ -21,7 +21,8 @@ from rome_pl.metrics import ProbeScores, TextMeasure, held_out_text, measure_tex
 from rome_pl.metrics.generation import Fluency, measure_fluency
 from rome_pl.metrics.scores import record_values
 from rome_pl.preparation import touched_neighbours
-from rome_pl.replay import read_edits, read_writes, replay
+from rome_pl.recorded_run import chat_of
+from rome_pl.replay import read_edits, read_manifest, read_writes, replay
 from rome_pl.requests import EditRequest, RequestError
 
 __all__ = ["EvaluationModule"]
@@ -37,7 +38,8 @@ class EvaluationModule(LightningModule):
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
         dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
         allow_pickle: Whether weights that do not come as safetensors may be read.
-        chat: How prompts become conversations in the model's chat template; nothing leaves them as they are.
+        chat: How prompts become conversations in the model's chat template; nothing takes the ledger's form, if there
+            is one, and else leaves them as they are.
         ledger: Folder of a run of ``rome-pl edit`` whose edits are put into the model first.
         base: The unedited model that ``pretrained`` was edited from, for ``locality`` and the divergence; not with
             ``ledger``, which knows it.
@@ -98,7 +100,7 @@ class EvaluationModule(LightningModule):
                 self._adopt(load_language_model(self.hparams["pretrained"], *options))
             if self.unedited_model is None and self.hparams["base"] is not None:
                 unedited = load_language_model(self.hparams["base"], *options)
-                self.unedited_model = unedited.with_chat(self.hparams["chat"])
+                self.unedited_model = unedited.with_chat(self._language_model.chat)
                 self.other = self.unedited_model.model  # so that the Trainer moves it
 
     def setup(self, stage: str) -> None:
@@ -224,6 +226,9 @@ class EvaluationModule(LightningModule):
         return self.language_model
 
     def _adopt(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model.with_chat(self.hparams["chat"] or language_model.chat)
+        chat = self.hparams["chat"] or language_model.chat
+        if chat is None and self.hparams["ledger"] is not None:
+            chat = chat_of(read_manifest(self._run))
+        self.language_model = language_model.with_chat(chat)
         self.model = language_model.model  # so that the Trainer moves it
         self.language_model.remember_weights()

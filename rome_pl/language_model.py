@@ -83,7 +83,14 @@ class LanguageModel:
         Raises:
             OptionError: If the tokenizer has no chat template, or it does not suit.
         """
-        return self if chat == self.chat else replace(self, chat=chat)
+        if chat == self.chat:
+            return self
+        other = replace(self, chat=chat)
+        # Taken before any edit, and so not to be taken anew.
+        for name in ("digests", "tokenizer_fingerprint"):
+            if name in vars(self):
+                vars(other)[name] = vars(self)[name]
+        return other
 
     @property
     def device(self) -> torch.device:

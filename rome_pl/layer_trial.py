@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -25,7 +26,7 @@ from rome_pl.statistics import statistics_files
 
 __all__ = ["LayerTrial", "trial_requests"]
 
-FIXED = ("pretrained", "dtype", "allow_pickle", "layers", "sequential_edit", "on_error")
+FIXED = ("pretrained", "dtype", "allow_pickle", "chat", "layers", "sequential_edit", "on_error")
 """Options of an edit that a trial sets itself."""
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,17 @@ class LayerTrial:
         except (ArgumentError, ValueError) as error:
             raise OptionError(f"editing: {error}") from error
 
-    def run(self, requests: Sequence[EditRequest]) -> Trial:
+    def run(self, requests: Sequence[EditRequest], device: torch.device) -> Trial:
         """Make the edits.
 
         Args:
             requests: The facts, with new targets.
+            device: Where the model runs; a Trainer leaves it on the CPU, and so does this.
 
         Raises:
             StatisticsError: If second moments cannot be found or computed.
         """
+        self.language_model.model.to(device)
         preset, adjust = PRESETS[self.options["preset"]], self.options["mom2_adjustment"]
         if preset.mom2_adjustment if adjust is None else adjust:
             statistics_files(  # those that are neither shipped nor kept are computed in one pass
@@ -80,7 +83,7 @@ class LayerTrial:
         for site in self.sites:
             started = time.monotonic()
             module = self._module(site)
-            self._trainer().fit(module, request_loader(requests, BATCH, by_length=True))
+            self._trainer(device).fit(module, request_loader(requests, BATCH, by_length=True))
             session = session_of(module)
             scores, rates = score_layer(
                 {edit.name: edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores},
@@ -99,7 +102,7 @@ class LayerTrial:
     def _module(self, site: RewriteSite) -> RomeModule:
         return RomeModule.from_language_model(self.language_model, layers=[site.layer], **self.options)
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, device: torch.device) -> Trainer:
         callbacks: list[Callback] = [
             RepresentationCheck(),
             RankOneWriter(),
@@ -109,8 +112,8 @@ class LayerTrial:
         ]
         return Trainer(
             max_epochs=1,
-            accelerator=self.language_model.device.type,
-            devices=1,
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,

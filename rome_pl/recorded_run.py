@@ -1,4 +1,4 @@
-"""What the verbs of the command line need of a run's folder."""
+"""A run that was made: its folder, the model that it began with, its records by name."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.ledger import LedgerError
 from rome_pl.replay import read_manifest
 
-__all__ = ["base_model", "known_names", "run_folder"]
+__all__ = ["base_model", "chat_of", "known_names", "run_folder"]
 
 
 def run_folder(ledger: str) -> Path:
@@ -22,7 +22,13 @@ def base_model(run: Path, allow_pickle: bool) -> LanguageModel:
     """The unedited model that a run began with, in the run's dtype and with its form of prompts."""
     model = read_manifest(run)["model"]
     loaded = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
-    return loaded.with_chat(ChatForm(**model["chat"]) if model.get("chat") else None)
+    return loaded.with_chat(chat_of(read_manifest(run)))
+
+
+def chat_of(manifest: Mapping[str, Any]) -> ChatForm | None:
+    """How prompts of a run became conversations; ``None`` for plain ones."""
+    chat = manifest["model"].get("chat")
+    return None if chat is None else ChatForm(**chat)
 
 
 def known_names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:

@@ -91,6 +91,7 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
             "dtype": str(layers.last.site.weight.dtype),
             "device": str(language_model.device),
             "chat": language_model.chat and language_model.chat.content(),
+            "frame": list(language_model.encoder.frame.texts),  # what the template made of it
         },
         "rewrite": {"layers": layers.numbers, "weights": [weight.site.name for weight in layers.weights]},
         "metric": layers.last.metric.settings,

@@ -104,6 +104,11 @@ def check_model(run: Path, language_model: LanguageModel) -> None:
                 f"{run}: began with another model ({theirs['source']}, {theirs['fingerprint'][:12]}) than the one "
                 f"loaded ({language_model.source}, {ours[:12]}); load that one"
             )
+        if theirs.get("frame", []) != list(language_model.encoder.frame.texts):
+            raise LedgerError(
+                f"{run}: the chat template writes something else around prompts than it did when the run began (other "
+                "options of chat, or a date in it: fix that by chat.switches)"
+            )
 
 
 def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_card import model_card
 from rome_pl.replay import read_edits, read_manifest, replay
+from rome_pl.suggestions import did_you_mean
 from rome_pl.undo import pick
 
 __all__ = ["FORMATS", "Exported", "check_export", "export_run", "save_checkpoint"]
@@ -57,9 +57,7 @@ def check_export(form: str, folder: Path, rank: int | None = None, max_shard_siz
         OptionError: With what to do.
     """
     if form not in FORMATS:
-        near = get_close_matches(form.lower(), FORMATS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}{meant}")
+        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}{did_you_mean(form, FORMATS)}")
     if rank is not None and form != "peft":
         raise OptionError(f"rank: only an adapter (format peft) has one; leave it out with format {form}")
     if rank is not None and rank < 1:
@@ -155,7 +153,7 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
     """What an export is, as JSON can hold it."""
     manifest, edits = read_manifest(run), read_edits(run)
     model = manifest["model"]
-    base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "tokenizer")}
+    base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "tokenizer", "chat")}
     base["dtype"] = str(model["dtype"]).removeprefix("torch.")
     return {
         "format": form,

@@ -274,9 +274,9 @@ class TraceModule(LightningModule):
         return Fact(last.ids[: last.first + 1], (first.lookup, last.lookup + 1), last.target[0])
 
     def _adopt(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
+        self.language_model = language_model.with_chat(None)  # facts are traced, and edits tried, in plain prompts
         self.model = language_model.model  # so that the Trainer moves it
-        language_model.remember_weights()
+        self.language_model.remember_weights()
 
     @property
     def _language_model(self) -> LanguageModel:

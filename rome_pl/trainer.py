@@ -213,7 +213,7 @@ class RomeTrainer(Trainer):
         trial = model.layer_trial()
         if trial is not None:
             try:
-                model.trial = trial.run(requests)
+                model.trial = trial.run(requests, self.strategy.root_device)
             except (SystemExit, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C, or before it began
                 self.exit_code = INTERRUPTED
                 return

@@ -11,6 +11,7 @@ from rome_pl.cli import main
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
+from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.generation import generate
 from rome_pl.recorded_run import base_model
@@ -130,3 +131,32 @@ def test_the_shipped_questions_are_valid_and_whole():
     assert all(len(request.paraphrases) == 2 and request.neighbours for request in data.requests)
     assert all(request.subject in prompt for request in data.requests for prompt in request.paraphrases)
     assert not any(request.subject in prompt for request in data.requests for prompt in request.neighbours)
+
+
+def test_a_ledger_is_evaluated_in_its_own_form_and_its_base_too(folder, tmp_path, chat_model):
+    records = tmp_path / "questions.json"
+    records.write_text(json.dumps(QUESTIONS), encoding="utf-8")
+    run = tmp_path / "run"
+    assert main(["edit", *arguments(folder, records, run, "--model.chat={}", "--model.sequential_edit=true")]) == 0
+    module = EvaluationModule(pretrained=str(folder), ledger=str(run))
+    module.trainer = quiet_trainer([], tmp_path)
+    module.configure_model()
+    assert module.language_model.chat == ChatForm()
+    other = EvaluationModule.from_language_model(chat_model.with_chat(ChatForm()), base=str(folder))
+    other.trainer = quiet_trainer([], tmp_path)
+    other.configure_model()
+    assert other.unedited_model.chat == ChatForm()
+
+
+def test_a_run_is_not_gone_on_with_under_another_template(folder, tmp_path, capsys):
+    records = tmp_path / "questions.json"
+    records.write_text(json.dumps(QUESTIONS), encoding="utf-8")
+    run = tmp_path / "run"
+    given = arguments(folder, records, run, "--model.chat={}", "--model.sequential_edit=true")
+    assert main(["edit", *given]) == 0
+    path = folder / "chat_template.jinja"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("[user]", "[you]").replace("[{{", "[~{{"), encoding="utf-8"
+    )
+    assert main(["edit", *given, "--resume=auto"]) == 2
+    assert "the chat template writes something else around prompts" in capsys.readouterr().err

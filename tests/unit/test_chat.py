@@ -1,6 +1,7 @@
 """Prompts inside chat templates: positions, targets, and templates that do not suit."""
 
 import pytest
+import torch
 
 from rome_pl.chat import ChatForm, TemplateError, frame_for
 from rome_pl.encoding import TextEncoder
@@ -150,3 +151,18 @@ def test_a_language_model_with_chat_is_the_same_model():
     assert chat.fingerprint == model.fingerprint
     assert chat.with_chat(ChatForm()) is chat
     assert chat.with_chat(None).encoder.prompt("x").ids == model.encoder.prompt("x").ids
+
+
+def test_the_fingerprint_stays_that_of_the_model_as_first_seen():
+    model = LanguageModel(tiny_model("llama"), tokenizer_with(CHATML))
+    first = model.fingerprint
+    with torch.no_grad():
+        model.model.lm_head.weight.mul_(2)
+    assert model.with_chat(ChatForm()).fingerprint == first
+
+
+def test_generation_prompts_are_checked_with_the_probes():
+    encoder = encoder_for(SPACED)
+    request = EditRequest(prompt=QUESTION, subject="Korrin", target_new="Oslo", generation_prompts=["Korrin is where "])
+    with pytest.raises(RequestError, match="field 'generation_prompts'"):
+        encoder.check_probes(request)

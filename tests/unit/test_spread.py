@@ -8,6 +8,7 @@ import torch
 
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
 from rome_pl.callbacks import RepresentationCheck, Verification
+from rome_pl.errors import OptionError
 from rome_pl.hooks import capture_columns, capture_output
 from rome_pl.prefix import run_prefix
 from rome_pl.rank_one import PRESETS
@@ -306,13 +307,14 @@ def test_an_edit_that_disturbs_ordinary_text_is_rejected_and_the_others_of_its_b
     assert f"more than {bound:g}: its key stands for much else" in reason
 
 
-def test_without_statistics_nothing_is_known_of_disturbance(tmp_path):
+def test_without_statistics_nothing_is_known_of_disturbance_and_no_bound_can_be_kept(tmp_path):
     callbacks = lenient_callbacks()
     callbacks[2] = Verification(least_probability=0.0, largest_disturbance=1e-9)
     options = {**SHARED, "layers": [1], "preset": "easyedit", "mom2_adjustment": None, "sequential_edit": True}
-    session = run_edits(tiny_language_model(), tmp_path, REQUESTS[:1], callbacks=callbacks, **options)
-    assert session.layers.disturbance(session.layers.written[0]) is None
-    assert session.layers.names == ["a"]
+    layers = run_edits(tiny_language_model(), tmp_path / "a", REQUESTS[:1], **options).layers
+    assert layers.disturbance(layers.written[0]) is None
+    with pytest.raises(OptionError, match="largest_disturbance: without the second moment"):
+        run_edits(tiny_language_model(), tmp_path / "b", REQUESTS[:1], callbacks=callbacks, **options)
 
 
 def test_a_bound_on_disturbance_is_positive():
