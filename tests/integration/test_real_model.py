@@ -128,5 +128,7 @@ def test_locate_traces_facts_and_recommends_a_layer_that_edits(tmp_path):
     hidden = content["effects"]["hidden"]
     assert hidden["last"][-1]["value"] == pytest.approx(content["totals"]["total_effect"]["value"])
     assert hidden["last"][2]["value"] < 0.1 * hidden["last"][-1]["value"]
-    assert content["trial"]["recommended"] == 4  # what is rewritten near the top reaches the subject's own token alone
+    trial = {found["layer"]: found["scores"]["S"]["value"] for found in content["trial"]["layers"]}
+    assert set(trial) == {4, 27}
+    assert trial[content["trial"]["recommended"]] == max(trial.values()) > 0.5
     assert (run / "edit.yaml").is_file()
