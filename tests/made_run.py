@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from rome_pl.chat import PlainFrame
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.metrics import Answer, ProbeScores
 from rome_pl.rank_one import PRESETS, Update
@@ -69,7 +70,14 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
     )
     layers = SimpleNamespace(change=0.25, numbers=[1], last=weight, weights=[weight], moments=(), written=[])
     session = EditSession(
-        language_model=SimpleNamespace(source="made up", fingerprint="f", tokenizer_fingerprint="t", device="cpu"),
+        language_model=SimpleNamespace(
+            source="made up",
+            fingerprint="f",
+            tokenizer_fingerprint="t",
+            device="cpu",
+            chat=None,
+            encoder=SimpleNamespace(frame=PlainFrame()),
+        ),
         layers=layers,
         preset=PRESETS["rome"],
         sequential=sequential,

@@ -326,7 +326,7 @@ def nothing_left(folder):
 
 
 BAD = {
-    "unknown format": ({"form": "pef"}, r"expected one of hf, delta, peft, got 'pef'; did you mean peft\?"),
+    "unknown format": ({"form": "pef"}, r"expected one of hf, delta, peft, got 'pef'; did you mean 'peft'\?"),
     "far from any": ({"form": "onnx"}, r"got 'onnx'$"),
     "rank of a checkpoint": ({"form": "hf", "rank": 3}, r"rank: only an adapter .* leave it out with format hf"),
     "rank 0": ({"form": "peft", "rank": 0}, r"rank: expected a number from 1 on, got 0"),
@@ -564,7 +564,7 @@ def test_a_checkpoint_can_be_evaluated(work, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "peftt"], "format: expected one of hf, delta, peft, got 'peftt'; did you mean peft?"),
+        (["--format", "peftt"], "format: expected one of hf, delta, peft, got 'peftt'; did you mean 'peft'?"),
         (["--format", "delta", "--rank", "2"], "rank: only an adapter (format peft) has one"),
         (["--format", "hf", "--cases", "77"], "the ledger has no record 77"),
         (["--format", "hf", "--push_to_hub", "not/a/name"], "push_to_hub: "),
