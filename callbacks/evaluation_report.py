@@ -130,16 +130,5 @@ def _manifest(module: Any) -> dict[str, Any]:
         "versions": library_versions(),
         "seed": module.hparams["seed"],
         "ledger": module.hparams["ledger"],
-        **{
-            role: {
-                "source": model.source,
-                "fingerprint": model.fingerprint,
-                "tokenizer": model.tokenizer_fingerprint,
-                "dtype": str(next(model.model.parameters()).dtype),
-                "device": str(model.device),
-                "chat": model.chat and model.chat.content(),
-            }
-            for role, model in models.items()
-            if model is not None
-        },
+        **{role: model.identity() for role, model in models.items() if model is not None},
     }

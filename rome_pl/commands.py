@@ -91,10 +91,13 @@ def undo(
     if save_model is not None:
         check_free(Path(save_model), "save_model")
     language_model = base_model(run, allow_pickle)
-    undone = take_out(language_model, run, names, [Path(path) for path in statistics or []])
-    if save_model is not None:
-        with whole_folder(Path(save_model)) as work:
-            save_checkpoint(language_model, work)
+
+    def save() -> None:
+        if save_model is not None:
+            with whole_folder(Path(save_model)) as work:
+                save_checkpoint(language_model, work)
+
+    undone = take_out(language_model, run, names, [Path(path) for path in statistics or []], save)
     Console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
         f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"

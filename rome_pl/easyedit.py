@@ -179,6 +179,11 @@ def _probes(name: str, inputs: Mapping[str, Any], number: int) -> list[list[Prob
                 raise RequestError(f"{where}[{place}]", "expected texts, or lists of texts, as prompt and ground_truth")
             if len(several) != len(wanted):
                 raise RequestError(f"{where}[{place}]", f"has {len(several)} prompts and {len(wanted)} answers")
+            for part, texts in (("prompt", several), ("ground_truth", map(_first, wanted))):
+                if not all(isinstance(text, str) and text.strip() for text in texts):
+                    raise RequestError(
+                        f"{where}['{part}'][{place}]", "is empty or no text; give it, or None as the prompt"
+                    )
             found[place] += [Probe(one, _first(its), str(kind)) for one, its in zip(several, wanted, strict=True)]
     return found
 

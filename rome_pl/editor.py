@@ -1,15 +1,11 @@
 """Editing without a config: the same module, data and callbacks behind one object."""
 
-import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
@@ -19,6 +15,7 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.exports import easyedit_case
 from rome_pl.hooks import frozen
+from rome_pl.inner_trainer import fit_inside
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
@@ -271,25 +268,10 @@ class KnowledgeEditor:
 
     def _run(self, requests: Sequence[EditRequest], verify: bool) -> list[Edit]:
         """Edit a stream of requests; the edits, whatever became of them."""
-        device = self._language_model.device
         callbacks: list[Callback] = [RepresentationCheck(), RankOneWriter(), EditCommit()]
         if verify:
             callbacks.insert(2, Verification())
-        with _quiet(), _interruptible():
-            trainer = Trainer(
-                max_epochs=1,
-                accelerator=device.type,
-                devices=[device.index or 0] if device.type == "cuda" else 1,
-                callbacks=callbacks,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            try:
-                trainer.fit(self._module, request_loader(requests))
-            finally:
-                self.model.to(device)  # the Trainer leaves the model on the CPU
+        fit_inside(self._module, request_loader(requests), callbacks, self._language_model.device)
         return session_of(self._module).edits
 
     def _measure(self, request: EditRequest) -> Measured:
@@ -319,31 +301,3 @@ class KnowledgeEditor:
 
 
 _FIELDS = {field.name for field in fields(EditRequest)} - {"source"}
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C stays what it is: Lightning would end the process and leave the signal ignored."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No lines about hardware for every single edit."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,6 +1,6 @@
 """What can be wrong with what a user gave; every such error says what to do about it."""
 
-__all__ = ["OptionError", "RomeError"]
+__all__ = ["OptionError", "RomeError", "first_line"]
 
 
 class RomeError(ValueError):
@@ -9,3 +9,8 @@ class RomeError(ValueError):
 
 class OptionError(RomeError):
     """An option whose value cannot be used, or that contradicts another."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, as one line without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

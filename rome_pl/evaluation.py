@@ -46,6 +46,8 @@ class KnownScores:
         Args:
             requests: The requests. The model has to be as it was loaded.
         """
+        if not self.language_model.as_first_seen:  # edited by other means: what is known is of another model
+            return probe_scores(self.language_model, requests)
         keys = [_content(request) for request in requests]
         missing = [place for place, key in enumerate(keys) if not _is_whole(self._known.get(key))]
         found: dict[str, dict[str, Any]] = {}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rome_pl.errors import RomeError
+from rome_pl.errors import RomeError, first_line
 
 __all__ = ["HubError", "fault_of", "push"]
 
@@ -19,7 +19,7 @@ def fault_of(repository: str) -> str | None:
     try:
         hf_hub_url(repository, "README.md")  # makes an address of it, which needs no network
     except HFValidationError as error:
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -51,9 +51,5 @@ def push(folder: Path, repository: str) -> str:
             repo_id=address.repo_id, folder_path=folder, commit_message="Edits exported by rome_pl", repo_type="model"
         )
     except failures as error:
-        raise HubError(f"push_to_hub: {repository}: {_first_line(error)}. {kept}") from error
+        raise HubError(f"push_to_hub: {repository}: {first_line(error)}. {kept}") from error
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -25,7 +25,7 @@ from torch import Tensor
 from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
 from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import TextEncoder
-from rome_pl.errors import RomeError
+from rome_pl.errors import RomeError, first_line
 
 __all__ = ["DEFAULT_SOURCE", "LanguageModel", "SourceError", "cache_folder", "load_language_model"]
 
@@ -87,7 +87,7 @@ class LanguageModel:
             return self
         other = replace(self, chat=chat)
         # Taken before any edit, and so not to be taken anew.
-        for name in ("digests", "tokenizer_fingerprint"):
+        for name in ("digests", "_versions", "tokenizer_fingerprint"):
             if name in vars(self):
                 vars(other)[name] = vars(self)[name]
         return other
@@ -101,7 +101,20 @@ class LanguageModel:
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every weight, as first seen; taken before any edit."""
-        return {name: _digest(tensor) for name, tensor in self.model.state_dict().items()}
+        weights = self.model.state_dict()
+        self._versions = {name: _state(tensor) for name, tensor in weights.items()}
+        return {name: _digest(tensor) for name, tensor in weights.items()}
+
+    @property
+    def as_first_seen(self) -> bool:
+        """Whether the weights are those that :attr:`digests` were taken of; only those written to are hashed again."""
+        digests = self.digests
+        for name, tensor in self.model.state_dict().items():
+            if (state := _state(tensor)) != self._versions[name]:
+                if _digest(tensor) != digests[name]:
+                    return False
+                self._versions[name] = state  # moved, or written and put back
+        return True
 
     def remember_weights(self) -> None:
         """Hash the weights now, before anything can change them."""
@@ -124,6 +137,18 @@ class LanguageModel:
         projection = site.name.removesuffix("weight")
         names |= {n for n in self.digests if n.startswith(below) and not n.startswith(projection)}
         return _combine({name: self.digests[name] for name in names})
+
+    def identity(self) -> dict[str, Any]:
+        """Which model this is, and how prompts are put to it, as a manifest says it."""
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer_fingerprint,
+            "dtype": str(next(self.model.parameters()).dtype),
+            "device": str(self.device),
+            "chat": self.chat and self.chat.content(),
+            "frame": list(self.encoder.frame.texts),  # what the template made of it
+        }
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -163,7 +188,7 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
             "complete, or the Hugging Face hub does not know it or cannot be reached (offline?). Check the spelling; "
             "offline, give a folder with config.json, tokenizer.json and safetensors weights "
             "(allow_pickle also reads pytorch_model.bin). "
-            f"The loader said: {_first_line(error)}"
+            f"The loader said: {first_line(error)}"
         ) from error
     if report["missing_keys"]:
         # The library fills what is missing with random numbers and goes on.
@@ -183,7 +208,7 @@ def load_encoder(source: str, chat: ChatForm | None = None) -> TextEncoder:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load tokenizer and config of '{source}': {_first_line(error)}") from error
+        raise SourceError(f"cannot load tokenizer and config of '{source}': {first_line(error)}") from error
     return TextEncoder(tokenizer, _max_length(config), frame_for(tokenizer, chat))
 
 
@@ -198,12 +223,14 @@ def _say_if_cached(name: str) -> None:
         return
     if not isinstance(cached, str):
         return
+    # Those of the HTTP library, whose name changes with releases.
+    failures: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:  # it answers
         return
-    except Exception as error:  # the client's errors, which differ from version to version
-        log.warning("The hub cannot be reached (%s): taking the copy in %s", _first_line(error), Path(cached).parent)
+    except failures as error:
+        log.warning("The hub cannot be reached (%s): taking the copy in %s", first_line(error), Path(cached).parent)
 
 
 def _max_length(config: Any) -> int:
@@ -254,7 +281,7 @@ def _converted(gguf: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{gguf}: cannot be read as a GGUF model: {_first_line(error)}") from error
+        raise SourceError(f"{gguf}: cannot be read as a GGUF model: {first_line(error)}") from error
     # The weights are plain float32 now; what still calls the model quantised would keep it from being saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
@@ -270,8 +297,9 @@ def _converted(gguf: Path) -> Path:
     return target
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, moved or replaced."""
+    return tensor.data_ptr(), tensor._version
 
 
 def _digest(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rome_pl.architecture import RewriteSite
@@ -17,6 +17,7 @@ from rome_pl.data_modules.request_data import BATCH, request_loader
 from rome_pl.edit import EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
+from rome_pl.inner_trainer import fit_inside
 from rome_pl.language_model import LanguageModel
 from rome_pl.layer_choice import LayerScores, Trial, score_layer
 from rome_pl.rank_one import PRESETS
@@ -63,7 +64,7 @@ class LayerTrial:
 
         Args:
             requests: The facts, with new targets.
-            device: Where the model runs; a Trainer leaves it on the CPU, and so does this.
+            device: Where the model runs; a Trainer that traced has left it on the CPU.
 
         Raises:
             StatisticsError: If second moments cannot be found or computed.
@@ -83,7 +84,7 @@ class LayerTrial:
         for site in self.sites:
             started = time.monotonic()
             module = self._module(site)
-            self._trainer(device).fit(module, request_loader(requests, BATCH, by_length=True))
+            fit_inside(module, request_loader(requests, BATCH, by_length=True), self._callbacks(), device)
             session = session_of(module)
             scores, rates = score_layer(
                 {edit.name: edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores},
@@ -102,24 +103,15 @@ class LayerTrial:
     def _module(self, site: RewriteSite) -> RomeModule:
         return RomeModule.from_language_model(self.language_model, layers=[site.layer], **self.options)
 
-    def _trainer(self, device: torch.device) -> Trainer:
-        callbacks: list[Callback] = [
+    @staticmethod
+    def _callbacks() -> list[Callback]:
+        return [
             RepresentationCheck(),
             RankOneWriter(),
             Verification(),
             ProbeEvaluation(measure_perplexity=False),
             EditCommit(),
         ]
-        return Trainer(
-            max_epochs=1,
-            accelerator=device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
 
 
 def trial_requests(options: Mapping[str, Any]) -> list[EditRequest]:

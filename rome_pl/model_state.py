@@ -151,7 +151,8 @@ class ModelWatch:
                 )
         if bounds.largest_divergence is not None:
             found["divergence"] = divergence = measured.divergence
-            if divergence is None or not divergence <= bounds.largest_divergence:
+            assert divergence is not None  # the unedited model was at hand
+            if not divergence <= bounds.largest_divergence:
                 failures.append(
                     f"the next token's divergence on held-out text is {divergence:.3g} nats "
                     f"(largest_divergence: {bounds.largest_divergence})"

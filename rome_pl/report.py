@@ -84,15 +84,7 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
         "mode": "sequential" if session.sequential else "single",
-        "model": {
-            "source": language_model.source,
-            "fingerprint": language_model.fingerprint,
-            "tokenizer": language_model.tokenizer_fingerprint,
-            "dtype": str(layers.last.site.weight.dtype),
-            "device": str(language_model.device),
-            "chat": language_model.chat and language_model.chat.content(),
-            "frame": list(language_model.encoder.frame.texts),  # what the template made of it
-        },
+        "model": language_model.identity() | {"dtype": str(layers.last.site.weight.dtype)},
         "rewrite": {"layers": layers.numbers, "weights": [weight.site.name for weight in layers.weights]},
         "metric": layers.last.metric.settings,
         "second_moments": [asdict(moment.info) for moment in layers.moments],

@@ -4,7 +4,7 @@ import unicodedata
 
 __all__ = ["joined_by_space"]
 
-_JOINS_LEFT = frozenset(".,;:!?%/-–—…'’")  # noqa: RUF001
+_JOINS_LEFT = frozenset(".,;:!?%/-\N{EN DASH}\N{EM DASH}…'\N{RIGHT SINGLE QUOTATION MARK}")
 """Characters that no space precedes, beside closing brackets and quotes."""
 
 
@@ -23,7 +23,7 @@ def _opens(prompt: str) -> bool:
     left, before = prompt[-1], prompt[-2:-1]
     if left in "'\"":  # the straight quotes open after a space and close after a word
         return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi")
-    return left in "/-–—@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")  # noqa: RUF001
+    return left in "/-\N{EN DASH}\N{EM DASH}@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")
 
 
 def _writes_without_spaces(character: str) -> bool:

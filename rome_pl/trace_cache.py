@@ -21,7 +21,7 @@ class KnownTraces:
     An interrupted run so goes on where it was, and more facts or other trial edits cost only what is new.
 
     Args:
-        language_model: The model, with its weights as they were loaded.
+        language_model: The model. With weights that are not as they were first seen nothing is kept or found.
         settings: Whatever else a trace depends on.
     """
 
@@ -33,8 +33,9 @@ class KnownTraces:
             language_model.device.type,
             [str(setting) for setting in settings],
         )
+        self._usable = language_model.as_first_seen
         self.path: Path = cache_folder() / "traces" / f"{key}.jsonl"
-        self._known = self._read()
+        self._known = self._read() if self._usable else {}
 
     def find(self, fact: Fact) -> Trace | None:
         """The fact's trace, if it is known."""
@@ -42,6 +43,8 @@ class KnownTraces:
 
     def keep(self, fact: Fact, trace: Trace) -> None:
         """Remember a trace."""
+        if not self._usable:
+            return
         self._known[_name(fact)] = trace
         line = {"fact": _name(fact), "clean": trace.clean, "corrupted": trace.corrupted}
         line["restored"] = {kind: table.tolist() for kind, table in trace.restored.items()}

@@ -82,13 +82,7 @@ def manifest(module: Any, content: Mapping[str, Any]) -> dict[str, Any]:
         },
         "window": content["window"],
         "editing": edit_options(module),
-        "model": {
-            "source": model.source,
-            "fingerprint": model.fingerprint,
-            "tokenizer": model.tokenizer_fingerprint,
-            "dtype": str(next(model.model.parameters()).dtype),
-            "device": str(model.device),
-        },
+        "model": model.identity(),
     }
 
 

@@ -214,7 +214,7 @@ class RomeTrainer(Trainer):
         if trial is not None:
             try:
                 model.trial = trial.run(requests, self.strategy.root_device)
-            except (SystemExit, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C, or before it began
+            except KeyboardInterrupt:
                 self.exit_code = INTERRUPTED
                 return
             report = self._callback(TraceReport)

@@ -4,7 +4,7 @@ The closed form is replayed for the edits that remain, from their stored keys an
 would be wrong: later ones were solved against a weight that contained it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -39,7 +39,13 @@ class Undone:
     resolved: tuple[str, ...]
 
 
-def undo(language_model: LanguageModel, run: Path, names: Collection[str], statistics: Sequence[Path] = ()) -> Undone:
+def undo(
+    language_model: LanguageModel,
+    run: Path,
+    names: Collection[str],
+    statistics: Sequence[Path] = (),
+    save: Callable[[], None] | None = None,
+) -> Undone:
     """Take edits out of a sequential run; its ledger says so from then on.
 
     Args:
@@ -47,6 +53,7 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
         run: The run's folder.
         names: The edits, by ``case_id``.
         statistics: The second moments of the run, where they are neither shipped nor in the cache.
+        save: Called once the model is as it will be, before the ledger says so: if it fails, nothing was undone.
 
     Raises:
         LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
@@ -65,6 +72,8 @@ def undo(language_model: LanguageModel, run: Path, names: Collection[str], stati
         layers.remove(names)
         before = {name: written for written in writes for name in written.names}
         anew = [written for written in layers.written if not written.same_as(before[written.names[0]])]
+        if save is not None:
+            save()
         ledger.amend(
             [(edits[name], {"status": str(EditStatus.UNDONE)}) for name in names],
             [(written, [edits[name] for name in written.names]) for written in anew],

@@ -227,7 +227,11 @@ def test_an_exception_on_the_way_leaves_none_of_them(editor, language_model, mon
         ),
         (
             {"portability_inputs": {"hop": {"prompt": ["a", "b"], "ground_truth": ["c", 3]}}},
-            r"field 'portability_inputs\[1\].answer': expected text, got int",
+            r"field 'portability_inputs\['hop'\]\['ground_truth'\]\[1\]': is empty or no text",
+        ),
+        (
+            {"locality_inputs": {"near": {"prompt": [["a", " "], None], "ground_truth": [["b", "c"], None]}}},
+            r"field 'locality_inputs\['near'\]\['prompt'\]\[0\]': is empty or no text",
         ),
         (
             {"portability_inputs": {"hop": {"prompt": ["a", "b " * 200], "ground_truth": ["c", "d"]}}},

@@ -1,6 +1,7 @@
 """Causal tracing and trial edits from the command line and in a Trainer of the user's own."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rome_pl import tracing
 from rome_pl.callbacks import TraceReport
 from rome_pl.cli import main
 from rome_pl.data_modules import FactDataModule
+from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.metrics.probes import measure_answers, next_tokens
 from rome_pl.requests import EditRequest
@@ -123,6 +125,20 @@ def test_the_verb_traces_tries_layers_and_leaves_a_config_that_edits(arguments, 
     edit += ["--trainer.default_root_dir", str(tmp_path / "edited"), "--trainer.accelerator", "cpu"]
     assert main([*edit, "--verification.least_probability", "0"]) == 0
     assert read(tmp_path / "edited", "manifest.json")["rewrite"]["layers"] == [trial["recommended"]]
+
+
+def test_ctrl_c_in_the_trial_ends_the_run_and_keeps_the_traces(arguments, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RomeModule, "training_step", interrupted)
+    assert main(arguments()) == 130
+    content = read(tmp_path / "run")
+    assert content["n_traced"] == 4
+    assert content["trial"] is None
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_trial_edits_take_paraphrases_and_neighbours_from_a_file_of_their_own(arguments, tmp_path):

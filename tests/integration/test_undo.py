@@ -17,6 +17,7 @@ from rome_pl.metrics import probe_scores
 from rome_pl.replay import differences, read_edits, replay
 from rome_pl.requests import EditRequest
 from rome_pl.undo import undo
+from tests.disk import no_room_on_disk
 from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
@@ -228,6 +229,19 @@ def test_mistakes_are_said_without_a_traceback(arguments, message, work, capsys)
     assert main([part.format(work=work) for part in arguments]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert (work / "run" / "ledger" / "edits.jsonl").read_bytes() == before
+
+
+def test_an_undo_whose_model_cannot_be_saved_is_none(work, capsys):
+    before = (work / "run" / "ledger" / "edits.jsonl").read_bytes()
+    capsys.readouterr()
+    undo = ["undo", "--ledger", str(work / "run"), "--cases", "1", "--save_model", str(work / "two")]
+    with no_room_on_disk():
+        assert main(undo) == 2
+    assert "two" in capsys.readouterr().err
+    assert not (work / "two").exists()
+    assert (work / "run" / "ledger" / "edits.jsonl").read_bytes() == before
+    assert main(undo) == 0  # with room again
+    assert (work / "two" / "model.safetensors").exists()
 
 
 def test_a_run_with_undone_edits_is_not_gone_on_with(work, capsys):

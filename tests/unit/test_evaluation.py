@@ -94,12 +94,34 @@ def test_every_model_and_precision_has_a_file_of_its_own(measured):
     assert len(measured) == len(models) * len(REQUESTS)
 
 
-def test_an_edit_of_the_model_in_memory_is_not_another_model(language_model):
-    """Its digests are those as loaded: what is kept is about the model before any edit."""
-    path = KnownScores(language_model).path
+def test_a_model_edited_in_memory_gets_its_own_scores_and_keeps_none(language_model, measured):
+    known = KnownScores(language_model)
+    before = known.measure(REQUESTS)
+    weight = language_model.model.lm_head.weight
+    original = weight.detach().clone()
     with torch.no_grad():
-        language_model.model.lm_head.weight.add_(1.0)
-    assert KnownScores(language_model).path == path
+        weight.neg_()
+    after = probe_scores(language_model, REQUESTS)
+    assert after != before
+    measured.clear()
+    for store in (known, KnownScores(language_model)):
+        assert store.path == known.path
+        assert store.measure(REQUESTS) == after
+    assert len(measured) == 2 * len(REQUESTS)
+    with torch.no_grad():
+        weight.copy_(original)
+    measured.clear()
+    assert KnownScores(language_model).measure(REQUESTS) == before
+    assert measured == []
+
+
+def test_a_replaced_or_moved_weight_is_looked_at(language_model):
+    assert language_model.as_first_seen
+    head = language_model.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    assert language_model.as_first_seen
+    head.weight = torch.nn.Parameter(head.weight.detach() + 1.0)
+    assert not language_model.as_first_seen
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ FOLDERS = {
     "rome_pl.data_modules": ROOT / "data_modules",
 }
 LIGHTNING = {
-    "covariance_module", "edit_module", "evaluation_module", "trace_module", "layer_trial", "editor", "trainer", "cli",
+    "covariance_module", "edit_module", "evaluation_module", "trace_module",
+    "layer_trial", "editor", "inner_trainer", "trainer", "cli",
 }  # fmt: skip
 CORE = {path.stem for path in FOLDERS["rome_pl"].glob("*.py")} - LIGHTNING - {"__init__"}
 NUMERICS = {"rank_one", "metric", "second_moment", "weights", "hooks", "architecture"}

@@ -29,3 +29,15 @@ def test_a_line_cut_short_is_not_read_and_does_no_harm(language_model):
     again.keep(other, TRACE)
     assert KnownTraces(language_model).find(FACT) is not None
     assert KnownTraces(language_model).find(other) is not None
+
+
+def test_a_model_edited_in_memory_finds_and_keeps_nothing(language_model):
+    KnownTraces(language_model).keep(FACT, TRACE)
+    other = Fact((9, 4, 5), (0, 2), 7)
+    with torch.no_grad():
+        language_model.model.lm_head.weight.neg_()
+    edited = KnownTraces(language_model)
+    assert edited.find(FACT) is None
+    edited.keep(other, TRACE)
+    assert edited.find(other) is None
+    assert KnownTraces(tiny_language_model()).find(other) is None
