@@ -45,7 +45,7 @@ def main() -> None:
     arguments.add_argument("--preset", choices=sorted(PRESETS), default="lifelong")
     arguments.add_argument("--config", default="stream", help="shipped config that the other options come from")
     arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
-    arguments.add_argument("--batch-size", type=int, default=10, help="edits solved jointly")
+    arguments.add_argument("--batch-size", type=int, help="edits solved jointly; 10, or 1 where a preset has to")
     arguments.add_argument("--largest_disturbance", type=float, default=0.05, help="see Verification")
     arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
     arguments.add_argument("--unedited", type=int, default=0, help="last records of the file that are only recalled")
@@ -53,6 +53,8 @@ def main() -> None:
     arguments.add_argument("--save_model", type=Path, help="folder for the final model")
     options = arguments.parse_args()
     language_model, requests = load(options)
+    preset = PRESETS[options.preset]
+    together = options.batch_size or (10 if preset.shape == preset.at else 1)
     chosen = shipped_options(options.config) | {"preset": options.preset, "sequential_edit": True}
     chosen |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in options.set)}
     target: Path = options.json or Path("runs") / f"long_stream_{options.preset}.json"
@@ -78,13 +80,13 @@ def main() -> None:
         callbacks=[
             RepresentationCheck(),
             RankOneWriter(),
-            Verification(largest_disturbance=options.largest_disturbance),
+            Verification(largest_disturbance=options.largest_disturbance if preset.mom2_adjustment else None),
             EditCommit(ledger=True, resume=True),
             checkpoints,
             RunReport(figures=False, largest_table=0),
         ],
     )
-    trainer.fit(module_for(language_model, chosen), request_loader(requests, options.batch_size))
+    trainer.fit(module_for(language_model, chosen), request_loader(requests, together, apart=True))
     if options.save_model is not None:
         language_model.model.save_pretrained(options.save_model)
         language_model.tokenizer.save_pretrained(options.save_model)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, dtype_of_delta
-from rome_pl.encoding import EncodedEdit, EncodedRow
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedEdit, EncodedRow
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus
 from rome_pl.metrics.probes import TargetMeasure
-from rome_pl.preparation import conflicts
+from rome_pl.related_requests import conflicts
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["RepresentationCheck"]

@@ -42,7 +42,8 @@ class RequestDataModule(LightningDataModule):
         sample_by_relation: Whether each relation keeps its share in the sample.
         sample_seed: Seed of the sample.
         batch_size: Edits optimised side by side. Nothing takes 8 where edits are independent, with requests of similar
-            length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch.
+            length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch and
+            where a batch ends before a second fact about one of its subjects.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class RequestDataModule(LightningDataModule):
             by_length=independent,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
+            apart=not independent,
         )
 
     @override
@@ -143,13 +145,14 @@ def request_loader(
     by_length: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    apart: bool = False,
 ) -> DataLoader[EditRequest]:
     """A loader that gives :class:`RomeModule` lists of requests; see :class:`EditBatches` for the arguments."""
     return DataLoader(
         # A data set in torch's sense is whatever can be indexed, which its annotation does not know.
         RequestList(requests),  # type: ignore[arg-type]
         batch_size=None,
-        sampler=EditBatches(requests, batch_size, by_length, rank, world_size),
+        sampler=EditBatches(requests, batch_size, by_length, rank, world_size, apart),
         collate_fn=as_it_is,  # requests are text
         # A generator of its own: a loader would otherwise draw from the global one.
         generator=torch.Generator(),

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from rome_pl.edited_layers import Written
-from rome_pl.encoding import EncodedEdit
 from rome_pl.keys import EditKeys
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedEdit
 from rome_pl.spread import Spread
 from rome_pl.value_search import Step
 

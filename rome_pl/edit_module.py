@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -15,24 +16,25 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from rome_pl.architecture import find_site
+from rome_pl.batch_preparation import prepare_batch
 from rome_pl.chat import ChatForm
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
 from rome_pl.distributed import independent_gradients, leave_to_each_process, one_after_the_other
 from rome_pl.edit import Edit, EditBatch, EditError, EditStatus
-from rome_pl.encoding import EncodedEdit, FactToken
+from rome_pl.encoding import FactToken
 from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores
-from rome_pl.objective import ValueObjective, edit_rows
 from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_joint_solve, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
+from rome_pl.related_requests import earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
+from rome_pl.rows import EncodedEdit
 from rome_pl.session import EditSession
-from rome_pl.spread import Spread, keys_at
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
@@ -71,6 +73,12 @@ class RomeModule(LightningModule):
         v_lr: Learning rate.
         v_weight_decay: Weight of the penalty on the offset's norm.
         clamp_norm_factor: Largest norm of the offset, in norms of the original output at the lookup token.
+        value_norm: Norm that every value gets, in those of an ordinary token's (norm-anchor scaling, Liu et al. 2026);
+            nothing leaves values as they were found.
+        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the layer's original weight:
+            an edit that would take more is made in part. Nothing bounds none.
+        keep_subject_facts: Whether, where edits accumulate, the search also keeps what earlier ones taught about the
+            same subject.
         kl_factor: Weight of the divergence that keeps the subject's essence.
         kl_position: Where it is taken: ``subject`` (the lookup token, as in the public code) or ``last`` (the end of
             "… is a", as in the paper).
@@ -113,6 +121,9 @@ class RomeModule(LightningModule):
         v_lr: float = 0.5,
         v_weight_decay: float = 1e-3,
         clamp_norm_factor: float = 4.0,
+        value_norm: float | None = None,
+        largest_update: float | None = None,
+        keep_subject_facts: bool = True,
         kl_factor: float = 0.0625,
         kl_position: Literal["subject", "last"] = "subject",
         stop_loss: float = 0.05,
@@ -138,7 +149,7 @@ class RomeModule(LightningModule):
         self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
         self._prepared: EditSession | None = None
-        self._engine: SuffixEngine | None = None
+        self._engine: SuffixEngine
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
@@ -193,7 +204,7 @@ class RomeModule(LightningModule):
             self._engine = SuffixEngine(model, self._sites[-1], pad_id, hparams["compile"], self._sites[:-1])
         session = self._prepared
         session.layers.resume()
-        self.session = session.anew(self.session.flops_per_edit if self.session is not None else None)
+        self.session = session.anew(self.session)
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -228,32 +239,10 @@ class RomeModule(LightningModule):
         made = EditBatch(edits)
         if take_over(session, edits):
             return made
-        started = time.perf_counter()
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
                 edit.fail(str(refusal))
-                continue
-            edit.encoded = self._encode(edit.request)
-            made.optimised.append(edit)
-        if not made.optimised:
-            return made
-        layout = edit_rows([edit.encoded for edit in made.optimised if edit.encoded is not None])
-        assert self._engine is not None
-        self._engine.check(layout.rows)
-        session.counted = 0.0
-        with session.counting(skip=self.hparams["compile"]):
-            prefix = self._engine.run(layout.rows)
-        made.objective = ValueObjective(prefix, layout, self.hparams["kl_factor"], self.hparams["v_weight_decay"])
-        metrics = [weight.metric for weight in session.layers.weights]
-        for place, edit in enumerate(made.optimised):
-            keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
-            edit.place, edit.keys = place, keys[-1]
-            edit.specificity = session.layers.specificity([key.key(session.preset.shape) for key in keys])
-        if prefix.below:
-            weights = [edit.specificity for edit in made.optimised]
-            made.spread = Spread(prefix, layout, session.preset, metrics, weights)
-        for edit in made.optimised:
-            edit.seconds["prefix"] = (time.perf_counter() - started) / len(made.optimised)
+        prepare_batch(made, session, self._engine, self._encode, self.hparams)
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
@@ -321,17 +310,19 @@ class RomeModule(LightningModule):
             edit.steps = found.steps
             if found.finite:
                 edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
-                edit.delta = found.delta
-                edit.value = batch.objective.base_output[place].double() + found.delta.double()
+                output = batch.objective.base_output[place].double()
+                edit.value = self._session.layers.anchored(output + found.delta.double(), self.hparams["value_norm"])
+                edit.delta = edit.value - output
             else:
                 last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
                 edit.fail(f"{last}; lower v_lr, or load the model in float32")
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session
-        return session.language_model.encoder.edit(
-            request, session.contexts, session.fact_token, self.hparams["kl_position"]
-        )
+        encode = partial(session.language_model.encoder.edit, fact_token=session.fact_token)
+        encoded = encode(request, session.contexts, kl_position=self.hparams["kl_position"])
+        earlier = earlier_facts(request, session.in_the_weights()) if self.hparams["keep_subject_facts"] else []
+        return replace(encoded, kept=tuple(encode(other).rows[0] for other in earlier))
 
     def _adopt(self, language_model: LanguageModel) -> None:
         layers = self.hparams["layers"]

@@ -154,6 +154,23 @@ class EditedLayers:
             ratios.append(float(((left @ left.T) * (right @ moment.matrix @ right.T)).sum()) / whole)
         return math.sqrt(max(ratios)) if ratios else None
 
+    def anchored(self, value: Tensor, norm: float | None) -> Tensor:
+        """A value of the last layer, rescaled to a norm that the original model gives (Liu et al. 2026, norm anchors).
+
+        Where later values are searched on top of earlier ones and keep growing, this ends it.
+
+        Args:
+            value: With the projection's bias, ``[d_value]``.
+            norm: Norm without the bias, in root mean squares of the original ``W k`` over the text of the second
+                moment, ``(tr W C Wᵀ)^½``; nothing leaves the value as it is.
+        """
+        if norm is None:
+            return value
+        bias = self.last.site.bias
+        shift = torch.zeros_like(value) if bias is None else bias.detach().to(value)
+        apart = value - shift
+        return shift + apart * (norm * math.sqrt(self._output_squares[-1]) / float(apart.norm()))
+
     @cached_property
     def _output_squares(self) -> list[float]:
         """Mean squared norm of each layer's original outputs, bias apart, over the text of its second moment."""

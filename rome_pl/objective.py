@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rome_pl.encoding import EncodedEdit, EncodedRow, to_device
 from rome_pl.prefix import PrefixPass
+from rome_pl.rows import EncodedEdit, EncodedRow, to_device
 
 __all__ = ["EditRows", "Losses", "ValueObjective", "clamp_norm_", "edit_rows"]
 
@@ -22,12 +22,14 @@ class EditRows:
         contexts: For each edit the indices of its prompt under each context, the bare prompt first.
         kl: For each edit the index of the row in which the divergence is taken.
         kl_offset: For each edit how many tokens after the lookup token it is taken.
+        kept: For each edit the indices of earlier facts that are to stay.
     """
 
     rows: tuple[EncodedRow, ...]
     contexts: tuple[tuple[int, ...], ...]
     kl: tuple[int, ...]
     kl_offset: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
 
 
 def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
@@ -37,7 +39,7 @@ def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
     the bare prompt's row and costs nothing.
     """
     rows: list[EncodedRow] = []
-    contexts, kl = [], []
+    contexts, kl, kept = [], [], []
     for edit in edits:
         contexts.append(tuple(range(len(rows), len(rows) + len(edit.rows))))
         rows += edit.rows
@@ -47,8 +49,10 @@ def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
         else:
             kl.append(len(rows))
             rows.append(apart)
+        kept.append(tuple(range(len(rows), len(rows) + len(edit.kept))))
+        rows += edit.kept
     offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
-    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets)
+    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets, tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,28 @@ class Losses:
         nll: Mean over contexts of the length-normalised negative log-likelihood of the target.
         kl: Divergence of "{subject} is a" from the model without offset, times its factor.
         decay: Norm penalty, times its factor.
-        greedy: Whether under every context the target's every token is the likeliest one.
+        kept: Mean over earlier facts that are to stay of the same for their targets; 0 without any.
+        greedy: Whether under every context, and after the facts that are to stay, every target token is the likeliest.
     """
 
     nll: Tensor
     kl: Tensor
     decay: Tensor
+    kept: Tensor
     greedy: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.nll + self.kl + self.decay
+        return self.nll + self.kl + self.decay + self.kept
 
     @property
     def probability(self) -> Tensor:
-        """Geometric mean over contexts and target tokens of the target's probability; detached."""
-        return self.nll.detach().neg().exp()
+        """Geometric mean over contexts and target tokens of the target's probability; detached.
+
+        That of the facts that are to stay, where it is smaller: the search goes on until both are probable.
+        """
+        return torch.maximum(self.nll, self.kept).detach().neg().exp()
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class _Selection:
     prefix: PrefixPass
     owner: Tensor
     positions: tuple[Tensor, Tensor]
-    target_owner: Tensor
+    target_term: Tensor
     target_share: Tensor
     base_norm: Tensor
 
@@ -142,17 +151,20 @@ class ValueObjective:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         at_targets, labels = logits[:-count], selection.prefix.rows.labels
         tokens = functional.cross_entropy(at_targets, labels, reduction="none")
-        nll = tokens.new_zeros(count).index_add(0, selection.target_owner, tokens * selection.target_share)
+        terms = tokens.new_zeros(2 * count).index_add(0, selection.target_term, tokens * selection.target_share)
+        nll, kept = terms[:count], terms[count:]
         # A row that serves for the divergence alone has targets too, which have no share.
         missed = ((at_targets.detach().argmax(-1) != labels) & (selection.target_share > 0)).to(nll.dtype)
-        greedy = nll.new_zeros(count).detach().index_add(0, selection.target_owner, missed) == 0
+        greedy = (
+            nll.new_zeros(2 * count).detach().index_add(0, selection.target_term, missed).view(2, count).sum(0) == 0
+        )
         at_kl = logits[-count:].log_softmax(-1)
         for place, member in enumerate(members):
             self._base_kl.setdefault(member, at_kl[place].detach())
         base = torch.stack([self._base_kl[member] for member in members])
         kl = self.kl_factor * (at_kl.exp() * (at_kl - base)).sum(-1)
         decay = self.v_weight_decay * torch.linalg.vector_norm(deltas, dim=1) / selection.base_norm**2
-        return Losses(nll, kl, decay, greedy)
+        return Losses(nll, kl, decay, kept, greedy)
 
     def _select(self, members: Sequence[int], contexts: Sequence[Sequence[int]] | None) -> _Selection:
         key = (tuple(members), contexts and tuple(map(tuple, contexts)))
@@ -161,6 +173,7 @@ class ValueObjective:
         layout = self.layout
         rows: list[int] = []
         owner: list[int] = []
+        terms: list[int] = []
         shares: list[float] = []
         kl: list[int] = []
         for place, member in enumerate(members):
@@ -175,8 +188,11 @@ class ValueObjective:
                 kl.append(len(rows) + len(chosen))
                 chosen = (*chosen, layout.kl[member])
                 shares.append(0.0)  # this row has no target
-            rows += chosen
-            owner += [place] * len(chosen)
+            kept = layout.kept[member]
+            shares += [1 / (len(layout.rows[row].target) * len(kept)) for row in kept]
+            rows += (*chosen, *kept)
+            owner += [place] * (len(chosen) + len(kept))
+            terms += [place] * len(chosen) + [len(members) + place] * len(kept)
         prefix = self.prefix.select(rows)
         aligned, device = prefix.rows, prefix.hidden.device
         # A row that serves for the divergence alone may be a prompt whose targets do not count.
@@ -193,7 +209,7 @@ class ValueObjective:
                 torch.cat([predict_column, to_device(at, device)]),
             ),
             base_norm=self.base_norm[to_device(torch.tensor(list(members)), device)],
-            target_owner=owners[predict_row],
+            target_term=to_device(torch.tensor(terms), device)[predict_row],
             target_share=row_shares[predict_row].to(torch.promote_types(prefix.outputs.dtype, torch.float32)),
         )
         return self._selection

@@ -16,6 +16,8 @@ _LEAST = {
     "v_lr": 0,
     "v_weight_decay": 0,
     "clamp_norm_factor": 0,
+    "value_norm": 0,
+    "largest_update": 0,
     "kl_factor": 0,
     "mom2_n_samples": 1,
     "mom2_update_weight": 0,

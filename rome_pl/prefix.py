@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rome_pl.architecture import RewriteSite, decoder_layers
-from rome_pl.encoding import AlignedRows, EncodedRow, align, to_device
 from rome_pl.hooks import (
     add_at_column,
     add_rank_one,
@@ -31,6 +30,7 @@ from rome_pl.hooks import (
     stopped_after,
 )
 from rome_pl.rank_one import Update
+from rome_pl.rows import AlignedRows, EncodedRow, align, to_device
 
 __all__ = ["Lookup", "PrefixPass", "cache_of", "forward_masks", "run_prefix"]
 

@@ -1,8 +1,7 @@
 """What all edits of a run share, made once: statistics, contexts, the weight's master, and how to run suffixes."""
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -10,12 +9,13 @@ from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
 from rome_pl.distributed import check_strategy
 from rome_pl.edited_layers import EditedLayers
-from rome_pl.encoding import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metric import make_metric
 from rome_pl.rank_one import PRESETS
+from rome_pl.related_requests import touched_neighbours
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.rows import EncodedEdit
 from rome_pl.second_moment import SecondMoment
 from rome_pl.session import EditSession
 from rome_pl.statistics import resolve_second_moments
@@ -25,9 +25,7 @@ __all__ = [
     "admit_requests",
     "check_joint_solve",
     "check_trainer",
-    "conflicts",
     "prepare_session",
-    "touched_neighbours",
 ]
 
 log = logging.getLogger(__name__)
@@ -65,6 +63,7 @@ def prepare_session(
 
     Raises:
         StatisticsError: If the configured statistics do not fit, or the corpus cannot be read.
+        OptionError: If an option needs statistics and there are none.
     """
     preset, adjust = PRESETS[options["preset"]], options["mom2_adjustment"]
     moments: list[SecondMoment] = []
@@ -76,6 +75,11 @@ def prepare_session(
             corpus=options["corpus"],
             wanted=options["mom2_n_samples"],
             seed=options["seed"],
+        )
+    if options["value_norm"] is not None and not moments:
+        raise OptionError(
+            "value_norm: without the second moment of keys (this preset, or mom2_adjustment: false) nothing is known "
+            "of an ordinary token's value; leave it out"
         )
     contexts = options["contexts"]
     if contexts is None:
@@ -98,6 +102,7 @@ def prepare_session(
         sequential=options["sequential_edit"],
         fact_token=options["fact_token"],
         contexts=join_contexts(contexts),
+        largest_update=options["largest_update"],
     )
 
 
@@ -162,58 +167,3 @@ def check_joint_solve(session: EditSession, size: int) -> None:
             "jointly, which is not what edits one after the other give",
             size,
         )
-
-
-def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> dict[str, tuple[bool, ...]]:
-    """Which neighbourhood prompts that are measured name a subject that another request edits, by name of the edit.
-
-    Args:
-        requests: The requests whose prompts are looked at.
-        subjects: Those of the whole stream.
-    """
-    found: dict[str, tuple[bool, ...]] = {}
-    for request in requests:
-        if request.target_true is None:  # nothing to measure after its neighbours
-            continue
-        others = subjects - {request.subject}
-        marks = tuple(
-            any(subject in prompt and _names(prompt, subject) for subject in others) for prompt in request.neighbours
-        )
-        if any(marks):
-            found[str(request.case_id)] = marks
-    return found
-
-
-def conflicts(requests: Sequence[EditRequest]) -> dict[str, str]:
-    """What is odd about requests in the light of those before them in a stream, by name of the edit.
-
-    Two requests are about one fact if they have the same subject and the same prompt, or the same relation. The later
-    one contradicts the earlier or repeats it.
-
-    Args:
-        requests: The stream.
-    """
-    found: dict[str, str] = {}
-    earlier: dict[tuple[str, str, str], EditRequest] = {}
-    for request in requests:
-        facts = [(request.subject, "prompt", request.prompt)]
-        if request.relation is not None:
-            facts.append((request.subject, "relation", request.relation))
-        for fact in facts:
-            other = earlier.get(fact)
-            if other is not None and other.target_new == request.target_new:
-                found[str(request.case_id)] = f"asks for what record {other.case_id} asks for already"
-            elif other is not None:
-                found[str(request.case_id)] = (
-                    f"contradicts record {other.case_id}, which asks for {other.target_new!r} of the same subject and "
-                    f"{fact[1]}: the later edit wins, and the earlier one counts as lost"
-                )
-            if str(request.case_id) in found:
-                break
-        earlier.update(dict.fromkeys(facts, request))
-    return found
-
-
-def _names(prompt: str, subject: str) -> bool:
-    """Whether a subject stands in a prompt as whole words."""
-    return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) is not None

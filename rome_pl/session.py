@@ -59,6 +59,8 @@ class EditSession:
         changes: Norm of the weight's change, relative to the original, by number of edits begun; the reports note it.
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
+        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
+        earlier: What edits of earlier fits asked for, by name.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
         counted: Those of the batch that is being counted.
     """
@@ -82,6 +84,8 @@ class EditSession:
     changes: dict[int, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
+    largest_update: float | None = None
+    earlier: dict[str, EditRequest] = field(default_factory=dict)
     flops_per_edit: float | None = None
     counted: float = 0.0
 
@@ -101,8 +105,12 @@ class EditSession:
             yield
         self.counted += counted.total
 
-    def anew(self, flops_per_edit: float | None) -> "EditSession":
-        """What was prepared, and the weights with their edits, for another fit; the rest is each fit's own."""
+    def anew(self, last: "EditSession | None") -> "EditSession":
+        """What was prepared, and the weights with their edits, for another fit; the rest is each fit's own.
+
+        Args:
+            last: The session of the fit before, if there was one.
+        """
         return EditSession(
             language_model=self.language_model,
             layers=self.layers,
@@ -110,7 +118,9 @@ class EditSession:
             sequential=self.sequential,
             fact_token=self.fact_token,
             contexts=self.contexts,
-            flops_per_edit=flops_per_edit,
+            largest_update=self.largest_update,
+            earlier=last.asked() if last is not None else {},
+            flops_per_edit=last.flops_per_edit if last is not None else None,
         )
 
     def write(self, edits: Sequence[Edit], spread: Spread | None = None) -> None:
@@ -181,9 +191,29 @@ class EditSession:
                 asked = [key.assertion(preset, delta) for key, (_, delta) in zip(keys, offsets, strict=True)]
             else:
                 asked = spread.assertions(place, offsets, () if self.sequential else below)
-            return Assertion.joint(asked)
+            return self._bounded(edits, place, Assertion.joint(asked))
 
         return ask
+
+    def _bounded(self, edits: Sequence[Edit], place: int, asked: Assertion) -> Assertion:
+        """What asks for no larger changes than are allowed; the edits say so."""
+        if self.largest_update is None:
+            return asked
+        asked, strengths = self.layers.weights[place].bounded(asked, self.largest_update)
+        for edit, strength in zip(edits, strengths, strict=True):
+            note = f"made at {strength:.0%} at layer {self.layers.numbers[place]}, to stay within largest_update"
+            if strength < 1 and note not in edit.notes:
+                edit.notes.append(note)
+        return asked
+
+    def in_the_weights(self) -> list[EditRequest]:
+        """What the edits in the weights asked for, in order; nothing in single mode."""
+        inside = set(self.layers.names)
+        return [request for name, request in self.asked().items() if name in inside]
+
+    def asked(self) -> dict[str, EditRequest]:
+        """What was asked for by name, in earlier fits and in this one."""
+        return self.earlier | {edit.name: edit.request for edit in self.edits}
 
     def withdraw(self, edits: Sequence[Edit], batch: Sequence[Edit]) -> None:
         """Take edits of a batch, which were just decided against, back; the others of the batch are written anew."""

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from rome_pl.errors import OptionError
 from rome_pl.hooks import hash_seed
+from rome_pl.related_requests import subjects_apart
 from rome_pl.requests import EditRequest
 from rome_pl.session import EditSession
 
@@ -119,6 +120,8 @@ class EditBatches(DistributedSampler[list[int]]):
             :meth:`regroup`.
         rank: Which share to give.
         world_size: Number of shares.
+        apart: Whether a batch ends before a request about a subject that it has already: facts about one subject have
+            one key, at which a joint solve cannot assert two values; one after the other they can be kept.
     """
 
     def __init__(
@@ -128,10 +131,12 @@ class EditBatches(DistributedSampler[list[int]]):
         by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        apart: bool = False,
     ) -> None:
         super().__init__(RequestList(requests), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.batch_size, self.by_length = batch_size, by_length
-        self._batches = self._share(list(range(len(requests))))
+        order = list(range(len(requests)))
+        self._batches = self._share(subjects_apart(requests, batch_size) if apart else self._cut(order))
 
     def regroup(self, lengths: Sequence[int]) -> None:
         """Form the batches anew from requests of similar length, if that is allowed; their number stays.
@@ -145,12 +150,14 @@ class EditBatches(DistributedSampler[list[int]]):
         order: list[int] = []
         for start in range(0, len(lengths), window):
             order += sorted(range(start, min(start + window, len(lengths))), key=lambda index: lengths[index])
-        self._batches = self._share(order)
+        self._batches = self._share(self._cut(order))
 
-    def _share(self, order: list[int]) -> list[list[int]]:
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        """The batches of all ranks."""
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def _share(self, batches: list[list[int]]) -> list[list[int]]:
         """This rank's batches."""
-        size = self.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = batches[self.rank :: self.num_replicas]
         return mine + [[] for _ in range(-(-len(batches) // self.num_replicas) - len(mine))]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers, dtype_of_delta
-from rome_pl.encoding import EncodedRow
 from rome_pl.hooks import add_at_column, frozen
 from rome_pl.prefix import PrefixPass, run_prefix
+from rome_pl.rows import EncodedRow
 
 __all__ = ["SuffixEngine"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rome_pl.architecture import dtype_of_delta
-from rome_pl.encoding import to_device
 from rome_pl.hooks import hash_seed
 from rome_pl.objective import ValueObjective, clamp_norm_
+from rome_pl.rows import to_device
 
 __all__ = ["Found", "SearchOptions", "Step", "ValueSearch"]
 

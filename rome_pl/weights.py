@@ -159,13 +159,40 @@ class EditedWeight:
         self._store()
         return written
 
-    def weaker(self, assertion: Assertion, strength: float) -> Assertion:
-        """An assertion that asks for a part of the change that another one asks for now."""
+    def weaker(self, assertion: Assertion, strength: float | Tensor) -> Assertion:
+        """An assertion that asks for a part of the change that another one asks for now.
+
+        Args:
+            assertion: The other one, of n edits.
+            strength: Which part, one for all or ``[n, 1]``.
+        """
         assertion = assertion.to(self._master.device)
         now = assertion.at.double() @ self._master.T
         if self.site.bias is not None:
             now = now + self.site.bias.double()
         return replace(assertion, value=now + strength * (assertion.value.double() - now))
+
+    @torch.no_grad()
+    def bounded(self, assertion: Assertion, largest: float) -> tuple[Assertion, list[float]]:
+        """An assertion none of whose edits asks for too large a change now.
+
+        Args:
+            assertion: What n edits assert.
+            largest: Largest Frobenius norm of an edit's own change, relative to the original weight.
+
+        Returns:
+            The assertion, and for each edit which part of the change it asks for.
+
+        Raises:
+            DisablingEditError: If the update would explode.
+        """
+        assertion = assertion.to(self._master.device)
+        update = rank_one_update(self._master, self.site.bias, assertion, self.metric)
+        norms = update.left.norm(dim=1) * update.right.norm(dim=1)
+        strengths = (largest * self.norms[1] / norms).clamp(max=1.0)
+        if bool((strengths == 1).all()):
+            return assertion, strengths.tolist()
+        return self.weaker(assertion, strengths.unsqueeze(1)), strengths.tolist()
 
     @torch.no_grad()
     def spectral_norms(self) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from rome_pl.encoding import align
 from rome_pl.hooks import clean_padding, frozen, hash_seed, seeded
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry
 from rome_pl.requests import EditRequest
+from rome_pl.rows import align
 
 __all__ = ["Fluency", "consistency", "generate", "measure_fluency", "n_gram_entropy"]
 

@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rome_pl.encoding import to_device
 from rome_pl.hooks import frozen, head_on
 from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import forward_masks
+from rome_pl.rows import to_device
 
 __all__ = ["Pack", "StackedPacks", "forwards", "pack_texts", "stack_packs", "takes_branches"]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome_pl.encoding import EncodedRow, align
 from rome_pl.hooks import add_rank_one, clean_padding, frozen, head_on
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.packs import Pack, forwards, pack_texts, stack_packs, takes_branches
 from rome_pl.prefix import forward_masks
 from rome_pl.rank_one import Update
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedRow, align
 
 __all__ = [
     "Answer",

@@ -15,7 +15,9 @@ from rome_pl.data_modules import RequestDataModule
 from rome_pl.defaults import default_layer
 from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import probe_scores
+from rome_pl.metrics.probes import measure_targets
 from rome_pl.moment_pass import PassOptions
+from rome_pl.requests import EditRequest
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import compute, resolve_second_moments
 
@@ -132,3 +134,27 @@ def test_locate_traces_facts_and_recommends_a_layer_that_edits(tmp_path):
     assert set(trial) == {4, 27}
     assert trial[content["trial"]["recommended"]] == max(trial.values()) > 0.5
     assert (run / "edit.yaml").is_file()
+
+
+def test_facts_about_one_subject_in_a_row_leave_each_other(real):
+    facts = [
+        ("The Eiffel Tower is located in the city of", "Eiffel Tower", "Rome"),
+        ("The Eiffel Tower was designed by", "Eiffel Tower", "Isaac Newton"),
+        ("The colour of the Eiffel Tower is", "Eiffel Tower", "green"),
+        ("The capital of Japan is", "Japan", "Lagos"),
+        ("People in Japan speak", "Japan", "Spanish"),
+        ("The favourite food in Japan is", "Japan", "pizza"),
+    ]
+    rows = [
+        real.encoder.edit(EditRequest(prompt=prompt, subject=subject, target_new=target)).rows[0]
+        for prompt, subject, target in facts
+    ]
+    likely = {}
+    for keep in (True, False):
+        editor = KnowledgeEditor(real, stop_probability=0.9, clamp_norm_factor=10.0, keep_subject_facts=keep)
+        made = [editor.edit(*fact) for fact in facts]
+        likely[keep] = [measure.probability for measure in measure_targets(real, rows)]
+        for result in reversed(made):
+            editor.undo(result)
+    assert min(likely[True]) > 0.5
+    assert sum(value > 0.5 for value in likely[False]) <= 4

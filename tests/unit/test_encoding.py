@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import GPT2TokenizerFast
 
-from rome_pl.encoding import EncodedRow, TextEncoder, TokenizerError, align
+from rome_pl.encoding import TextEncoder, TokenizerError
 from rome_pl.metrics.probes import target_log_probs
 from rome_pl.requests import EditRequest, RequestError
+from rome_pl.rows import EncodedRow, align
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_language_model
 
 TRAINED = {

@@ -1,12 +1,14 @@
 """The losses of a batch of edits: those of each edit alone, and those of plain forwards of the whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rome_pl.architecture import find_site
-from rome_pl.encoding import EncodedEdit, EncodedRow
 from rome_pl.objective import EditRows, clamp_norm_, edit_rows
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedEdit, EncodedRow
 from tests.lively import CONTEXTS, REQUESTS, encode, lively_model, objective_of, prefix_of
 
 KL_FACTOR, DECAY = 0.7, 0.3
@@ -58,6 +60,12 @@ def plain_losses(edit, delta, contexts=None):
         target = torch.tensor(row.target)
         nll = nll - log_probs[range(len(target)), target].mean() / len(rows)
         greedy = greedy and bool((log_probs.argmax(-1) == target).all())
+    stays = torch.zeros((), dtype=torch.float64)
+    for row in edit.kept:
+        log_probs = plain_log_probs(row, delta)[row.first : row.first + len(row.target)]
+        target = torch.tensor(row.target)
+        stays = stays - log_probs[range(len(target)), target].mean() / len(edit.kept)
+        greedy = greedy and bool((log_probs.argmax(-1) == target).all())
     now = plain_log_probs(edit.kl_row, delta)[edit.kl_row.first]
     with torch.no_grad():
         base = plain_log_probs(edit.kl_row, torch.zeros_like(delta))[edit.kl_row.first]
@@ -67,16 +75,17 @@ def plain_losses(edit, delta, contexts=None):
         handle.remove()
     kl = KL_FACTOR * (now.exp() * (now - base)).sum()
     decay = DECAY * delta.norm() / kept["value"][edit.rows[0].lookup].norm() ** 2
-    return {"nll": nll, "kl": kl, "decay": decay, "greedy": greedy}
+    return {"nll": nll, "kl": kl, "decay": decay, "kept": stays, "greedy": greedy}
 
 
 def assert_plain(losses, place, expected):
-    for name in ("nll", "kl", "decay"):
+    for name in ("nll", "kl", "decay", "kept"):
         got = getattr(losses, name)[place]
         torch.testing.assert_close(got, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-    total = expected["nll"] + expected["kl"] + expected["decay"]
+    total = expected["nll"] + expected["kl"] + expected["decay"] + expected["kept"]
     torch.testing.assert_close(losses.total[place], total, rtol=1e-9, atol=0)
-    assert losses.probability[place].item() == pytest.approx((-expected["nll"]).exp().item(), rel=1e-9)
+    least = min((-expected["nll"]).exp().item(), (-expected["kept"]).exp().item())
+    assert losses.probability[place].item() == pytest.approx(least, rel=1e-9)
     assert bool(losses.greedy[place]) == expected["greedy"]
 
 
@@ -102,6 +111,31 @@ def test_losses_are_those_of_whole_forwards(kl_position, whole_rows):
         assert_plain(losses, place, expected)
         (alone,) = torch.autograd.grad(expected["nll"] + expected["kl"] + expected["decay"], delta)
         torch.testing.assert_close(gradient[place], alone, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_earlier_facts_about_the_subject_count_beside_the_new_one(whole_rows):
+    plain = encode(REQUESTS + OPENING)
+    bare = [edit.rows[0] for edit in plain]
+    edits = [replace(edit, kept=tuple(bare[:place])) for place, edit in enumerate(plain)]
+    objective = objective_with_reference(edits, whole_rows=whole_rows)
+    deltas = random_deltas(len(edits)).requires_grad_()
+    losses = objective(deltas)
+    assert losses.kept[0] == 0
+    assert (losses.kept[1:] > losses.nll[1:]).any()
+    assert (losses.kept[1:] < losses.nll[1:]).any()
+    (gradient,) = torch.autograd.grad(losses.total.sum(), deltas)
+    without = objective_with_reference(plain)(deltas.detach())
+    for name in ("nll", "kl", "decay"):
+        torch.testing.assert_close(getattr(losses, name).detach(), getattr(without, name), rtol=1e-9, atol=1e-12)
+    for place, edit in enumerate(edits):
+        delta = deltas[place].detach().requires_grad_()
+        expected = plain_losses(edit, delta)
+        assert_plain(losses, place, expected)
+        (alone,) = torch.autograd.grad(sum(expected[name] for name in ("nll", "kl", "decay", "kept")), delta)
+        torch.testing.assert_close(gradient[place], alone, rtol=1e-8, atol=1e-10)
+    some = objective(deltas[[5, 2]], [5, 2], [[0, 2], [0, 1]])
+    torch.testing.assert_close(some.kept, losses.kept[[5, 2]], rtol=1e-9, atol=1e-12)
 
 
 def test_losses_of_a_batch_are_those_of_each_edit_alone():
@@ -168,7 +202,7 @@ def own_rows(edits):
         rows += [*edit.rows, edit.kl_row]
         kl.append(len(rows) - 1)
     offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
-    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets)
+    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets, ((),) * len(contexts))
 
 
 @pytest.mark.parametrize(("kl_position", "shared"), [("subject", {1, 4, 5, 6}), ("last", {5})])

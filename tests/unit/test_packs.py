@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from rome_pl.architecture import find_site
-from rome_pl.encoding import EncodedRow
 from rome_pl.metrics import packs
 from rome_pl.metrics.packs import forwards, pack_texts, takes_branches
 from rome_pl.metrics.probes import Changes, measure_answers
 from rome_pl.rank_one import Update
+from rome_pl.rows import EncodedRow
 from tests.tiny import FAMILIES, KeepFloat64, tiny_language_model
 
 # Families whose attention takes any mask; the others are measured a row a text.

@@ -7,11 +7,11 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rome_pl.architecture import decoder_layers, find_site
-from rome_pl.encoding import EncodedRow
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import run_prefix
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedRow
 from tests import tiny
 from tests.tiny import FAMILIES, LAYERS, KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
 

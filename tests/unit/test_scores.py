@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rome_pl.encoding import EncodedRow
 from rome_pl.metrics import (
     SCORES,
     Answer,
@@ -19,8 +18,9 @@ from rome_pl.metrics import (
 from rome_pl.metrics.intervals import bootstrap_interval, entry, harmonic_mean
 from rome_pl.metrics.probes import measure_answers
 from rome_pl.metrics.scores import record_values
-from rome_pl.preparation import touched_neighbours
+from rome_pl.related_requests import touched_neighbours
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedRow
 from tests.tiny import KeepFloat64, tiny_language_model
 
 HALF, QUARTER, EIGHTH = math.log(0.5), math.log(0.25), math.log(0.125)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rome_pl.architecture import UnsupportedModelError, decoder_layers, find_site
-from rome_pl.encoding import EncodedRow
 from rome_pl.hooks import add_at_column
 from rome_pl.language_model import LanguageModel
+from rome_pl.rows import EncodedRow
 from rome_pl.suffix import SuffixEngine
 from tests import tiny
 from tests.integration.helpers import REQUESTS, run_edits

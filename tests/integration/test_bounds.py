@@ -1,0 +1,94 @@
+"""Independent switches against growth: values of a fixed norm, and changes of a bounded one."""
+
+import math
+
+import pytest
+import torch
+
+from rome_pl.edit import EditStatus
+from rome_pl.errors import OptionError
+from tests.integration.helpers import REQUESTS, run_edits
+from tests.tiny import tiny_language_model
+
+JOINT = {"preset": "r_rome", "mom2_n_samples": 600, "sequential_edit": True}
+
+
+@pytest.fixture(autouse=True)
+def no_perplexity(monkeypatch):
+    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
+
+
+def typical_norm(weight, moment):
+    """Root mean square of ``W k`` over the text of the second moment, from its Cholesky factor."""
+    matrix = weight.site.matrix(weight.original).double()
+    values, vectors = torch.linalg.eigh(moment.matrix)
+    return float((matrix @ vectors @ values.clamp(min=0).sqrt().diag()).norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # without bias, and with
+def test_every_value_gets_the_norm_that_was_asked_for(family, tmp_path):
+    session = run_edits(tiny_language_model(family), tmp_path / "a", value_norm=1.5, **JOINT)
+    weight, (moment,) = session.layers.last, session.layers.moments
+    bias = 0.0 if weight.site.bias is None else weight.site.bias.detach().double()
+    typical = typical_norm(weight, moment)
+    for edit in session.edits:
+        assert float((edit.value - bias).norm()) == pytest.approx(1.5 * typical, rel=1e-6)
+        assert torch.allclose(edit.written.assertions[0].value[0], edit.value)
+    free = run_edits(tiny_language_model(family), tmp_path / "b", **JOINT).edits[0]
+    first = session.edits[0]
+    towards = torch.nn.functional.cosine_similarity(first.value - bias, free.value - bias, dim=0)
+    assert float(towards) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_no_edit_changes_a_layer_by_more_than_is_allowed(sequential, layers, batch_size, tmp_path):
+    options = {**JOINT, "layers": layers, "sequential_edit": sequential}
+    free = run_edits(tiny_language_model(), tmp_path / "a", batch_size=batch_size, **options)
+
+    def shares(session):
+        originals = [weight.norms[1] for weight in session.layers.weights]
+        return [
+            [update.norm / norm for update, norm in zip(edit.written.updates, originals, strict=True)]
+            for edit in session.edits
+        ]
+
+    largest = sorted(max(found) for found in shares(free))[1]  # so that one edit stays as it is
+    session = run_edits(
+        tiny_language_model(), tmp_path / "b", batch_size=batch_size, largest_update=largest * 0.999, **options
+    )
+    assert [edit.status for edit in session.edits] == [EditStatus.APPLIED] * 3
+    assert max(max(found) for found in shares(session)) <= largest * 0.999 * (1 + 1e-9)
+    shortened = [edit for edit in session.edits if any("largest_update" in note for note in edit.notes)]
+    assert shortened
+    assert all(math.isfinite(edit.after) for edit in session.edits)
+    loose = run_edits(tiny_language_model(), tmp_path / "c", batch_size=batch_size, largest_update=1e6, **options)
+    for one, two in zip(loose.edits, free.edits, strict=True):
+        assert one.written.same_as(two.written)
+        assert not any("largest_update" in note for note in one.notes)
+
+
+def test_a_shortened_edit_is_a_part_of_the_whole_one(tmp_path):
+    whole = run_edits(tiny_language_model(), tmp_path / "a", REQUESTS[:1], **JOINT).edits[0].written
+    session = run_edits(tiny_language_model(), tmp_path / "b", REQUESTS[:1], largest_update=1e-3, **JOINT)
+    part = session.edits[0].written
+    share = part.norm / whole.norm
+    assert share < 0.9
+    matrices = [update.left.T @ update.right for update in (whole.updates[0], part.updates[0])]
+    torch.testing.assert_close(matrices[1], share * matrices[0], rtol=1e-9, atol=1e-15)
+    assert f"made at {share:.0%}" in session.edits[0].notes[0]
+    # What the ledger would replay asks for the part, too.
+    session.layers.remove([])
+    assert session.layers.written[0].norm == pytest.approx(part.norm, rel=1e-12)
+
+
+def test_a_norm_of_values_needs_to_know_ordinary_text(tmp_path):
+    with pytest.raises(OptionError, match="value_norm: without the second moment"):
+        run_edits(tiny_language_model(), tmp_path, value_norm=1.0)
+
+
+@pytest.mark.parametrize("name", ["value_norm", "largest_update"])
+def test_a_negative_bound_is_refused(name, tmp_path):
+    with pytest.raises(OptionError, match=f"{name}: expected a number from 0 on"):
+        run_edits(tiny_language_model(), tmp_path, **{name: -1.0})
