@@ -1,9 +1,12 @@
 """Running edits on a tiny model in a Trainer of one's own."""
 
+import json
+
 import torch
 from lightning.pytorch import Trainer
 
 from rome_pl.callbacks import default_callbacks
+from rome_pl.cli import main
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit_module import RomeModule
 from rome_pl.requests import EditRequest
@@ -74,3 +77,16 @@ def snapshot(model):
 
 def changed(model, before):
     return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+
+
+def about(folder):
+    return json.loads((folder / "rome_pl.json").read_text(encoding="utf-8"))
+
+
+def nothing_left(folder):
+    """Whether a folder holds nothing, hidden files included."""
+    return not folder.exists() or list(folder.iterdir()) == []
+
+
+def called(*arguments):
+    return main([str(part) for part in arguments])
