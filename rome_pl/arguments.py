@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ _SWITCHES = ("--dry_run", "--overwrite", "--list", "--force")
 
 
 def named(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """Arguments of a plain verb; the first of them may come without its name."""
-    if not args or args[0].startswith("-"):
-        return list(args)
-    return [f"--{next(iter(inspect.signature(function).parameters))}", *args]
+    """Arguments of a plain verb; those that it cannot do without may come first, in order and without their names."""
+    parameters = inspect.signature(function).parameters.values()
+    wanted = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    bare = list(takewhile(lambda argument: not argument.startswith("-"), args))[: len(wanted)]
+    return [part for pair in zip(wanted, bare, strict=False) for part in (f"--{pair[0]}", pair[1])] + [
+        *args[len(bare) :]
+    ]
 
 
 def normalised(args: Sequence[str]) -> list[str]:

@@ -201,7 +201,7 @@ def convert(file: str, output: str = "config.yaml", force: bool = False, overwri
     """Turn settings of EasyEdit, kmeng01/rome or their relatives into a configuration, and show what differs.
 
     Args:
-        file: A YAML or JSON file from their hparams folder; also as the first argument, without a name.
+        file: A YAML or JSON file from their hparams folder.
         output: The configuration to write, for rome-pl edit --config.
         force: Whether unknown keys are left out.
         overwrite: Whether an older file of that name may go.
