@@ -46,7 +46,7 @@ def main() -> None:
     arguments.add_argument("--config", default="stream", help="shipped config that the other options come from")
     arguments.add_argument("--every", type=int, default=50, help="edits between two checkpoints")
     arguments.add_argument("--batch-size", type=int, help="edits solved jointly; 10, or 1 where a preset has to")
-    arguments.add_argument("--largest_disturbance", type=float, default=0.05, help="see Verification")
+    arguments.add_argument("--largest_disturbance", type=float, help="see Verification; 0.05 with statistics")
     arguments.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options of RomeModule")
     arguments.add_argument("--unedited", type=int, default=0, help="last records of the file that are only recalled")
     arguments.add_argument("--perplexity_text", help="text for perplexity; nothing takes the shipped one")
@@ -57,6 +57,9 @@ def main() -> None:
     together = options.batch_size or (10 if preset.shape == preset.at else 1)
     chosen = shipped_options(options.config) | {"preset": options.preset, "sequential_edit": True}
     chosen |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in options.set)}
+    adjusts = chosen.get("mom2_adjustment")
+    if options.largest_disturbance is None and (preset.mom2_adjustment if adjusts is None else adjusts):
+        options.largest_disturbance = 0.05
     target: Path = options.json or Path("runs") / f"long_stream_{options.preset}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     base = zip(requests, KnownScores(language_model).measure(requests), strict=True)
@@ -80,13 +83,14 @@ def main() -> None:
         callbacks=[
             RepresentationCheck(),
             RankOneWriter(),
-            Verification(largest_disturbance=options.largest_disturbance if preset.mom2_adjustment else None),
+            Verification(largest_disturbance=options.largest_disturbance),
             EditCommit(ledger=True, resume=True),
             checkpoints,
             RunReport(figures=False, largest_table=0),
         ],
     )
-    trainer.fit(module_for(language_model, chosen), request_loader(requests, together, apart=True))
+    apart = chosen.get("keep_subject_facts", True)
+    trainer.fit(module_for(language_model, chosen), request_loader(requests, together, apart=apart))
     if options.save_model is not None:
         language_model.model.save_pretrained(options.save_model)
         language_model.tokenizer.save_pretrained(options.save_model)

@@ -115,7 +115,11 @@ class RepresentationCheck(Callback):
             ratio = float(key.norm()) / session.layers.moments[-1].typical_norm
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
-        for name, overlap in self._overlaps(session, key).items():
+        overlaps = self._overlaps(session, key)
+        if overlaps and edit.encoded is not None and edit.encoded.kept:  # the search weighs those of its own subject
+            applied, subject = session.applied(), edit.request.subject
+            overlaps = {name: cosine for name, cosine in overlaps.items() if applied[name].subject != subject}
+        for name, overlap in overlaps.items():
             findings.append(
                 f"the key all but equals that of record {name} (cosine {overlap:.2f}): one fact may undo the other"
             )

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
+from rome_pl.related_requests import SUBJECT_S_KEY
 from rome_pl.requests import EditRequest
 from rome_pl.sampling import sample_requests
 from rome_pl.session import EditSession
@@ -104,7 +105,7 @@ class RequestDataModule(LightningDataModule):
             by_length=independent,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
-            apart=not independent,
+            apart=isinstance(session, EditSession) and session.sequential and session.fact_token in SUBJECT_S_KEY,
         )
 
     @override

@@ -37,6 +37,9 @@ class Fate:
 
 Rule = Callable[[Settings, str], Fate]
 
+ADDING_UP = {"model.sequential_edit": True, "model.keep_subject_facts": False}
+"""Edits that accumulate as theirs do: facts about one subject know nothing of each other."""
+
 
 def _number(remark: str = "", shared: str = "") -> Rule:
     """A number of the same name; ``shared`` says what is different for methods that search for a hidden state."""
@@ -202,14 +205,14 @@ def _batch_size(settings: Settings, key: str) -> Fate:
         return Fate("not needed", "one edit at a time is one edit a solve")
     if not settings.shared:
         raise settings.error(key, f"{settings.method} edits one fact at a time: expected 1, got {size}")
-    options = {"data.batch_size": size, "model.sequential_edit": True}
-    return Fate("differs", "a joint solve a batch, as there; here the batches of a run add up", options)
+    remark = "a joint solve a batch, as there; here the batches of a run add up"
+    return Fate("differs", remark, {"data.batch_size": size} | ADDING_UP)
 
 
 def _sequential(settings: Settings, key: str) -> Fate:
     wanted = settings.flag(key) != (key == "keep_original_weight")
     remark = "" if key == "sequential_edit" else "the original weights are kept where edits do not accumulate"
-    return Fate("converted", remark, {"model.sequential_edit": wanted})
+    return Fate("converted", remark, ADDING_UP if wanted else {"model.sequential_edit": False})
 
 
 def _emmet_lambda(settings: Settings, key: str) -> Fate:

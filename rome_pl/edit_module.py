@@ -30,7 +30,7 @@ from rome_pl.metrics.probes import ProbeScores
 from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_joint_solve, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
-from rome_pl.related_requests import earlier_facts
+from rome_pl.related_requests import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.rows import EncodedEdit
@@ -73,8 +73,8 @@ class RomeModule(LightningModule):
         v_lr: Learning rate.
         v_weight_decay: Weight of the penalty on the offset's norm.
         clamp_norm_factor: Largest norm of the offset, in norms of the original output at the lookup token.
-        value_norm: Norm that every value gets, in those of an ordinary token's (norm-anchor scaling, Liu et al. 2026);
-            nothing leaves values as they were found.
+        anchor_norm: Norm that every value gets before it is written, in those of an ordinary token's (norm anchors, Liu
+            et al. 2026); nothing leaves values as they were found.
         largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the layer's original weight:
             an edit that would take more is made in part. Nothing bounds none.
         keep_subject_facts: Whether, where edits accumulate, the search also keeps what earlier ones taught about the
@@ -121,7 +121,7 @@ class RomeModule(LightningModule):
         v_lr: float = 0.5,
         v_weight_decay: float = 1e-3,
         clamp_norm_factor: float = 4.0,
-        value_norm: float | None = None,
+        anchor_norm: float | None = None,
         largest_update: float | None = None,
         keep_subject_facts: bool = True,
         kl_factor: float = 0.0625,
@@ -217,6 +217,9 @@ class RomeModule(LightningModule):
             self._until_end.enter_context(independent_gradients(self.trainer))
         self._indices, self._refused, lengths = admit_requests(session, dataset, self._encode)
         sampler = getattr(loader, "sampler", None)
+        size = sampler.batch_size if isinstance(sampler, EditBatches) else getattr(loader, "batch_size", None)
+        if session.sequential and size is not None and size > 1:
+            check_joint_solve(session, size)
         if isinstance(sampler, EditBatches):
             sampler.regroup(lengths)
 
@@ -232,8 +235,6 @@ class RomeModule(LightningModule):
         if not self.trainer.training:
             return requests
         session = self._session
-        if session.sequential and len(requests) > 1:
-            check_joint_solve(session, len(requests))
         edits = [Edit(index=self._indices[str(request.case_id)], request=request) for request in requests]
         session.edits += edits
         made = EditBatch(edits)
@@ -310,9 +311,8 @@ class RomeModule(LightningModule):
             edit.steps = found.steps
             if found.finite:
                 edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
-                output = batch.objective.base_output[place].double()
-                edit.value = self._session.layers.anchored(output + found.delta.double(), self.hparams["value_norm"])
-                edit.delta = edit.value - output
+                edit.delta = found.delta
+                edit.value = batch.objective.base_output[place].double() + found.delta.double()
             else:
                 last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
                 edit.fail(f"{last}; lower v_lr, or load the model in float32")
@@ -321,7 +321,8 @@ class RomeModule(LightningModule):
         session = self._session
         encode = partial(session.language_model.encoder.edit, fact_token=session.fact_token)
         encoded = encode(request, session.contexts, kl_position=self.hparams["kl_position"])
-        earlier = earlier_facts(request, session.in_the_weights()) if self.hparams["keep_subject_facts"] else []
+        keep = self.hparams["keep_subject_facts"] and session.fact_token in SUBJECT_S_KEY
+        earlier = earlier_facts(request, session.in_the_weights()) if keep else []
         return replace(encoded, kept=tuple(encode(other).rows[0] for other in earlier))
 
     def _adopt(self, language_model: LanguageModel) -> None:

@@ -7,7 +7,7 @@ when it is first written.
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -154,22 +154,22 @@ class EditedLayers:
             ratios.append(float(((left @ left.T) * (right @ moment.matrix @ right.T)).sum()) / whole)
         return math.sqrt(max(ratios)) if ratios else None
 
-    def anchored(self, value: Tensor, norm: float | None) -> Tensor:
-        """A value of the last layer, rescaled to a norm that the original model gives (Liu et al. 2026, norm anchors).
+    def anchored(self, place: int, assertion: Assertion, norm: float) -> Assertion:
+        """Values rescaled to a norm that the original model gives (norm anchors, Liu et al. 2026).
 
         Where later values are searched on top of earlier ones and keep growing, this ends it.
 
         Args:
-            value: With the projection's bias, ``[d_value]``.
-            norm: Norm without the bias, in root mean squares of the original ``W k`` over the text of the second
-                moment, ``(tr W C Wᵀ)^½``; nothing leaves the value as it is.
+            place: Which layer, 0 for the lowest.
+            assertion: What edits assert there.
+            norm: Norm of each value without the projection's bias, in root mean squares of the original ``W k`` over
+                the text of the layer's second moment, ``(tr W C Wᵀ)^½``.
         """
-        if norm is None:
-            return value
-        bias = self.last.site.bias
-        shift = torch.zeros_like(value) if bias is None else bias.detach().to(value)
+        value, bias = assertion.value.double(), self.weights[place].site.bias
+        shift = torch.zeros_like(value[0]) if bias is None else bias.detach().to(value)
         apart = value - shift
-        return shift + apart * (norm * math.sqrt(self._output_squares[-1]) / float(apart.norm()))
+        lengths = apart.norm(dim=1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
+        return replace(assertion, value=shift + apart * (norm * math.sqrt(self._output_squares[place]) / lengths))
 
     @cached_property
     def _output_squares(self) -> list[float]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,18 @@ class KnownScores:
         self.path: Path = cache_folder() / "scores" / f"{key}.json"
         self._known = self._read()
 
+    @cached_property
+    def _usable(self) -> bool:
+        """Whether what is known is about this model: it may have been edited by other means. Looked at once."""
+        return self.language_model.as_first_seen
+
     def measure(self, requests: Sequence[EditRequest]) -> list[ProbeScores]:
         """The scores of requests; those that are not known yet are measured and kept.
 
         Args:
             requests: The requests. The model has to be as it was loaded.
         """
-        if not self.language_model.as_first_seen:  # edited by other means: what is known is of another model
+        if not self._usable:
             return probe_scores(self.language_model, requests)
         keys = [_content(request) for request in requests]
         missing = [place for place, key in enumerate(keys) if not _is_whole(self._known.get(key))]

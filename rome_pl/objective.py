@@ -80,11 +80,8 @@ class Losses:
 
     @property
     def probability(self) -> Tensor:
-        """Geometric mean over contexts and target tokens of the target's probability; detached.
-
-        That of the facts that are to stay, where it is smaller: the search goes on until both are probable.
-        """
-        return torch.maximum(self.nll, self.kept).detach().neg().exp()
+        """Geometric mean over contexts and target tokens of the target's probability; detached."""
+        return self.nll.detach().neg().exp()
 
 
 @dataclass(frozen=True)

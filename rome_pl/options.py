@@ -16,8 +16,6 @@ _LEAST = {
     "v_lr": 0,
     "v_weight_decay": 0,
     "clamp_norm_factor": 0,
-    "value_norm": 0,
-    "largest_update": 0,
     "kl_factor": 0,
     "mom2_n_samples": 1,
     "mom2_update_weight": 0,
@@ -28,6 +26,8 @@ _LEAST = {
     "contexts_per_step": 0,
     "retry_below": 0,
 }
+
+_POSITIVE = ("anchor_norm", "largest_update")
 
 _SEARCH = {field.name for field in fields(SearchOptions)} - {"seed"}
 
@@ -56,3 +56,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             value = given.get(name)
             if value is not None and not least <= value < math.inf:
                 raise OptionError(f"{name}: expected a number from {least} on, got {value}")
+    for name in _POSITIVE:
+        value = options[name]
+        if value is not None and not 0 < value < math.inf:
+            raise OptionError(f"{name}: expected a number above 0, got {value}")

@@ -76,9 +76,9 @@ def prepare_session(
             wanted=options["mom2_n_samples"],
             seed=options["seed"],
         )
-    if options["value_norm"] is not None and not moments:
+    if options["anchor_norm"] is not None and not moments:
         raise OptionError(
-            "value_norm: without the second moment of keys (this preset, or mom2_adjustment: false) nothing is known "
+            "anchor_norm: without the second moment of keys (this preset, or mom2_adjustment: false) nothing is known "
             "of an ordinary token's value; leave it out"
         )
     contexts = options["contexts"]
@@ -103,6 +103,7 @@ def prepare_session(
         fact_token=options["fact_token"],
         contexts=join_contexts(contexts),
         largest_update=options["largest_update"],
+        anchor_norm=options["anchor_norm"],
     )
 
 
@@ -150,7 +151,7 @@ def check_joint_solve(session: EditSession, size: int) -> None:
 
     Args:
         session: The run.
-        size: Edits of the batch.
+        size: Most edits of a batch.
 
     Raises:
         OptionError: If the preset asserts values at other keys than those that shape its updates.
@@ -161,9 +162,8 @@ def check_joint_solve(session: EditSession, size: int) -> None:
             f"preset {name} asserts values at other keys than those that shape its updates, which several edits at "
             "once cannot do; use data.batch_size: 1, or preset r_rome"
         )
-    if not session.edits:
-        log.warning(
-            "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "
-            "jointly, which is not what edits one after the other give",
-            size,
-        )
+    log.warning(
+        "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "
+        "jointly, which is not what edits one after the other give",
+        size,
+    )

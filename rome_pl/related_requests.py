@@ -5,7 +5,10 @@ from collections.abc import Sequence, Set
 
 from rome_pl.requests import EditRequest
 
-__all__ = ["conflicts", "earlier_facts", "subjects_apart", "touched_neighbours"]
+__all__ = ["SUBJECT_S_KEY", "conflicts", "earlier_facts", "subjects_apart", "touched_neighbours"]
+
+SUBJECT_S_KEY = ("subject_last", "subject_first")
+"""Choices of the lookup token by which all facts about a subject have nearly the same key."""
 
 MOST_KEPT = 16
 """Most earlier facts about its subject that the search of an edit keeps; the latest ones. Each costs a row a step."""
@@ -101,7 +104,7 @@ def subjects_apart(requests: Sequence[EditRequest], size: int) -> list[list[int]
 
 def _facts(request: EditRequest) -> list[tuple[str, str, str]]:
     """What two requests that are about one fact have in common: the subject, and the prompt or the relation."""
-    facts = [(request.subject, "prompt", request.prompt)]
+    facts = [(request.subject, "prompt", request.prompt.strip())]
     if request.relation is not None:
         facts.append((request.subject, "relation", request.relation))
     return facts

@@ -60,7 +60,8 @@ class EditSession:
         state_checks: What the checks of the model's state found.
         ledger: Where edits are recorded, if anywhere.
         largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
-        earlier: What edits of earlier fits asked for, by name.
+        anchor_norm: Norm of every asserted value, see :meth:`rome_pl.edited_layers.EditedLayers.anchored`.
+        earlier: What applied edits of earlier fits asked for, by name.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
         counted: Those of the batch that is being counted.
     """
@@ -85,6 +86,7 @@ class EditSession:
     state_checks: list[dict[str, object]] = field(default_factory=list)
     ledger: Ledger | None = None
     largest_update: float | None = None
+    anchor_norm: float | None = None
     earlier: dict[str, EditRequest] = field(default_factory=dict)
     flops_per_edit: float | None = None
     counted: float = 0.0
@@ -119,7 +121,8 @@ class EditSession:
             fact_token=self.fact_token,
             contexts=self.contexts,
             largest_update=self.largest_update,
-            earlier=last.asked() if last is not None else {},
+            anchor_norm=self.anchor_norm,
+            earlier=last.applied() if last is not None else {},
             flops_per_edit=last.flops_per_edit if last is not None else None,
         )
 
@@ -196,24 +199,27 @@ class EditSession:
         return ask
 
     def _bounded(self, edits: Sequence[Edit], place: int, asked: Assertion) -> Assertion:
-        """What asks for no larger changes than are allowed; the edits say so."""
+        """What asks for values of the norm that is wanted, and for no larger changes than are allowed."""
+        if self.anchor_norm is not None:
+            asked = self.layers.anchored(place, asked, self.anchor_norm)
         if self.largest_update is None:
             return asked
         asked, strengths = self.layers.weights[place].bounded(asked, self.largest_update)
         for edit, strength in zip(edits, strengths, strict=True):
-            note = f"made at {strength:.0%} at layer {self.layers.numbers[place]}, to stay within largest_update"
-            if strength < 1 and note not in edit.notes:
-                edit.notes.append(note)
+            begin = f"layer {self.layers.numbers[place]}: made to the part of "
+            edit.notes = [note for note in edit.notes if not note.startswith(begin)]  # of a write that did not stand
+            if strength < 1:
+                edit.notes.append(f"{begin}{strength:.2g}, to stay within largest_update")
         return asked
 
     def in_the_weights(self) -> list[EditRequest]:
         """What the edits in the weights asked for, in order; nothing in single mode."""
-        inside = set(self.layers.names)
-        return [request for name, request in self.asked().items() if name in inside]
+        applied = self.applied()
+        return [applied[name] for name in self.layers.names if name in applied]
 
-    def asked(self) -> dict[str, EditRequest]:
-        """What was asked for by name, in earlier fits and in this one."""
-        return self.earlier | {edit.name: edit.request for edit in self.edits}
+    def applied(self) -> dict[str, EditRequest]:
+        """What applied edits of earlier fits and of this one asked for, by name."""
+        return self.earlier | {edit.name: edit.request for edit in self.edits if edit.status is EditStatus.APPLIED}
 
     def withdraw(self, edits: Sequence[Edit], batch: Sequence[Edit]) -> None:
         """Take edits of a batch, which were just decided against, back; the others of the batch are written anew."""

@@ -168,6 +168,12 @@ def _of_text(
     options = PassOptions(tokens=wanted)
     paths = {site.layer: artefact_path(statistics_folder(), language_model, site, text, options) for site in sites}
     if missing := [site for site in sites if not paths[site.layer].is_file()]:
+        if not language_model.as_first_seen:
+            raise StatisticsError(
+                f"layer {missing[0].layer} has no second moment yet, and one computed now would be of a model that was "
+                "edited since it was loaded. Edit all layers at once (layers: [...]), give 'statistics', or run "
+                "rome-pl covariance before"
+            )
         compute(language_model, missing, text, options)
     return paths
 

@@ -50,6 +50,7 @@ class Step:
     kl: float
     decay: float
     probability: float
+    kept: float = 0.0  # ledgers of earlier versions lack it
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ class ValueSearch:
         losses = self.objective(deltas, members, self._contexts(step))
         total = losses.total
         self.losses = total.detach()
-        record = torch.stack([total, losses.nll, losses.kl, losses.decay, losses.probability]).detach()
+        record = torch.stack([total, losses.nll, losses.kl, losses.decay, losses.probability, losses.kept]).detach()
+        if step == 0:
+            self._kept_before = losses.kept.detach()
         self._records.append((running, record))
         last = step + 1 >= self.options.v_num_grad_steps
         self._note_ends(deltas.detach(), record, losses.greedy, last)
@@ -167,8 +170,10 @@ class ValueSearch:
     def _note_ends(self, deltas: Tensor, record: Tensor, greedy: Tensor, last: bool) -> None:
         """Keep the offsets of edits that end here, on the device."""
         options = self.options
-        loss, probability = record[0], record[4]
-        ends = (loss < options.stop_loss) | (probability > options.stop_probability) | ~loss.isfinite()
+        loss, probability, kept = record[0], record[4], record[5]
+        # Earlier facts about the subject are to be as probable as the new one, or as they were.
+        stay = (kept.neg().exp() > options.stop_probability) | (kept <= self._kept_before[self._places])
+        ends = (loss < options.stop_loss) | ((probability > options.stop_probability) & stay) | ~loss.isfinite()
         if options.stop_greedy:
             ends |= greedy
         if last:

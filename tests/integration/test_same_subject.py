@@ -1,12 +1,14 @@
 """Several facts about one subject in a sequential stream: they have one key, and none is to cost another."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rome_pl.callbacks import EditCommit
 from rome_pl.data_modules import RequestDataModule
+from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.editor import KnowledgeEditor
@@ -110,3 +112,40 @@ def test_edits_of_an_editor_know_those_before_them_and_not_what_was_undone():
     editor.undo(first)
     third = edit("Korrin is full of", "rye")
     assert third.edit.encoded.kept == (second.edit.encoded.rows[0],)
+
+
+def test_where_the_key_is_the_prompt_s_own_nothing_is_kept(tmp_path):
+    language_model = tiny_language_model()
+    module = RomeModule.from_language_model(language_model, **{**FAST, **OPTIONS, "fact_token": "last"})
+    data = RequestDataModule(batch_size=3)
+    data.requests = list(FACTS)
+    quiet_trainer(lenient_callbacks(), tmp_path).fit(module, data)
+    assert all(edit.encoded.kept == () for edit in module.session.edits)
+    assert [written.names for written in module.session.layers.written] == [("place", "painter", "other")]
+
+
+def test_a_refused_edit_of_a_known_name_does_not_stand_for_the_one_in_the_weights(tmp_path):
+    language_model = tiny_language_model()
+    module = RomeModule.from_language_model(language_model, **{**FAST, **OPTIONS})
+
+    def fit(requests):
+        quiet_trainer(lenient_callbacks(), tmp_path).fit(module, request_loader(requests))
+        return module.session.edits
+
+    fit(FACTS[:1])
+    (again,) = fit([replace(FACTS[1], case_id="place")])
+    assert again.status is EditStatus.REJECTED
+    (third,) = fit(FACTS[1:2])
+    (kept,) = third.encoded.kept
+    assert kept == language_model.encoder.edit(FACTS[0]).rows[0]
+
+
+def test_the_key_of_the_subject_is_no_surprise_where_its_facts_are_kept(tmp_path):
+    noted = {}
+    for keep in (True, False):
+        folder = tmp_path / str(keep)
+        session = run_edits(tiny_language_model(), folder, FACTS, keep_subject_facts=keep, **OPTIONS)
+        noted[keep] = [note for edit in session.edits for note in edit.notes if "all but equals" in note]
+    assert noted[True] == []
+    assert len(noted[False]) == 1
+    assert "record place" in noted[False][0]

@@ -94,34 +94,40 @@ def test_every_model_and_precision_has_a_file_of_its_own(measured):
     assert len(measured) == len(models) * len(REQUESTS)
 
 
-def test_a_model_edited_in_memory_gets_its_own_scores_and_keeps_none(language_model, measured):
-    known = KnownScores(language_model)
-    before = known.measure(REQUESTS)
+@pytest.mark.parametrize("how", ["in place", "through data"])
+def test_a_model_edited_in_memory_gets_its_own_scores_and_keeps_none(how, language_model, measured):
+    before = KnownScores(language_model).measure(REQUESTS)
     weight = language_model.model.lm_head.weight
     original = weight.detach().clone()
-    with torch.no_grad():
-        weight.neg_()
+
+    def write(values):
+        with torch.no_grad():
+            (weight if how == "in place" else weight.data).copy_(values)
+
+    write(-original)
     after = probe_scores(language_model, REQUESTS)
     assert after != before
     measured.clear()
-    for store in (known, KnownScores(language_model)):
-        assert store.path == known.path
-        assert store.measure(REQUESTS) == after
+    for _ in range(2):
+        assert KnownScores(language_model).measure(REQUESTS) == after
     assert len(measured) == 2 * len(REQUESTS)
-    with torch.no_grad():
-        weight.copy_(original)
+    write(original)
     measured.clear()
     assert KnownScores(language_model).measure(REQUESTS) == before
     assert measured == []
 
 
-def test_a_replaced_or_moved_weight_is_looked_at(language_model):
+def test_replaced_and_wrapped_weights_are_looked_at(language_model):
     assert language_model.as_first_seen
-    head = language_model.model.lm_head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model = language_model.model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert language_model.as_first_seen
-    head.weight = torch.nn.Parameter(head.weight.detach() + 1.0)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1.0)
     assert not language_model.as_first_seen
+    other = tiny_language_model()
+    assert other.as_first_seen
+    other.model.lm_head = torch.nn.Sequential(other.model.lm_head)
+    assert not other.as_first_seen
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_what_the_stream_said_of_the_subject_before_is_kept_in_order():
     "anew",
     [
         {"prompt": "{} lies in"},
+        {"prompt": "{} lies in "},
         {"prompt": "Where is {}? In", "relation": "place"},
     ],
 )

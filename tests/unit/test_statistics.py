@@ -305,3 +305,13 @@ def test_an_error_lets_go_of_the_job(language_model, site, corpus_file, monkeypa
         with pytest.raises(RuntimeError, match="out of memory"):
             compute(language_model, [site], Corpus(str(corpus_file)))
     compute(language_model, [site], Corpus(str(corpus_file)))
+
+
+def test_what_an_edited_model_would_give_is_not_kept_as_the_unedited_one_s(language_model, site, corpus_file):
+    with torch.no_grad():
+        language_model.model.model.layers[0].mlp.down_proj.weight.neg_()
+    with pytest.raises(StatisticsError, match="layer 1 has no second moment yet.*edited since it was loaded"):
+        resolve(language_model, site, corpus=str(corpus_file))
+    assert not list(statistics_folder().rglob("*.safetensors"))
+    found = resolve(tiny_language_model(), site, corpus=str(corpus_file))  # as it was loaded
+    assert torch.equal(resolve(language_model, site, corpus=str(corpus_file)).matrix, found.matrix)
