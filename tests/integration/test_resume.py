@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rome_pl.callbacks import EditCommit, StateCheck, default_callbacks
+from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.cli import main
 from rome_pl.ledger import Ledger, LedgerError
 from rome_pl.requests import EditRequest
 from rome_pl.session import EditSession
-from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
+from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
 
 RECORDS = lighthouses(6)
@@ -45,12 +45,10 @@ def callbacks_for(resume=False, **state_check):
     return made
 
 
-def run(folder, resume=False, requests=REQUESTS, batch_size=1, state_check=None, **options):
-    language_model = tiny_language_model("llama")
-    session = run_edits(
-        language_model, folder, requests, callbacks_for(resume, **(state_check or {})), batch_size,
-        **{"sequential_edit": True, **options},
-    )  # fmt: skip
+def run(folder, resume=False, requests=REQUESTS, batch_size=1, state_check=None, model=None, without=(), **options):
+    language_model = model or tiny_language_model("llama")
+    callbacks = [one for one in callbacks_for(resume, **(state_check or {})) if not isinstance(one, without)]
+    session = run_edits(language_model, folder, requests, callbacks, batch_size, **{"sequential_edit": True, **options})
     return session, snapshot(language_model.model)
 
 
@@ -134,6 +132,34 @@ def test_what_was_rolled_back_is_rolled_back_again(on_failure, tmp_path):
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
         assert ledger_of(folder).read_bytes() == content
         assert [edit.status for edit in resumed.edits] == [edit.status for edit in whole.edits]
+
+
+@pytest.mark.parametrize(("batch_size", "without"), [(1, ()), (2, ()), (1, (Verification,))])
+def test_edits_after_which_others_were_lost_are_dropped_again(batch_size, without, tmp_path):
+    check = {"every_n_edits": 4, "on_failure": "recover", "least_retained": 1.0, "least_canary_agreement": 0.0}
+    check["largest_change"] = 1e9  # lost edits alone decide
+    stream = [FACTS[3], FACTS[0], OTHERWISE[3], FACTS[1], OTHERWISE[0], FACTS[2]]
+
+    def go(folder, resume=False):
+        options = {"requests": stream, "batch_size": batch_size, "state_check": check, "without": without, **SURE}
+        return run(folder, resume, model=sure_model(), **options)
+
+    whole, weights = go(tmp_path / "whole")
+    assert [str(edit.status) for edit in whole.edits] == [
+        "applied", "applied", "rolled_back", "applied", "rolled_back", "applied",
+    ]  # fmt: skip
+    assert all("are retained" in edit.reason for edit in whole.edits if edit.status == "rolled_back")
+    content = ledger_of(tmp_path / "whole").read_bytes()
+    ends = [place + 1 for place, byte in enumerate(content) if byte == ord("\n")]
+    assert len(ends) >= 10  # six edits, and twice one that was dropped and one or more that were written anew
+    # Between edits, before and after what was amended, and in its midst.
+    for place, cut in enumerate([*ends[1::2], ends[4], ends[5] - 5]):
+        folder = killed_copy(tmp_path / "whole", tmp_path / f"killed{place}", cut)
+        resumed, again = go(folder, resume=True)
+        assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+        assert_same_ledger(folder, tmp_path / "whole")
+        assert resumed.state_checks == whole.state_checks
+        assert [edit.record() for edit in resumed.edits] == [edit.record() for edit in whole.edits]
 
 
 def test_a_run_that_decides_otherwise_is_refused(tmp_path):
