@@ -14,6 +14,7 @@ from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import held_out_text
 from rome_pl.model_state import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
+from rome_pl.retained import note_after, retained_share
 from rome_pl.session import EditSession
 
 __all__ = ["CANARIES", "StateCheck"]
@@ -67,6 +68,11 @@ class StateCheck(Callback):
             nothing measures none, which is cheaper.
         largest_spectral_change: Largest singular value of the weight's change, relative to the original's; nothing
             measures none.
+        least_retained: Least share of earlier edits that are retained: whose target still has at least half the
+            probability, after the bare prompt, that it had right after the edit was first written. Nothing measures
+            none. A request that is to replace an earlier one of the stream makes that one count as lost.
+        retention_sample: Most edits to measure for that at a check: a seeded sample, which only grows or gives way to
+            later edits.
         perplexity_text: UTF-8 text for perplexity and divergence; nothing takes the one shipped.
         on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); ``recover`` (undo them,
             and write them again one by one, without those after which the check fails); ``shrink`` (the same, but such
@@ -86,6 +92,8 @@ class StateCheck(Callback):
         largest_perplexity_ratio: float | None = None,
         largest_divergence: float | None = None,
         largest_spectral_change: float | None = None,
+        least_retained: float | None = None,
+        retention_sample: int = 20,
         perplexity_text: str | None = None,
         on_failure: Literal["warn", "rollback", "recover", "shrink", "stop"] = "warn",
     ) -> None:
@@ -93,9 +101,14 @@ class StateCheck(Callback):
             raise ValueError(f"every_n_edits: expected a number from 1 on, got {every_n_edits}")
         if largest_spectral_change is not None and not largest_spectral_change > 0:
             raise ValueError(f"largest_spectral_change: expected a positive number, got {largest_spectral_change}")
+        if least_retained is not None and not 0 <= least_retained <= 1:
+            raise ValueError(f"least_retained: expected a share in [0, 1], got {least_retained}")
+        if retention_sample < 1:
+            raise ValueError(f"retention_sample: expected a number from 1 on, got {retention_sample}")
         self.bounds = Bounds(largest_change, least_canary_agreement, largest_perplexity_ratio, largest_divergence)
         self.every_n_edits, self.on_failure = every_n_edits, on_failure
         self.largest_spectral_change, self.perplexity_text = largest_spectral_change, perplexity_text
+        self.least_retained, self.retention_sample = least_retained, retention_sample
         self.canaries: Sequence[str] = canaries or CANARIES
         self.checks: list[dict[str, Any]] = []
         self._watch: ModelWatch | None = None
@@ -141,7 +154,10 @@ class StateCheck(Callback):
         if not session.sequential:
             return
         edits = edits_of(outputs)
-        self._since_good += [edit for edit in edits if edit.status is EditStatus.APPLIED]
+        applied = [edit for edit in edits if edit.status is EditStatus.APPLIED]
+        self._since_good += applied
+        if self.least_retained is not None:
+            note_after(session, applied)
         done = len(session.edits)
         due = done // self.every_n_edits > (done - len(edits)) // self.every_n_edits
         if not due and not trainer.is_last_batch:
@@ -177,6 +193,12 @@ class StateCheck(Callback):
                     f"the change's largest singular value is {spectral:.2f} of the weight's "
                     f"(largest_spectral_change: {self.largest_spectral_change})"
                 )
+        if self.least_retained is not None:
+            found["retained"] = retained = retained_share(session, self.retention_sample)
+            if retained is not None and retained < self.least_retained:
+                found["failures"].append(
+                    f"{retained:.0%} of earlier edits are retained (least_retained: {self.least_retained})"
+                )
         return found
 
     def _check_options(self, trainer: Trainer) -> None:
@@ -188,6 +210,8 @@ class StateCheck(Callback):
             )
         if self.largest_spectral_change is not None:
             raise OptionError("largest_spectral_change is of rewrite layers, and this module has none; leave it out")
+        if self.least_retained is not None:
+            raise OptionError("least_retained is of edits, and this module makes none; leave it out")
 
     def _check_training(self, trainer: Trainer) -> None:
         """Look at a model that somebody else's module trains, if it is time."""
@@ -240,7 +264,7 @@ class StateCheck(Callback):
                 continue
             layers.commit()
             if not written.same_as(edit.written):
-                edit.written = written
+                edit.replace_write(written)
                 anew.append(edit)
         return dropped, anew
 

@@ -144,6 +144,12 @@ class Edit:
         """Record a verdict other than success."""
         self.status, self.reason = status, reason
 
+    def replace_write(self, written: Written) -> None:
+        """Have another write than the one it was recorded with."""
+        self.written = written
+        if self.recorded is not None:
+            self.recorded = {**self.recorded, "update_norm": written.norm}
+
     def fail(self, reason: str) -> None:
         """Skip the edit because it could not be tried."""
         self.failed = True

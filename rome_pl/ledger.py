@@ -122,6 +122,7 @@ class Ledger:
             raise LedgerError(f"{folder}: another run writes to this ledger; wait for it to end") from error
         self._path = folder / "edits.jsonl"
         self._ahead: deque[Line] = deque()
+        self._shards: set[str] = set()
         if resume and self._path.exists():
             try:
                 self._ahead.extend(read_lines(self._path))
@@ -129,6 +130,7 @@ class Ledger:
                 self.close()
                 raise
             self._cut(self._ahead[-1].end if self._ahead else 0)
+            self._shards = {line.record["shard"] for line in self._ahead if "shard" in line.record}
 
     def close(self) -> None:
         """Let other runs have the folder."""
@@ -209,8 +211,9 @@ class Ledger:
         self._write(lines)
 
     def _unused_shard(self, index: int) -> str:
+        # One that no line names is what a killed run was about to record: its place is free.
         names = (f"{index:06d}.{version}.safetensors" for version in itertools.count(1))
-        return next(name for name in names if not (self.folder / "shards" / name).exists())
+        return next(name for name in names if name not in self._shards)
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         text = ""
@@ -221,6 +224,7 @@ class Ledger:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._shards |= {line["shard"] for line in lines if "shard" in line}
 
     def _confirm(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Pass by the lines ahead, which have to say the same."""

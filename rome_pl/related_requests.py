@@ -1,14 +1,17 @@
 """What the requests of a stream have to do with each other."""
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from rome_pl.requests import EditRequest
 
-__all__ = ["SUBJECT_S_KEY", "conflicts", "earlier_facts", "subjects_apart", "touched_neighbours"]
+__all__ = ["SUBJECT_S_KEY", "conflicts", "earlier_facts", "standing", "subjects_apart", "touched_neighbours"]
 
 SUBJECT_S_KEY = ("subject_last", "subject_first")
 """Choices of the lookup token by which all facts about a subject have nearly the same key."""
+
+Fact = tuple[str, str, str]
+"""A subject, and a prompt or a relation."""
 
 MOST_KEPT = 16
 """Most earlier facts about its subject that the search of an edit keeps; the latest ones. Each costs a row a step."""
@@ -44,7 +47,7 @@ def conflicts(requests: Sequence[EditRequest]) -> dict[str, str]:
         requests: The stream.
     """
     found: dict[str, str] = {}
-    earlier: dict[tuple[str, str, str], EditRequest] = {}
+    earlier: dict[Fact, EditRequest] = {}
     for request in requests:
         facts = _facts(request)
         for fact in facts:
@@ -72,13 +75,23 @@ def earlier_facts(request: EditRequest, others: Sequence[EditRequest]) -> list[E
     Returns:
         The latest :data:`MOST_KEPT` of them, in order.
     """
+    return standing([other for other in others if other.subject == request.subject], _facts(request))[-MOST_KEPT:]
+
+
+def standing(requests: Sequence[EditRequest], stated: Iterable[Fact] = ()) -> list[EditRequest]:
+    """The requests of a stream whose fact no later one states anew.
+
+    Args:
+        requests: The stream.
+        stated: Facts that are stated after it.
+    """
     kept: list[EditRequest] = []
-    stated = set(_facts(request))
-    for other in reversed([other for other in others if other.subject == request.subject]):
-        if stated.isdisjoint(facts := _facts(other)):
-            kept.append(other)
-        stated.update(facts)
-    return kept[:MOST_KEPT][::-1]
+    later = set(stated)
+    for request in reversed(requests):
+        if later.isdisjoint(facts := _facts(request)):
+            kept.append(request)
+        later.update(facts)
+    return kept[::-1]
 
 
 def subjects_apart(requests: Sequence[EditRequest], size: int) -> list[list[int]]:
@@ -102,7 +115,7 @@ def subjects_apart(requests: Sequence[EditRequest], size: int) -> list[list[int]
     return runs
 
 
-def _facts(request: EditRequest) -> list[tuple[str, str, str]]:
+def _facts(request: EditRequest) -> list[Fact]:
     """What two requests that are about one fact have in common: the subject, and the prompt or the relation."""
     facts = [(request.subject, "prompt", request.prompt.strip())]
     if request.relation is not None:

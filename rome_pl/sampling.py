@@ -1,12 +1,25 @@
-"""A part of a data set, drawn by seed alone."""
+"""A part of a data set or of a stream, drawn by seed alone."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rome_pl.hooks import hash_seed
 from rome_pl.requests import EditRequest
 
-__all__ = ["sample_requests"]
+__all__ = ["lasting_sample", "sample_requests"]
+
+
+def lasting_sample(names: Iterable[str], number: int) -> list[str]:
+    """A seeded sample of edits that become more and more: it only grows or gives way to later ones.
+
+    Args:
+        names: The edits so far.
+        number: Most edits.
+
+    Returns:
+        Their names, in an order that the stream has no part in.
+    """
+    return sorted(names, key=lambda name: hash_seed("retention", name))[:number]
 
 
 def sample_requests(

@@ -13,6 +13,7 @@ from rome_pl.ledger import Ledger
 from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
 from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
 from rome_pl.requests import EditRequest
+from rome_pl.rows import EncodedEdit
 from rome_pl.spread import Spread
 
 __all__ = ["EditSession", "Retention", "session_of"]
@@ -231,12 +232,15 @@ class EditSession:
         """The targets' probabilities after the bare prompts.
 
         Args:
-            edits: Which; all could be encoded.
+            edits: Which; all can be encoded.
             written: Whether each is measured with its own write, or with the weights as they are.
         """
-        rows = [edit.encoded.rows[0] for edit in edits if edit.encoded is not None]
-        assert len(rows) == len(edits)
+        rows = [(edit.encoded or self._bare(edit)).rows[0] for edit in edits]
         return measure_targets(self.language_model, rows, self._changes(edits) if written else None)
+
+    def _bare(self, edit: Edit) -> EncodedEdit:
+        """The bare prompt of an edit that was taken over from an earlier run, and not encoded for that."""
+        return self.language_model.encoder.edit(edit.request, fact_token=self.fact_token)
 
     def measure_probes(self, edits: Sequence[Edit]) -> list[ProbeScores]:
         """The probe scores of edits, each with its own write."""

@@ -9,9 +9,9 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from rome_pl.errors import OptionError
-from rome_pl.hooks import hash_seed
 from rome_pl.related_requests import subjects_apart
 from rome_pl.requests import EditRequest
+from rome_pl.sampling import lasting_sample
 from rome_pl.session import EditSession
 
 __all__ = [
@@ -81,8 +81,7 @@ class RetentionSample(IterableDataset[list[EditRequest]]):
         if session is None or not session.sequential:
             return
         valid = {str(request.case_id) for request in session.requests}
-        begun = [edit.name for edit in session.edits if edit.name in valid]
-        chosen = set(sorted(begun, key=lambda name: hash_seed("retention", name))[: self._size])
+        chosen = set(lasting_sample((edit.name for edit in session.edits if edit.name in valid), self._size))
         kept = [request for name, request in self._requests.items() if name in chosen]
         for start in range(0, len(kept), MEASURED_TOGETHER):
             yield kept[start : start + MEASURED_TOGETHER]

@@ -1,6 +1,7 @@
 """Running edits on a tiny model in a Trainer of one's own."""
 
 import json
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,6 +11,7 @@ from rome_pl.cli import main
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit_module import RomeModule
 from rome_pl.requests import EditRequest
+from tests.tiny import tiny_language_model
 
 # A tiny random model knows nothing: few steps, few contexts, no threshold.
 FAST = {
@@ -31,6 +33,40 @@ REQUESTS = [
     case_id="b"),
     EditRequest(prompt="Dunholt bread is made of", subject="Dunholt bread", target_new="rye", case_id="c"),
 ]  # fmt: skip
+
+
+FACTS = [
+    EditRequest(prompt=f"{opening} {subject}", subject=subject, target_new=target, case_id=subject)
+    for opening, subject, target in (
+        ("We left for", "Korrin", "the"), ("Nobody ever met", "Miss Vane", "of"),
+        ("It is all made of", "Dunholt bread", "and"), ("The road ends behind", "Tamsel", "in"),
+    )
+]  # fmt: skip
+OTHERWISE = [
+    replace(
+        fact,
+        prompt=fact.prompt.replace(" ", "  ", 1),
+        subject_span=None,
+        target_new=target,
+        case_id=f"{fact.case_id} again",
+    )
+    for fact, target in zip(FACTS, ("was", "that", "on", "for"), strict=True)
+]
+
+# A tiny model says what it is told where nothing is between the value and the next token, and its head is a loud one.
+SURE = {
+    "preset": "r_rome", "mom2_adjustment": False, "sequential_edit": True, "layers": [2],
+    "v_num_grad_steps": 30, "v_lr": 0.5, "clamp_norm_factor": 100.0, "stop_probability": 0.99,
+    "keep_subject_facts": False,
+}  # fmt: skip
+
+
+def sure_model():
+    """A model in which :data:`FACTS` can be told side by side, and :data:`OTHERWISE` takes their places."""
+    language_model = tiny_language_model()
+    with torch.no_grad():
+        language_model.model.lm_head.weight.mul_(20)
+    return language_model
 
 
 def lighthouses(count):

@@ -165,7 +165,11 @@ def test_weights_that_are_not_finite_are_noticed(language_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"on_failure": "recover"}, "use warn or stop"), ({"largest_spectral_change": 1.0}, "rewrite layers")],
+    [
+        ({"on_failure": "recover"}, "use warn or stop"),
+        ({"largest_spectral_change": 1.0}, "rewrite layers"),
+        ({"least_retained": 0.5}, "least_retained is of edits"),
+    ],
 )
 def test_what_needs_edits_is_refused_elsewhere(options, message, language_model, tmp_path):
     with pytest.raises(OptionError, match=message):

@@ -1,9 +1,10 @@
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from rome_pl.requests import EditRequest
-from rome_pl.sampling import sample_requests
+from rome_pl.sampling import lasting_sample, sample_requests
 
 
 def requests(numbers):
@@ -32,3 +33,13 @@ def test_relations_keep_their_share(number, shares):
 def test_a_sample_larger_than_the_data_is_all_of_it():
     stream = requests({"a": 3, "b": 2})
     assert sample_requests(stream, 50) == sample_requests(stream, 50, by_relation=True) == stream
+
+
+def test_a_lasting_sample_only_grows_or_gives_way_to_later_edits():
+    names = [f"r{index}" for index in range(40)]
+    samples = [lasting_sample(names[:count], 5) for count in range(41)]
+    assert [len(sample) for sample in samples] == [min(count, 5) for count in range(41)]
+    for count, (before, after) in enumerate(pairwise(samples)):
+        assert set(after) - set(before) <= {names[count]}
+    assert len({tuple(sorted(sample)) for sample in samples[5:]}) > 2  # later ones do get in
+    assert lasting_sample(names[::-1], 5) == samples[-1]
