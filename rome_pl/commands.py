@@ -105,6 +105,12 @@ def undo(
         soft_wrap=True,
         markup=False,
     )
+    if undone.holding:
+        log.warning(
+            "Later edits about the same subjects remain, and may hold what was undone: %s. Undo them too to get the "
+            "old answers back",
+            ", ".join(undone.holding),
+        )
 
 
 def pick(

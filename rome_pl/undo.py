@@ -32,11 +32,14 @@ class Undone:
         layers: The weights with the edits that remain, written to the model.
         names: The edits that were taken out.
         resolved: Edits that were solved anew, because an edit before them is gone.
+        holding: Edits that remain, were made after one that was taken out, and are about its subject: their values were
+            found on top of it, and may hold what it taught.
     """
 
     layers: EditedLayers
     names: tuple[str, ...]
     resolved: tuple[str, ...]
+    holding: tuple[str, ...]
 
 
 def undo(
@@ -81,7 +84,16 @@ def undo(
     finally:
         ledger.close()
     resolved = tuple(name for written in anew for name in written.names)
-    return Undone(layers, tuple(names), resolved)
+    order = [name for written in writes for name in written.names]
+    holding: list[str] = []
+    subjects: set[str] = set()
+    for name in order:
+        subject = edits[name]["request"]["subject"]
+        if name in names:
+            subjects.add(subject)
+        elif subject in subjects:
+            holding.append(name)
+    return Undone(layers, tuple(names), resolved, tuple(holding))
 
 
 def with_edits(language_model: LanguageModel, run: Path, statistics: Sequence[Path] = ()) -> EditedLayers:

@@ -132,6 +132,17 @@ def test_with_all_undone_the_weights_are_the_original_bit_for_bit(stream, tmp_pa
     assert torch.equal(again.model.state_dict()[SITE], before[SITE])
 
 
+def test_later_edits_about_the_subject_of_one_that_is_undone_are_told(tmp_path):
+    first, second, third = REQUESTS[:3]
+    later = EditRequest(prompt=f"{first.subject} is", subject=first.subject, target_new="rye", case_id="later")
+    run(tmp_path / "run", requests=[second, first, third, later])
+    found = undo(tiny_language_model("llama"), tmp_path / "run", [str(second.case_id)])
+    assert found.holding == ()
+    found = undo(tiny_language_model("llama"), tmp_path / "run", [str(first.case_id), str(third.case_id)])
+    assert found.holding == ("later",)
+    assert undo(tiny_language_model("llama"), tmp_path / "run", ["later"]).holding == ()
+
+
 def test_undoing_twice_equals_undoing_at_once(stream, tmp_path):
     at_once, twice = tiny_language_model("llama"), tiny_language_model("llama")
     undo(at_once, copied(stream, tmp_path / "a"), ["1", "4", "6"])
