@@ -71,12 +71,15 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
     layers = SimpleNamespace(change=0.25, numbers=[1], last=weight, weights=[weight], moments=(), written=[])
     session = EditSession(
         language_model=SimpleNamespace(
-            source="made up",
-            fingerprint="f",
-            tokenizer_fingerprint="t",
-            device="cpu",
-            chat=None,
             encoder=SimpleNamespace(frame=PlainFrame()),
+            identity=lambda: {
+                "source": "made up",
+                "fingerprint": "f",
+                "tokenizer": "t",
+                "device": "cpu",
+                "chat": None,
+                "frame": [],
+            },
         ),
         layers=layers,
         preset=PRESETS["rome"],

@@ -306,7 +306,8 @@ def test_the_method_s_options_have_their_published_names():
     beside_the_method = {
         "pretrained", "dtype", "allow_pickle", "chat", "statistics", "corpus", "sequential_edit", "kl_position",
         "stop_loss", "stop_probability", "stop_greedy", "optimizer", "contexts_per_step", "contexts", "retries",
-        "retry_below", "compile", "on_error", "keep_original_weight",
+        "retry_below", "compile", "on_error", "keep_original_weight", "anchor_norm", "largest_update",
+        "keep_subject_facts",
     }  # fmt: skip
     assert set(inspect.signature(RomeModule).parameters) == METHOD_OPTIONS | beside_the_method
 
