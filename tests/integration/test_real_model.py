@@ -151,8 +151,7 @@ def test_facts_about_one_subject_in_a_row_leave_each_other(real):
     ]
     likely = {}
     for keep in (True, False):
-        options = {"context_template_length_params": [[5, 5]], "stop_probability": 0.9, "clamp_norm_factor": 10.0}
-        editor = KnowledgeEditor(real, keep_subject_facts=keep, **options)
+        editor = KnowledgeEditor(real, stop_probability=0.9, clamp_norm_factor=10.0, keep_subject_facts=keep)
         made = [editor.edit(*fact) for fact in facts]
         likely[keep] = [measure.probability for measure in measure_targets(real, rows)]
         for result in reversed(made):
