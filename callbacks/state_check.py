@@ -70,7 +70,7 @@ class StateCheck(Callback):
             measures none.
         least_retained: Least share of earlier edits that are retained: whose target still has at least half the
             probability, after the bare prompt, that it had right after the edit was first written. Nothing measures
-            none. A request that is to replace an earlier one of the stream makes that one count as lost.
+            none. An edit whose fact a later one of the stream states anew does not count.
         retention_sample: Most edits to measure for that at a check: a seeded sample, which only grows or gives way to
             later edits.
         perplexity_text: UTF-8 text for perplexity and divergence; nothing takes the one shipped.

@@ -81,6 +81,29 @@ def lighthouses(count):
     ]  # fmt: skip
 
 
+def saved_model(folder, family="llama"):
+    """A tiny model, saved to be loaded by name."""
+    language_model = tiny_language_model(family, torch.float32)
+    language_model.model.save_pretrained(folder / "model")
+    language_model.tokenizer.save_pretrained(folder / "model")
+    return language_model
+
+
+def edited_by_command(folder, family):
+    """A sequential run of the command line on a saved tiny model: four edits, in ``run``, saved to ``edited``."""
+    saved_model(folder, family)
+    (folder / "records.json").write_text(json.dumps(lighthouses(4)), encoding="utf-8")
+    options = {f"model.{name}": value for name, value in FAST.items()} | {
+        "model.pretrained": folder / "model", "model.sequential_edit": True, "data.path": folder / "records.json",
+        "trainer.default_root_dir": folder / "run", "trainer.accelerator": "cpu",
+        "verification.least_probability": 0, "probe_evaluation.measure_perplexity": False,
+        "run_report.figures": False,
+    }  # fmt: skip
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert called("edit", *arguments, "--save_model", folder / "edited") == 0
+    return folder
+
+
 def quiet_trainer(callbacks, folder, **options):
     return Trainer(
         **{

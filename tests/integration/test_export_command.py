@@ -11,41 +11,16 @@ from safetensors.torch import load_file
 
 from rome_pl.cli import main
 from rome_pl.delta import read_delta
-from rome_pl.requests import EditRequest
-from tests.integration.helpers import FAST, about, called, lighthouses, nothing_left
-from tests.tiny import tiny_language_model
+from tests.integration.helpers import about, called, edited_by_command, nothing_left
 
 # What peft asks a model of transformers 5 for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
-REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(lighthouses(7))]
-JOINT = {"preset": "r_rome", "mom2_adjustment": False}
-RUNS = {
-    "llama": ("llama", torch.float32, {}),
-    "llama, several layers, joint": ("llama", torch.float32, {"layers": [0, 1], "batch_size": 3, **JOINT}),
-    "gpt2": ("gpt2", torch.float32, {}),
-    "gpt2, several layers, joint": ("gpt2", torch.float32, {"layers": [0, 2], "batch_size": 2, **JOINT}),
-    "llama, bfloat16": ("llama", torch.bfloat16, {"layers": [0, 1]}),
-}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A run of the command line."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny = tiny_language_model("gpt2", torch.float32)
-    tiny.model.save_pretrained(folder / "model")
-    tiny.tokenizer.save_pretrained(folder / "model")
-    (folder / "records.json").write_text(json.dumps(lighthouses(4)), encoding="utf-8")
-    options = {f"model.{name}": value for name, value in FAST.items()} | {
-        "model.pretrained": folder / "model", "model.sequential_edit": True, "data.path": folder / "records.json",
-        "trainer.default_root_dir": folder / "run", "trainer.accelerator": "cpu",
-        "verification.least_probability": 0, "probe_evaluation.measure_perplexity": False,
-        "run_report.figures": False,
-    }  # fmt: skip
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    assert main(["edit", *arguments, "--save_model", str(folder / "edited")]) == 0
-    return folder
+    return edited_by_command(tmp_path_factory.mktemp("work"), "gpt2")
 
 
 def test_export_and_apply(work, tmp_path, capsys):

@@ -19,7 +19,7 @@ from rome_pl.metrics.probes import measure_answers, next_tokens
 from rome_pl.requests import EditRequest
 from rome_pl.trace_module import TraceModule
 from rome_pl.tracing import Tracer
-from tests.integration.helpers import quiet_trainer, snapshot
+from tests.integration.helpers import quiet_trainer, saved_model, snapshot
 from tests.tiny import LAYERS, MIXTURES, byte_level_tokenizer, tiny_language_model, tiny_model
 
 SUBJECTS = ("Korrin", "Miss Vane", "Dunholt", "Marrow", "Lima", "Old Bess")
@@ -55,10 +55,7 @@ def known_facts(language_model, number):
 def work(tmp_path_factory):
     """A folder with a saved model, facts that it knows, and one that it does not know."""
     folder = tmp_path_factory.mktemp("work")
-    language_model = tiny_language_model("llama", torch.float32)
-    language_model.model.save_pretrained(folder / "model")
-    language_model.tokenizer.save_pretrained(folder / "model")
-    facts = known_facts(language_model, 4)
+    facts = known_facts(saved_model(folder), 4)
     unknown = {**facts[0], "known_id": 7, "attribute": "Reykjavik", "relation_id": "P0"}
     (folder / "facts.json").write_text(json.dumps([*facts, unknown]), encoding="utf-8")
     return folder

@@ -18,7 +18,7 @@ from rome_pl.replay import differences, read_edits, replay
 from rome_pl.requests import EditRequest
 from rome_pl.undo import undo
 from tests.disk import no_room_on_disk
-from tests.integration.helpers import FAST, lighthouses, run_edits, snapshot
+from tests.integration.helpers import edited_by_command, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
 RECORDS = lighthouses(8)
@@ -187,19 +187,7 @@ def test_what_is_not_in_the_weight_cannot_be_undone(names, message, stream, tmp_
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     monkeypatch.setenv("ROME_PL_CACHE", str(tmp_path / "cache"))
-    language_model = tiny_language_model("llama", torch.float32)
-    language_model.model.save_pretrained(tmp_path / "model")
-    language_model.tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "records.json").write_text(json.dumps(RECORDS[:4]), encoding="utf-8")
-    options = {f"model.{name}": value for name, value in FAST.items()} | {
-        "model.pretrained": tmp_path / "model", "model.sequential_edit": True, "data.path": tmp_path / "records.json",
-        "trainer.default_root_dir": tmp_path / "run", "trainer.accelerator": "cpu",
-        "verification.least_probability": 0, "probe_evaluation.measure_perplexity": False,
-        "run_report.figures": False,
-    }  # fmt: skip
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    assert main(["edit", *arguments, "--save_model", str(tmp_path / "edited")]) == 0
-    return tmp_path
+    return edited_by_command(tmp_path, "llama")
 
 
 def weights(folder):

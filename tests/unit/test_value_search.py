@@ -195,6 +195,20 @@ def test_no_edit_takes_more_steps_than_it_may(steps):
             assert all(one.delta.norm() == 0 for one in found.values())
 
 
+@pytest.mark.parametrize("kept", ["worse", "as before", "probable"])
+def test_a_search_goes_on_until_earlier_facts_are_as_probable_as_they_were_or_as_is_wanted(kept):
+    def with_an_earlier_fact(losses, members, seen):
+        """The target is probable from the third evaluation on; the earlier fact is as it was from the sixth on."""
+        step = len(seen.get(0, ()))
+        nll = torch.full_like(losses.nll, 0.01 if step >= 2 else 3.0) + 0 * losses.nll
+        after = {"worse": 2.0 if step < 5 else 1.0, "as before": 1.0, "probable": 0.05}[kept]
+        stays = torch.full_like(losses.nll, 1.0 if step == 0 and kept != "probable" else after)
+        return replace(losses, nll=nll, kept=stays)
+
+    found, _ = search_together(REQUESTS[:1], with_an_earlier_fact, stop_probability=0.9)
+    assert len(found["a"].steps) == {"worse": 6, "as before": 3, "probable": 3}[kept]
+
+
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_its_edit_and_no_other(bad, interval):
