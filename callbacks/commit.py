@@ -59,7 +59,7 @@ class EditCommit(Callback):
             session.ledger.append_batch(
                 [
                     (
-                        edit.line() | {"status": str(verdict), "layers": session.layers.numbers},
+                        edit.line() | {"status": str(verdict)},
                         edit.written if verdict is EditStatus.APPLIED else None,
                     )
                     for edit, verdict in zip(edits, verdicts, strict=True)

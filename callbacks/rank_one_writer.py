@@ -39,8 +39,7 @@ class RankOneWriter(Callback):
         edits, session = edits_of(outputs), session_of(pl_module)
         wanted = [edit for edit in edits if edit.status is EditStatus.PENDING]
         started = time.perf_counter()
-        session.write(wanted, batch.spread)
-        batch.spread = None
+        session.write(wanted)
         lost = []
         for edit in wanted:
             if edit.written is not None and edit.written.realised[0] < self.least_realised:
@@ -52,6 +51,7 @@ class RankOneWriter(Callback):
                 lost.append(edit)
         session.withdraw(lost, edits)
         for edit in wanted:
+            edit.spread = None  # frees the prefix pass
             edit.seconds["write"] = (time.perf_counter() - started) / len(wanted)
 
     @override

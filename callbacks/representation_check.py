@@ -112,7 +112,7 @@ class RepresentationCheck(Callback):
                 "has 1 a layer): the edit changes other text; give lower or more layers, or preset r_rome"
             )
         if session.layers.moments:
-            ratio = float(key.norm()) / session.layers.moments[-1].typical_norm
+            ratio = float(key.norm()) / session.layers.last_moment.typical_norm
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
         overlaps = self._overlaps(session, key)

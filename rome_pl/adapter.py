@@ -53,6 +53,8 @@ def save_adapter(folder: Path, layers: EditedLayers, source: str, rank: int | No
     """
     tensors, parts, ranks = {}, list[AdapterPart](), dict[str, int]()
     for weight in layers.weights:
+        if not weight.written:
+            continue
         found = low_rank(Update.joint([written.update for written in weight.written]), rank)
         if found.rank == 0:
             continue

@@ -1,18 +1,18 @@
-"""What is worked out for a batch of edits before their values are searched: rows, prefix pass, keys."""
+"""What is worked out for edits before their values are searched: rows, prefix pass, keys."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rome_pl.edit import EditBatch
-from rome_pl.objective import ValueObjective, edit_rows
+from rome_pl.edit import Edit, EditBatch
+from rome_pl.objective import EditRows, ValueObjective, edit_rows
 from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit
 from rome_pl.session import EditSession
 from rome_pl.spread import Spread, keys_at
 from rome_pl.suffix import SuffixEngine
 
-__all__ = ["prepare_batch"]
+__all__ = ["prepare_batch", "prepare_edits"]
 
 
 def prepare_batch(
@@ -27,7 +27,7 @@ def prepare_batch(
     Args:
         batch: Gets what is worked out.
         session: What the edits of the run share.
-        engine: Runs the model up to the lookup tokens.
+        engine: Runs the model up to the lookup tokens of the main layers.
         encode: Encodes a request; those of the batch are known to pass.
         options: Those of :class:`rome_pl.RomeModule`.
     """
@@ -35,20 +35,40 @@ def prepare_batch(
     batch.optimised = [edit for edit in batch.edits if not edit.failed]
     if not batch.optimised:
         return
-    encoded = [encode(edit.request) for edit in batch.optimised]
-    layout = edit_rows(encoded)
-    engine.check(layout.rows)
+    for edit in batch.optimised:
+        edit.encoded = encode(edit.request)
+    engine.check(_rows(batch.optimised).rows)  # before anything is counted
     session.counted = 0.0
     with session.counting(skip=options["compile"]):
-        prefix = engine.run(layout.rows)
-    batch.objective = ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
-    metrics = [weight.metric for weight in session.layers.weights]
-    for place, (edit, rows) in enumerate(zip(batch.optimised, encoded, strict=True)):
-        keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
-        edit.encoded, edit.place, edit.keys = rows, place, keys[-1]
-        edit.specificity = session.layers.specificity([key.key(session.preset.shape) for key in keys])
-    if prefix.below:
-        weights = [edit.specificity for edit in batch.optimised]
-        batch.spread = Spread(prefix, layout, session.preset, metrics, weights)
+        batch.objective = prepare_edits(batch.optimised, session, engine, options)
     for edit in batch.optimised:
         edit.seconds["prefix"] = (time.perf_counter() - started) / len(batch.optimised)
+
+
+def prepare_edits(
+    edits: Sequence[Edit], session: EditSession, engine: SuffixEngine, options: Mapping[str, Any]
+) -> ValueObjective:
+    """Run the prefix of encoded edits under the weights as they are now, for a search at the engine's layers.
+
+    Args:
+        edits: They get their place in the objective, their layers, and what they are to be written with.
+        session: What the edits of the run share.
+        engine: Runs the model up to the lookup tokens.
+        options: Those of :class:`rome_pl.RomeModule`.
+    """
+    layout = _rows(edits)
+    prefix = engine.run(layout.rows)
+    metrics = [session.layers.at(layer).metric for layer in engine.layers]
+    for place, edit in enumerate(edits):
+        keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
+        edit.place, edit.layers, edit.keys, edit.spread = place, engine.layers, keys[-1], None
+        edit.specificity = session.layers.specificity(engine.layers, [key.key(session.preset.shape) for key in keys])
+    if prefix.below:
+        spread = Spread(prefix, layout, session.preset, metrics, [edit.specificity for edit in edits])
+        for edit in edits:
+            edit.spread = spread
+    return ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
+
+
+def _rows(edits: Sequence[Edit]) -> EditRows:
+    return edit_rows([edit.encoded for edit in edits if edit.encoded is not None])

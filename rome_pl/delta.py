@@ -29,7 +29,7 @@ ABOUT = "rome_pl.json"
 
 TENSORS = "delta.safetensors"
 
-VERSION = 1
+VERSION = 2
 """Version of the form; a reader refuses others."""
 
 
@@ -52,7 +52,8 @@ class Delta:
     @property
     def num_edits(self) -> int:
         """Number of edits."""
-        return sum(len(update.left) for update in self.updates[0])
+        number: int = self.about["num_edits"]
+        return number
 
 
 def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
@@ -63,16 +64,18 @@ def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
         layers: The weights with their edits.
 
     Returns:
-        What a reader has to know besides: ``writes``, how many edits each write holds, and ``digests`` of the edited
-        weights.
+        What a reader has to know besides: ``num_edits``; ``writes``, for each layer how many edits each of its writes
+        holds; and ``digests`` of the edited weights.
     """
     tensors = {}
     for place, weight in enumerate(layers.weights):
-        update = Update.joint([written.update for written in weight.written])
-        tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"] = update.left.cpu(), update.right.cpu()
+        nothing = Update(torch.zeros(0, weight.site.d_value).double(), torch.zeros(0, weight.site.d_key).double())
+        update = Update.joint([nothing, *(written.update.to(nothing.left.device) for written in weight.written)])
+        tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"] = update.left, update.right
     save_file(tensors, folder / TENSORS)
     return {
-        "writes": [len(written.names) for written in layers.written],
+        "num_edits": len(layers.names),
+        "writes": [[len(written.names) for written in weight.written] for weight in layers.weights],
         "digests": [_digest(weight.site.weight) for weight in layers.weights],
     }
 
@@ -97,10 +100,11 @@ def read_delta(folder: Path) -> Delta:
     try:
         tensors = load_file(path)
         updates = tuple(
-            _updates(tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"], about["writes"])
-            for place in range(len(about["rewrite"]["layers"]))
+            _updates(tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"], writes)
+            for place, writes in enumerate(about["writes"])
         )
         about["base"]["source"], about["base"]["dtype"], about["base"]["fingerprint"], about["digests"]
+        int(about["num_edits"])
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise DeltaError(f"{path}: missing or damaged ({error}); export again") from error
     return Delta(about, updates)

@@ -62,9 +62,11 @@ class Edit:
         failed: Whether it could not be tried, which ``on_error`` decides about.
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
-        keys: Its keys at the last rewrite layer.
-        specificity: How specific its key is at each rewrite layer, see :meth:`EditedLayers.specificity`.
-        place: Its number among the edits of its batch that are optimised.
+        layers: The layers it is to be written into, the lowest first; its value is searched at the last.
+        keys: Its keys there.
+        specificity: How specific its key is at each of them, see :meth:`EditedLayers.specificity`.
+        place: Its number among the edits that were prepared together with it.
+        spread: How their offsets are shared, where they are written into several layers; freed after use.
         delta: The optimised value offset, ``[d_value]``.
         value: The offset on top of the bare prompt's output, ``[d_value]``: the value that published presets assert.
         steps: Losses, one per evaluation.
@@ -83,9 +85,11 @@ class Edit:
     failed: bool = False
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
+    layers: tuple[int, ...] = ()
     keys: EditKeys | None = None
     specificity: tuple[float, ...] = ()
     place: int = 0
+    spread: Spread | None = None
     delta: Tensor | None = None
     value: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
@@ -107,6 +111,7 @@ class Edit:
             "notes": self.notes,
             "request": self.request.content(),
             "probability": {"before": self.before, "after": self.after},
+            "layers": list(self.layers),
             "specificity": sum(self.specificity) if self.specificity else None,
             "num_steps": len(self.steps),
             "loss": self.steps[-1].loss if self.steps else None,
@@ -134,6 +139,7 @@ class Edit:
     def on_cpu(self) -> "Edit":
         """A copy whose tensors are the CPU's, for other processes."""
         moved, cpu = copy(self), torch.device("cpu")
+        moved.spread = None
         moved.keys = None if self.keys is None else self.keys.to(cpu)
         moved.delta = None if self.delta is None else self.delta.cpu()
         moved.value = None if self.value is None else self.value.cpu()
@@ -165,13 +171,11 @@ class EditBatch:
             this one.
         objective: Losses of the offsets of :attr:`optimised`, with the prefix pass behind them; freed after use.
         optimised: The edits that could be encoded.
-        spread: How their offsets are shared, where there are several rewrite layers; freed after use.
     """
 
     edits: list[Edit]
     objective: ValueObjective | None = None
     optimised: list[Edit] = field(default_factory=list)
-    spread: Spread | None = None
 
 
 def edits_of(outputs: Any) -> list[Edit]:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from rome_pl.architecture import find_site
-from rome_pl.batch_preparation import prepare_batch
+from rome_pl.attempts import Attempt, attempts_of
+from rome_pl.batch_preparation import prepare_batch, prepare_edits
 from rome_pl.chat import ChatForm
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
@@ -27,6 +28,7 @@ from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
 from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
 from rome_pl.metrics.probes import ProbeScores
+from rome_pl.objective import ValueObjective
 from rome_pl.options import check_options
 from rome_pl.preparation import admit_requests, check_joint_solve, check_trainer, prepare_session
 from rome_pl.rank_one import PresetName
@@ -86,7 +88,8 @@ class RomeModule(LightningModule):
         stop_probability: Or when the target's probability, the geometric mean over contexts and tokens, exceeds this.
         stop_greedy: Or when under every context of the step each token of the target is the likeliest one.
         retries: Other settings to search with, one after the other, where a search ends below ``retry_below``: each a
-            mapping of search options (such as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values.
+            mapping of search options (such as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of
+            ``layers`` to other rewrite layers.
         retry_below: Target's probability under the value below which a search has failed.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
@@ -149,7 +152,8 @@ class RomeModule(LightningModule):
         self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
         self._prepared: EditSession | None = None
-        self._engine: SuffixEngine
+        self._attempts: list[Attempt] = []
+        self._engines: dict[tuple[int, ...], SuffixEngine] = {}
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
@@ -199,9 +203,12 @@ class RomeModule(LightningModule):
         if self._prepared is None:
             assert self.language_model is not None
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
-                self._prepared = prepare_session(self.language_model, self._sites, hparams)
+                main = self._attempts[0].layers
+                self._prepared = prepare_session(self.language_model, self._sites, main, hparams)
             model, pad_id = self.language_model.model, self.language_model.encoder.pad_id
-            self._engine = SuffixEngine(model, self._sites[-1], pad_id, hparams["compile"], self._sites[:-1])
+            for layers in {attempt.layers for attempt in self._attempts}:
+                *below, last = (site for site in self._sites if site.layer in layers)
+                self._engines[layers] = SuffixEngine(model, last, pad_id, hparams["compile"], below)
         session = self._prepared
         session.layers.resume()
         self.session = session.anew(self.session)
@@ -243,17 +250,17 @@ class RomeModule(LightningModule):
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
                 edit.fail(str(refusal))
-        prepare_batch(made, session, self._engine, self._encode, self.hparams)
+        prepare_batch(made, session, self._engines[self._attempts[0].layers], self._encode, self.hparams)
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
         """Optimise the value offsets of a batch."""
         started = time.perf_counter()
-        places = [place for place, edit in enumerate(batch.optimised) if edit.status is EditStatus.PENDING]
-        edits, session = [batch.optimised[place] for place in places], self._session
+        edits, session = [edit for edit in batch.optimised if edit.status is EditStatus.PENDING], self._session
         if edits:
+            assert batch.objective is not None
             with session.counting(skip=self.hparams["compile"]), frozen(session.language_model.model):
-                self._optimise(batch, places, edits)
+                self._optimise(batch.objective, edits)
             if session.flops_per_edit is None and session.counted:
                 session.flops_per_edit = session.counted / len(edits)
             loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
@@ -279,23 +286,23 @@ class RomeModule(LightningModule):
         """Leave the frozen language model out of checkpoints."""
         checkpoint["state_dict"] = {}
 
-    def _optimise(self, batch: EditBatch, places: list[int], edits: list[Edit]) -> None:
-        assert batch.objective is not None
-        names = [field.name for field in fields(SearchOptions)]
-        options = SearchOptions(**{name: self.hparams[name] for name in names})
-        self._search(batch, places, edits, options)
-        for number, other in enumerate(self.hparams["retries"], start=1):
+    def _optimise(self, objective: ValueObjective, edits: list[Edit]) -> None:
+        for number, attempt in enumerate(self._attempts):
+            if attempt.layers != edits[0].layers:
+                objective = prepare_edits(edits, self._session, self._engines[attempt.layers], self.hparams)
+            self._search(objective, edits, attempt.options)
+            if number > 0:
+                note = f"searched again with retry {number}"
+                elsewhere = attempt.layers != self._attempts[0].layers
+                for edit in edits:
+                    edit.notes.append(f"{note}, at layer {', '.join(map(str, attempt.layers))}" if elsewhere else note)
             least = self.hparams["retry_below"]  # a probability may also be no number
-            failed = [pair for pair in zip(places, edits, strict=True) if not pair[1].steps[-1].probability >= least]
-            if failed:
-                again = [edit for _, edit in failed]
-                self._search(batch, [place for place, _ in failed], again, replace(options, **other))
-                for edit in again:
-                    edit.notes.append(f"searched again with retry {number}")
+            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]
+            if not edits:
+                return
 
-    def _search(self, batch: EditBatch, places: list[int], edits: list[Edit], options: SearchOptions) -> None:
-        assert batch.objective is not None
-        search = ValueSearch(batch.objective, places, [edit.name for edit in edits], options)
+    def _search(self, objective: ValueObjective, edits: list[Edit], options: SearchOptions) -> None:
+        search = ValueSearch(objective, [edit.place for edit in edits], [edit.name for edit in edits], options)
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
         while (loss := search.evaluate()) is not None:
@@ -307,12 +314,12 @@ class RomeModule(LightningModule):
             self.manual_backward(loss)
             optimizer.step()
             search.project()
-        for place, edit, found in zip(places, edits, search.found(), strict=True):
+        for edit, found in zip(edits, search.found(), strict=True):
             edit.steps = found.steps
             if found.finite:
                 edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
                 edit.delta = found.delta
-                edit.value = batch.objective.base_output[place].double() + found.delta.double()
+                edit.value = objective.base_output[edit.place].double() + found.delta.double()
             else:
                 last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
                 edit.fail(f"{last}; lower v_lr, or load the model in float32")
@@ -328,7 +335,8 @@ class RomeModule(LightningModule):
     def _adopt(self, language_model: LanguageModel) -> None:
         layers = self.hparams["layers"]
         config = language_model.model.config.get_text_config(decoder=True)
-        numbers = [default_layer(config)] if layers is None else sorted(layers)
+        self._attempts = attempts_of(self.hparams, [default_layer(config)] if layers is None else layers)
+        numbers = sorted({layer for attempt in self._attempts for layer in attempt.layers})
         self._sites = [find_site(language_model.model, number) for number in numbers]
         self.language_model = language_model.with_chat(self.hparams["chat"] or language_model.chat)
         self.model = language_model.model  # registered, so that Lightning moves it to the device

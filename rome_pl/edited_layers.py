@@ -1,11 +1,11 @@
-"""All weights being edited: an edit writes into each rewrite layer, the lower ones first.
+"""All weights being edited: an edit writes into each of its rewrite layers, the lower ones first.
 
 Each layer is a weight of its own with its own metric, and is replayed by itself: what an edit asserts there is fixed
-when it is first written.
+when it is first written. Edits of one run may write into different layers.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,40 +13,37 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rome_pl.rank_one import Assertion, Update
+from rome_pl.rank_one import Assertion, DisablingEditError, Update
 from rome_pl.second_moment import SecondMoment
 from rome_pl.weights import EditedWeight, LayerWrite
 
 __all__ = ["Ask", "EditedLayers", "Written"]
 
-Ask = Callable[[int, Sequence[Update]], Assertion]
-"""What is asserted at the layer of a place, 0 for the lowest, given the changes of the layers below it."""
+Ask = Callable[[int, Mapping[int, Update]], tuple[Sequence[str], Assertion] | None]
+"""Which edits assert what at a layer, given the changes of the layers below it by layer; nothing if none does."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """One write, of one edit or of several solved jointly, into every rewrite layer.
+    """One write, of one edit or of several solved jointly, into rewrite layers.
 
     Args:
-        layers: The write into each layer, the lowest first.
+        names: Identifiers of its edits, in their order.
+        layers: The write into each layer that one of them writes into, by layer, the lowest first.
     """
 
-    layers: tuple[LayerWrite, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Identifiers of its edits."""
-        return self.layers[0].names
+    names: tuple[str, ...]
+    layers: Mapping[int, LayerWrite]
 
     @property
     def assertions(self) -> tuple[Assertion, ...]:
-        """What is asserted at each layer."""
-        return tuple(written.assertion for written in self.layers)
+        """What is asserted at each of these layers."""
+        return tuple(written.assertion for written in self.layers.values())
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """The change of each layer."""
-        return tuple(written.update for written in self.layers)
+        """The change of each of these layers."""
+        return tuple(written.update for written in self.layers.values())
 
     @property
     def norm(self) -> float:
@@ -55,20 +52,25 @@ class Written:
 
     @property
     def realised(self) -> tuple[float, ...]:
-        """For each edit the least of :attr:`LayerWrite.realised` over the layers."""
-        return tuple(min(shares) for shares in zip(*(written.realised for written in self.layers), strict=True))
+        """For each edit the least of :attr:`LayerWrite.realised` over its layers."""
+        shares = dict.fromkeys(self.names, math.inf)
+        for written in self.layers.values():
+            shares |= {name: min(shares[name], own) for name, own in zip(written.names, written.realised, strict=True)}
+        return tuple(shares.values())
 
     def same_as(self, other: "Written") -> bool:
         """Whether it changes the weights by the same bits."""
-        return all(one.same_as(two) for one, two in zip(self.layers, other.layers, strict=True))
+        same_layers = self.layers.keys() == other.layers.keys()
+        return same_layers and all(written.same_as(other.layers[layer]) for layer, written in self.layers.items())
 
     def part(self, name: str) -> "Written":
         """One edit's rows of a joint write."""
-        return Written(tuple(written.part(name) for written in self.layers))
+        layers = {layer: written.part(name) for layer, written in self.layers.items() if name in written.names}
+        return Written((name,), layers)
 
     def to(self, device: torch.device) -> "Written":
         """The same on a device."""
-        return Written(tuple(written.to(device) for written in self.layers))
+        return Written(self.names, {layer: written.to(device) for layer, written in self.layers.items()})
 
 
 class EditedLayers:
@@ -77,19 +79,32 @@ class EditedLayers:
     Args:
         weights: The weights, the lowest layer's first.
         moments: The second moment of each layer's keys; none where the metric is the identity.
+        main: The layers that edits write into unless they are searched again at others; nothing for all.
     """
 
-    def __init__(self, weights: Sequence[EditedWeight], moments: Sequence[SecondMoment] = ()) -> None:
+    def __init__(
+        self, weights: Sequence[EditedWeight], moments: Sequence[SecondMoment] = (), main: Sequence[int] = ()
+    ) -> None:
         self.weights, self.moments = tuple(weights), tuple(moments)
+        self.main = tuple(main or self.numbers)
         self.written: list[Written] = []
 
     def __len__(self) -> int:
         return len(self.weights)
 
+    def at(self, layer: int) -> EditedWeight:
+        """The weight of a layer."""
+        return self.weights[self.numbers.index(layer)]
+
     @property
     def last(self) -> EditedWeight:
-        """The weight of the layer at which offsets are searched."""
-        return self.weights[-1]
+        """The weight of the last of the main layers, at which offsets are searched first."""
+        return self.at(self.main[-1])
+
+    @property
+    def last_moment(self) -> SecondMoment:
+        """The second moment of the keys there; where the metric is the identity there is none."""
+        return self.moments[self.numbers.index(self.main[-1])]
 
     @property
     def numbers(self) -> list[int]:
@@ -99,7 +114,7 @@ class EditedLayers:
     @property
     def names(self) -> list[str]:
         """Identifiers of the edits in the weights, in order."""
-        return self.weights[0].names
+        return [name for written in self.written for name in written.names]
 
     @property
     def change(self) -> float:
@@ -120,20 +135,22 @@ class EditedLayers:
     @property
     def pending(self) -> bool:
         """Whether a write awaits its verdict."""
-        return self.weights[-1].pending
+        return any(weight.pending for weight in self.weights)
 
-    def specificity(self, keys: Sequence[Tensor]) -> tuple[float, ...]:
+    def specificity(self, layers: Sequence[int], keys: Sequence[Tensor]) -> tuple[float, ...]:
         """How much more specific keys are than an ordinary token of text, layer by layer: ``kᵀ C⁻¹ k / d_key``.
 
         Its mean over the text of the second moment is 1. An edit disturbs that text the more, the lower it is.
 
         Args:
-            keys: A key of each layer, ``[d_key]``.
+            layers: Some layers.
+            keys: A key of each, ``[d_key]``.
 
         Returns:
             A number for each layer; none where the metric is the identity.
         """
-        pairs = zip(self.moments, keys, strict=False)
+        moments = dict(zip(self.numbers, self.moments, strict=False))
+        pairs = [(moments[layer], key) for layer, key in zip(layers, keys, strict=True) if moments]
         return tuple(float(moment.solve(key.unsqueeze(0))[0] @ key.double()) / len(key) for moment, key in pairs)
 
     def disturbance(self, written: Written) -> float | None:
@@ -149,27 +166,31 @@ class EditedLayers:
             The ratio; ``None`` where the metric is the identity, and there is no text.
         """
         ratios = []
-        for moment, whole, update in zip(self.moments, self._output_squares, written.updates, strict=False):
+        for layer, moment, whole in zip(self.numbers, self.moments, self._output_squares, strict=False):
+            if layer not in written.layers:
+                continue
+            update = written.layers[layer].update
             left, right = update.left.to(moment.matrix.device), update.right.to(moment.matrix.device)
             ratios.append(float(((left @ left.T) * (right @ moment.matrix @ right.T)).sum()) / whole)
         return math.sqrt(max(ratios)) if ratios else None
 
-    def anchored(self, place: int, assertion: Assertion, norm: float) -> Assertion:
+    def anchored(self, layer: int, assertion: Assertion, norm: float) -> Assertion:
         """Values rescaled to a norm that the original model gives (norm anchors, Liu et al. 2026).
 
         Where later values are searched on top of earlier ones and keep growing, this ends it.
 
         Args:
-            place: Which layer, 0 for the lowest.
+            layer: Which layer.
             assertion: What edits assert there.
             norm: Norm of each value without the projection's bias, in root mean squares of the original ``W k`` over
                 the text of the layer's second moment, ``(tr W C Wᵀ)^½``.
         """
-        value, bias = assertion.value.double(), self.weights[place].site.bias
+        value, bias = assertion.value.double(), self.at(layer).site.bias
+        square = self._output_squares[self.numbers.index(layer)]
         shift = torch.zeros_like(value[0]) if bias is None else bias.detach().to(value)
         apart = value - shift
         lengths = apart.norm(dim=1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
-        return replace(assertion, value=shift + apart * (norm * math.sqrt(self._output_squares[place]) / lengths))
+        return replace(assertion, value=shift + apart * (norm * math.sqrt(square) / lengths))
 
     @cached_property
     def _output_squares(self) -> list[float]:
@@ -187,37 +208,48 @@ class EditedLayers:
 
     def propose(self, name: str, ask: Ask) -> Written:
         """What :meth:`write` would write for one edit, without writing it; raises as that does."""
-        made: list[LayerWrite] = []
-        for place, weight in enumerate(self.weights):
-            made.append(weight.propose(name, ask(place, [written.update for written in made])))
-        return Written(tuple(made))
+        return self._each([name], ask, lambda weight, names, asked: weight.propose(names[0], asked))
 
     def write(self, names: Sequence[str], ask: Ask) -> Written:
         """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
 
         Args:
             names: Their identifiers.
-            ask: Tells what they assert, a row each; asked layer by layer, the layers below being written then.
+            ask: Tells which of them assert what, a row each; asked layer by layer, the layers below being written then.
 
         Raises:
             DisablingEditError: If an update would explode; nothing is written.
             ValueError: If an update is not finite, or an edit of that name is in; nothing is written.
         """
-        made: list[LayerWrite] = []
         try:
-            for place, weight in enumerate(self.weights):
-                made.append(weight.write(names, ask(place, [written.update for written in made])))
+            written = self._each(names, ask, EditedWeight.write)
         except BaseException:
             for weight in self.weights:
                 weight.revert()
             raise
-        self.written.append(Written(tuple(made)))
-        return self.written[-1]
+        self.written.append(written)
+        return written
+
+    def _each(
+        self,
+        names: Sequence[str],
+        ask: Ask,
+        make: Callable[[EditedWeight, Sequence[str], Assertion], LayerWrite],
+    ) -> Written:
+        made: dict[int, LayerWrite] = {}
+        for layer, weight in zip(self.numbers, self.weights, strict=True):
+            asked = ask(layer, {below: written.update for below, written in made.items()})
+            if asked is not None:
+                try:
+                    made[layer] = make(weight, *asked)
+                except DisablingEditError as error:  # it counts the edits of this layer
+                    raise DisablingEditError(str(error), names.index(asked[0][error.row])) from error
+        return Written(tuple(names), made)
 
     def restore(self, written: Written) -> None:
         """Take up a write that an earlier run has made, without solving it again."""
-        for weight, part in zip(self.weights, written.layers, strict=True):
-            weight.restore(part)
+        for layer, part in written.layers.items():
+            self.at(layer).restore(part)
         self.written.append(written)
 
     def commit(self) -> None:
@@ -243,9 +275,17 @@ class EditedLayers:
         if missing:
             raise KeyError(f"not written, or undone already: {sorted(missing)}")
         replayed = [weight.without(names) for weight in self.weights]
+        anew = {layer: iter(found.written) for layer, found in zip(self.numbers, replayed, strict=True)}
+        remaining: list[Written] = []
+        for written in self.written:
+            # A layer whose edits of this write are all gone has no write in its place.
+            left = [layer for layer, part in written.layers.items() if set(part.names) - set(names)]
+            if left:
+                kept = tuple(name for name in written.names if name not in names)
+                remaining.append(Written(kept, {layer: next(anew[layer]) for layer in left}))
         for weight, found in zip(self.weights, replayed, strict=True):
             weight.adopt(found)
-        self.written = [Written(parts) for parts in zip(*(weight.written for weight in self.weights), strict=True)]
+        self.written = remaining
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

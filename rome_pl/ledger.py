@@ -246,7 +246,7 @@ class Ledger:
     def _write_shard(path: Path, written: Written) -> None:
         tensors = {
             f"layers.{place}.{name}": tensor
-            for place, layer in enumerate(written.layers)
+            for place, layer in enumerate(written.layers.values())
             for name, tensor in (
                 ("key_shape", layer.assertion.shape),
                 ("key_at", layer.assertion.at),

@@ -29,7 +29,7 @@ _LEAST = {
 
 _POSITIVE = ("anchor_norm", "largest_update")
 
-_SEARCH = {field.name for field in fields(SearchOptions)} - {"seed"}
+_RETRY = {field.name for field in fields(SearchOptions)} - {"seed"} | {"layers"}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -43,12 +43,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             "keep_original_weight is not an option here: 'sequential_edit: false' evaluates each edit on the original "
             "weights, 'sequential_edit: true' keeps every edit"
         )
-    layers = options["layers"]
-    if layers is not None and (not layers or len(set(layers)) < len(layers)):
-        raise OptionError(f"layers: expected one layer, or several different ones, got {layers}")
+    _check_layers(options["layers"])
     for other in options["retries"]:
-        if unknown := sorted(set(other) - _SEARCH):
-            raise OptionError(f"retries: {unknown[0]} is no option of the search; expected some of {sorted(_SEARCH)}")
+        if unknown := sorted(set(other) - _RETRY):
+            raise OptionError(f"retries: {unknown[0]} is no option of the search; expected some of {sorted(_RETRY)}")
+        _check_layers(other.get("layers"))
     if options["preset"] not in PRESETS:
         raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {options['preset']!r}")
     for given in (options, *options["retries"]):
@@ -60,3 +59,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options[name]
         if value is not None and not 0 < value < math.inf:
             raise OptionError(f"{name}: expected a number above 0, got {value}")
+
+
+def _check_layers(layers: Any) -> None:
+    if layers is None:
+        return
+    if not isinstance(layers, list | tuple) or not layers or len(set(layers)) < len(layers):
+        raise OptionError(f"layers: expected one layer, or several different ones, got {layers}")

@@ -57,9 +57,15 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
 
 
 def prepare_session(
-    language_model: LanguageModel, sites: Sequence[RewriteSite], options: Mapping[str, Any]
+    language_model: LanguageModel, sites: Sequence[RewriteSite], main: Sequence[int], options: Mapping[str, Any]
 ) -> EditSession:
-    """Prepare a session from the options of :class:`rome_pl.RomeModule`.
+    """Prepare a session.
+
+    Args:
+        language_model: The model.
+        sites: Every projection that an edit may be written into, the lowest first.
+        main: The layers of those that edits write into unless they are searched again at others.
+        options: Those of :class:`rome_pl.RomeModule`.
 
     Raises:
         StatisticsError: If the configured statistics do not fit, or the corpus cannot be read.
@@ -97,7 +103,7 @@ def prepare_session(
     ]
     return EditSession(
         language_model=language_model,
-        layers=EditedLayers(list(map(EditedWeight, sites, metrics)), moments),
+        layers=EditedLayers(list(map(EditedWeight, sites, metrics)), moments, main),
         preset=preset,
         sequential=options["sequential_edit"],
         fact_token=options["fact_token"],

@@ -117,18 +117,19 @@ def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
             raise LedgerError(
                 f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt"
             ) from error
+    numbers = sorted({layer for edit in group for layer in edit["layers"]})
     names = tuple(str(edit["case_id"]) for edit in group)
-    realised = tuple(float(edit["realised"]) for edit in group)
-    return Written(tuple(_layer_write(parts, place, names, realised) for place in range(len(group[0]["layers"]))))
+    return Written(names, {layer: _layer_write(group, parts, layer) for layer in numbers})
 
 
-def _layer_write(
-    parts: Sequence[dict[str, Tensor]], place: int, names: tuple[str, ...], realised: tuple[float, ...]
-) -> LayerWrite:
-    """One layer's part of a write, from the shards of its edits."""
+def _layer_write(group: Sequence[dict[str, Any]], parts: Sequence[dict[str, Tensor]], layer: int) -> LayerWrite:
+    """One layer's part of a write, from the lines and shards of its edits."""
+    here = [(edit, part) for edit, part in zip(group, parts, strict=True) if layer in edit["layers"]]
+    names = tuple(str(edit["case_id"]) for edit, _ in here)
+    realised = tuple(float(edit["realised"]) for edit, _ in here)
 
     def read(name: str) -> list[Tensor]:
-        return [part[f"layers.{place}.{name}"] for part in parts]
+        return [part[f"layers.{edit['layers'].index(layer)}.{name}"] for edit, part in here]
 
     columns = zip(read("key_shape"), read("key_at"), read("value"), map(float, read("ridge")), strict=True)
     assertion = Assertion.joint([Assertion(*column) for column in columns])
@@ -180,10 +181,9 @@ def differences(one: Path, two: Path) -> Differences:
 def _changes(run: Path) -> dict[int, list[Update]]:
     """The changes a run has made, by layer."""
     changes: dict[int, list[Update]] = {}
-    numbers = read_manifest(run)["rewrite"]["layers"]
     for group in groups_of(read_edits(run)):
-        for layer, update in zip(numbers, load_write(run, group).updates, strict=True):
-            changes.setdefault(layer, []).append(update)
+        for layer, written in load_write(run, group).layers.items():
+            changes.setdefault(layer, []).append(written.update)
     return changes
 
 

@@ -75,7 +75,7 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
         )
     edit.recorded = line
     edit.status, edit.reason, edit.failed = EditStatus(line["status"]), line["reason"], line["failed"]
-    edit.notes = list(line["notes"])
+    edit.notes, edit.layers = list(line["notes"]), tuple(line["layers"])
     edit.before, edit.after = line["probability"]["before"], line["probability"]["after"]
     edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:

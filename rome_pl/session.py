@@ -1,6 +1,6 @@
 """What the edits of a run share, and what callbacks may look at besides them. It does not know Lightning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -127,20 +127,16 @@ class EditSession:
             flops_per_edit=last.flops_per_edit if last is not None else None,
         )
 
-    def write(self, edits: Sequence[Edit], spread: Spread | None = None) -> None:
+    def write(self, edits: Sequence[Edit]) -> None:
         """Write the pending edits of a batch, jointly; those that cannot be written are rejected.
 
         In single mode each is only solved for, on the original weights, and nothing is written.
-
-        Args:
-            edits: The batch.
-            spread: How offsets are shared among layers, where there are several and the edits were not written before.
         """
         pending = [edit for edit in edits if edit.status is EditStatus.PENDING]
         if not self.sequential:
             for edit in pending:
                 try:
-                    edit.written = self.layers.propose(edit.name, self._ask([edit], spread))
+                    edit.written = self.layers.propose(edit.name, self._ask([edit]))
                 except ValueError as error:  # exploding or not finite
                     edit.decide(EditStatus.REJECTED, str(error))
             return
@@ -149,7 +145,7 @@ class EditSession:
             edit.decide(EditStatus.REJECTED, f"edit {edit.name} is in the weight already; give it another case_id")
         while pending:
             try:
-                written = self.layers.write([edit.name for edit in pending], self._ask(pending, spread))
+                written = self.layers.write([edit.name for edit in pending], self._ask(pending))
             except DisablingEditError as error:
                 pending.pop(error.row).decide(EditStatus.REJECTED, str(error))
             except ValueError as error:  # not finite, and no saying whose fault it is
@@ -170,11 +166,15 @@ class EditSession:
         Raises:
             ValueError: If it cannot be written.
         """
-        ask = self._ask([edit], None)
+        ask = self._ask([edit])
         if strength == 1:
             return self.layers.write([edit.name], ask)
-        weights = self.layers.weights
-        return self.layers.write([edit.name], lambda place, below: weights[place].weaker(ask(place, below), strength))
+
+        def weaker(layer: int, below: Mapping[int, Update]) -> tuple[Sequence[str], Assertion] | None:
+            asked = ask(layer, below)
+            return asked and (asked[0], self.layers.at(layer).weaker(asked[1], strength))
+
+        return self.layers.write([edit.name], weaker)
 
     @contextmanager
     def unedited(self) -> Iterator[LanguageModel]:
@@ -182,32 +182,52 @@ class EditSession:
         with self.layers.unedited():
             yield self.language_model
 
-    def _ask(self, edits: Sequence[Edit], spread: Spread | None) -> Ask:
+    def _ask(self, edits: Sequence[Edit]) -> Ask:
         """What edits assert at each layer; of those written before, the same as then."""
-        preset = self.preset
 
-        def ask(place: int, below: Sequence[Update]) -> Assertion:
+        def ask(layer: int, below: Mapping[int, Update]) -> tuple[Sequence[str], Assertion] | None:
             if all(edit.written is not None for edit in edits):
-                return Assertion.joint([edit.written.assertions[place] for edit in edits if edit.written is not None])
-            offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
-            if spread is None:
-                keys = [edit.keys for edit in edits if edit.keys is not None]
-                asked = [key.assertion(preset, delta) for key, (_, delta) in zip(keys, offsets, strict=True)]
-            else:
-                asked = spread.assertions(place, offsets, () if self.sequential else below)
-            return self._bounded(edits, place, Assertion.joint(asked))
+                parts = [edit.written.layers.get(layer) for edit in edits if edit.written is not None]
+                again = [part for part in parts if part is not None]
+                names = [name for part in again for name in part.names]
+                return (names, Assertion.joint([part.assertion for part in again])) if again else None
+            here = [edit for edit in edits if layer in edit.layers]
+            if not here:
+                return None
+            asked: dict[str, Assertion] = {}
+            for spread in {id(edit.spread): edit.spread for edit in here}.values():
+                own = [edit for edit in here if edit.spread is spread]
+                asked |= dict(zip([edit.name for edit in own], self._wanted(own, spread, layer, below), strict=True))
+            joint = Assertion.joint([asked[edit.name] for edit in here])
+            try:
+                return [edit.name for edit in here], self._bounded(here, layer, joint)
+            except DisablingEditError as error:  # it counts the edits of this layer
+                names = [edit.name for edit in edits]
+                raise DisablingEditError(str(error), names.index(here[error.row].name)) from error
 
         return ask
 
-    def _bounded(self, edits: Sequence[Edit], place: int, asked: Assertion) -> Assertion:
+    def _wanted(
+        self, edits: Sequence[Edit], spread: Spread | None, layer: int, below: Mapping[int, Update]
+    ) -> list[Assertion]:
+        """What edits that were found together assert at one of their layers."""
+        if spread is None:
+            pairs = [(edit.keys, edit.delta) for edit in edits]
+            return [keys.assertion(self.preset, delta) for keys, delta in pairs if keys and delta is not None]
+        offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
+        # In sequential mode the writes below are in the weights.
+        changes = [] if self.sequential else [below[lower] for lower in edits[0].layers if lower < layer]
+        return spread.assertions(edits[0].layers.index(layer), offsets, changes)
+
+    def _bounded(self, edits: Sequence[Edit], layer: int, asked: Assertion) -> Assertion:
         """What asks for values of the norm that is wanted, and for no larger changes than are allowed."""
         if self.anchor_norm is not None:
-            asked = self.layers.anchored(place, asked, self.anchor_norm)
+            asked = self.layers.anchored(layer, asked, self.anchor_norm)
         if self.largest_update is None:
             return asked
-        asked, strengths = self.layers.weights[place].bounded(asked, self.largest_update)
+        asked, strengths = self.layers.at(layer).bounded(asked, self.largest_update)
         for edit, strength in zip(edits, strengths, strict=True):
-            begin = f"layer {self.layers.numbers[place]}: made to the part of "
+            begin = f"layer {layer}: made to the part of "
             edit.notes = [note for note in edit.notes if not note.startswith(begin)]  # of a write that did not stand
             if strength < 1:
                 edit.notes.append(f"{begin}{strength:.2g}, to stay within largest_update")
@@ -264,7 +284,11 @@ class EditSession:
     def _changes(self, edits: Sequence[Edit]) -> Changes | None:
         if self.sequential:  # it is in the weights
             return None
-        updates = [edit.written.updates if self.in_force(edit) and edit.written else None for edit in edits]
+        numbers, updates = self.layers.numbers, list[Sequence[Update | None] | None]()
+        for edit in edits:
+            layers = edit.written.layers if self.in_force(edit) and edit.written else {}
+            changed = [layers[number].update if number in layers else None for number in numbers]
+            updates.append(changed if layers else None)
         return Changes([weight.site.projection for weight in self.layers.weights], updates)
 
 

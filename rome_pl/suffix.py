@@ -52,6 +52,11 @@ class SuffixEngine:
             above = range(site.layer + 1, len(layers))
             self._stand_ins = {index: torch.compile(layers[index]) for index in above}  # type: ignore[misc]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The rewrite layers, the lowest first."""
+        return (*(site.layer for site in self.below), self.site.layer)
+
     def check(self, rows: Sequence[EncodedRow]) -> None:
         """Find out how suffixes have to run, once.
 

@@ -42,7 +42,7 @@ class Changes:
     """
 
     projections: Sequence[nn.Module]
-    updates: Sequence[Sequence[Update] | None]
+    updates: Sequence[Sequence[Update | None] | None]
 
     def of(self, owners: Sequence[int]) -> "Changes":
         """The changes for rows that belong to ``owners``."""
@@ -176,7 +176,9 @@ def _measure_batch(
         stack.enter_context(head_on(model, at_pack, at_column))
         if changes is not None and any(update is not None for update in changes.updates):
             for place, projection in enumerate(changes.projections):
-                stack.enter_context(add_rank_one(projection, *_stacked(changes.updates, place)))
+                here = [None if update is None else update[place] for update in changes.updates]
+                if any(update is not None for update in here):
+                    stack.enter_context(add_rank_one(projection, *_stacked(here)))
         logits = model(input_ids=stacked.input_ids, use_cache=False, **stacked.masks).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double().cpu()
@@ -190,11 +192,11 @@ def _measure_batch(
     ]
 
 
-def _stacked(updates: Sequence[Sequence[Update] | None], place: int) -> tuple[Tensor, Tensor]:
+def _stacked(updates: Sequence[Update | None]) -> tuple[Tensor, Tensor]:
     """Factors of each row's change of one module, ``[rows, d_value]`` and ``[rows, d_key]``; zeros for nothing."""
-    some = next(update[place] for update in updates if update is not None)
+    some = next(update for update in updates if update is not None)
     nothing = Update(torch.zeros_like(some.left), torch.zeros_like(some.right))
-    chosen = [nothing if update is None else update[place] for update in updates]
+    chosen = [nothing if update is None else update for update in updates]
     return torch.cat([update.left for update in chosen]), torch.cat([update.right for update in chosen])
 
 

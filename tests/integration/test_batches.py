@@ -157,8 +157,8 @@ def assert_same_edit(edit, expected):
     assert (edit.written is None) == (expected.written is None)
     if expected.written is not None:
         assert edit.written.names == expected.written.names
-        assert_close(edit.written.layers[0].update.left, expected.written.layers[0].update.left)
-        assert_close(edit.written.layers[0].update.right, expected.written.layers[0].update.right)
+        assert_close(edit.written.updates[0].left, expected.written.updates[0].left)
+        assert_close(edit.written.updates[0].right, expected.written.updates[0].right)
         assert edit.written.realised == pytest.approx(expected.written.realised, rel=1e-9)
 
 
@@ -224,7 +224,7 @@ def test_scores_of_independent_edits_are_those_of_the_written_weight(one_by_one)
         language_model = model_for()
         site = find_site(language_model.model, 1)
         with torch.no_grad():
-            site.weight.add_(site.matrix(edit.written.layers[0].update.left.T @ edit.written.layers[0].update.right))
+            site.weight.add_(site.matrix(edit.written.updates[0].left.T @ edit.written.updates[0].right))
         (scores,) = probe_scores(language_model, [edit.request])
         assert numbers(edit.scores["immediate"]) == pytest.approx(numbers(scores), rel=1e-9, nan_ok=True)
         assert edit.after == pytest.approx(math.exp(scores.rewrite[0]), rel=1e-9)

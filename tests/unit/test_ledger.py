@@ -13,7 +13,7 @@ from rome_pl.weights import LayerWrite
 @pytest.fixture
 def written():
     key, value = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 3), 2.0, dtype=torch.float64)
-    return Written((LayerWrite(("a",), Assertion(key, key, value), Update(value, key), (1.0,)),))
+    return Written(("a",), {4: LayerWrite(("a",), Assertion(key, key, value), Update(value, key), (1.0,))})
 
 
 def test_a_record_and_its_tensors_come_back(tmp_path, written):

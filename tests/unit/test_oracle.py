@@ -124,5 +124,5 @@ def test_independent_edits_of_one_batch_agree_with_the_oracle_one_by_one(family,
     wanted = [what_the_oracle_says(module, request, "rome", ridged, kl_position) for request in requests]
     for edit, of_one in zip(fit(module, requests, batch_size=3), wanted, strict=True):
         assert_as_the_oracle_says(edit, of_one)
-        update = edit.written.layers[0].update
+        update = edit.written.updates[0]
         assert relative(update.left.T @ update.right, of_one["change"]) < 1e-6
