@@ -21,7 +21,7 @@ class RankOneWriter(Callback):
 
     Args:
         least_realised: Share of the wanted change at the key that has to survive the rounding to the model's dtype;
-            below it the edit is rejected.
+            below it the edit is searched again, or rejected if no retry is left.
 
     Raises:
         ValueError: If the share is out of range.
@@ -33,25 +33,17 @@ class RankOneWriter(Callback):
         self.least_realised = least_realised
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        session_of(pl_module).least_realised = self.least_realised
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        edits, session = edits_of(outputs), session_of(pl_module)
-        wanted = [edit for edit in edits if edit.status is EditStatus.PENDING]
+        wanted = [edit for edit in edits_of(outputs) if edit.status is EditStatus.PENDING]
         started = time.perf_counter()
-        session.write(wanted)
-        lost = []
+        session_of(pl_module).write(wanted)
         for edit in wanted:
-            if edit.written is not None and edit.written.realised[0] < self.least_realised:
-                edit.decide(
-                    EditStatus.REJECTED,
-                    f"only {edit.written.realised[0]:.0%} of the change survives rounding to "
-                    f"{session.layers.last.site.weight.dtype}; load the model in float32",
-                )
-                lost.append(edit)
-        session.withdraw(lost, edits)
-        for edit in wanted:
-            edit.spread = None  # frees the prefix pass
             edit.seconds["write"] = (time.perf_counter() - started) / len(wanted)
 
     @override

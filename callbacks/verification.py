@@ -14,7 +14,9 @@ __all__ = ["Verification"]
 
 
 class Verification(Callback):
-    """Measures the target's probability under the written weights, and rejects the edit below a threshold.
+    """Measures the target's probability under the written weights, and takes the edit back below a threshold.
+
+    It is searched again then, and rejected if none of :class:`rome_pl.RomeModule`'s ``retries`` is left.
 
     The probability is the geometric mean over the target's tokens after the bare prompt.
 
@@ -67,16 +69,20 @@ class Verification(Callback):
         for edit in list(waiting):
             edit.seconds["verify"] = 0.0
         while waiting:
-            refused: list[Edit] = []
+            objections: dict[str, str] = {}
             for edit, measure in zip(waiting, session.measure_targets(waiting, written=True), strict=True):
                 edit.after = measure.probability
                 if (objection := self._objection(edit, session)) is not None:
-                    refused.append(edit)
-                    edit.decide(EditStatus.REJECTED, f"{objection}; the weights are as before this edit")
-            session.withdraw(refused, edits)
-            waiting = [edit for edit in waiting if edit.status is EditStatus.PENDING]
-            if not refused or not session.sequential:
-                break  # taking one edit of a joint write back changes what the others say: look again
+                    objections[edit.name] = objection
+            session.withdraw(objections, edits)
+            if not objections:
+                break
+            # Taking one edit of a joint write back changes what the others say: all of it is looked at again.
+            waiting = [
+                edit
+                for edit in waiting
+                if edit.status is EditStatus.PENDING and (session.sequential or edit.name in objections)
+            ]
         for edit in edits:
             if "verify" in edit.seconds:
                 edit.seconds["verify"] = (time.perf_counter() - started) / count

@@ -65,6 +65,7 @@ class Edit:
         layers: The layers it is to be written into, the lowest first; its value is searched at the last.
         keys: Its keys there.
         specificity: How specific its key is at each of them, see :meth:`EditedLayers.specificity`.
+        attempt: Which search has found its value: 0 for the first, then the number of the retry.
         place: Its number among the edits that were prepared together with it.
         spread: How their offsets are shared, where they are written into several layers; freed after use.
         delta: The optimised value offset, ``[d_value]``.
@@ -88,6 +89,7 @@ class Edit:
     layers: tuple[int, ...] = ()
     keys: EditKeys | None = None
     specificity: tuple[float, ...] = ()
+    attempt: int = 0
     place: int = 0
     spread: Spread | None = None
     delta: Tensor | None = None

@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from rome_pl.architecture import find_site
-from rome_pl.attempts import Attempt, attempts_of
-from rome_pl.batch_preparation import prepare_batch, prepare_edits
+from rome_pl.batch_preparation import prepare_batch
 from rome_pl.chat import ChatForm
 from rome_pl.contexts import DEFAULT_LENGTH_PARAMS
 from rome_pl.defaults import default_layer
@@ -36,9 +35,9 @@ from rome_pl.related_requests import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.rows import EncodedEdit
+from rome_pl.searches import Attempt, Searches, attempts_of
 from rome_pl.session import EditSession
 from rome_pl.stream import EditBatches, check_shared, retention_loader
-from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
 
 __all__ = ["RomeModule"]
@@ -87,9 +86,9 @@ class RomeModule(LightningModule):
         stop_loss: The optimisation ends when the total loss falls below this.
         stop_probability: Or when the target's probability, the geometric mean over contexts and tokens, exceeds this.
         stop_greedy: Or when under every context of the step each token of the target is the likeliest one.
-        retries: Other settings to search with, one after the other, where a search ends below ``retry_below``: each a
-            mapping of search options (such as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of
-            ``layers`` to other rewrite layers.
+        retries: Other settings to search with, one after the other, where a search ends below ``retry_below``, or what
+            it finds cannot be written or does not pass :class:`Verification`: each a mapping of search options (such
+            as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of ``layers`` to other rewrite layers.
         retry_below: Target's probability under the value below which a search has failed.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
@@ -153,7 +152,7 @@ class RomeModule(LightningModule):
         self.session: EditSession | None = None
         self._prepared: EditSession | None = None
         self._attempts: list[Attempt] = []
-        self._engines: dict[tuple[int, ...], SuffixEngine] = {}
+        self._searches: Searches
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
@@ -205,13 +204,10 @@ class RomeModule(LightningModule):
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
                 main = self._attempts[0].layers
                 self._prepared = prepare_session(self.language_model, self._sites, main, hparams)
-            model, pad_id = self.language_model.model, self.language_model.encoder.pad_id
-            for layers in {attempt.layers for attempt in self._attempts}:
-                *below, last = (site for site in self._sites if site.layer in layers)
-                self._engines[layers] = SuffixEngine(model, last, pad_id, hparams["compile"], below)
-        session = self._prepared
-        session.layers.resume()
-        self.session = session.anew(self.session)
+        self._prepared.layers.resume()
+        self.session = self._prepared.anew(self.session)
+        self.session.search_again = self._search_again
+        self._searches = Searches(self._attempts, self.session, self._sites, self._search, hparams)
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -250,7 +246,7 @@ class RomeModule(LightningModule):
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
                 edit.fail(str(refusal))
-        prepare_batch(made, session, self._engines[self._attempts[0].layers], self._encode, self.hparams)
+        prepare_batch(made, session, self._searches.engine, self._encode, self.hparams)
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
@@ -260,7 +256,7 @@ class RomeModule(LightningModule):
         if edits:
             assert batch.objective is not None
             with session.counting(skip=self.hparams["compile"]), frozen(session.language_model.model):
-                self._optimise(batch.objective, edits)
+                self._searches.first(batch.objective, edits)
             if session.flops_per_edit is None and session.counted:
                 session.flops_per_edit = session.counted / len(edits)
             loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
@@ -286,22 +282,14 @@ class RomeModule(LightningModule):
         """Leave the frozen language model out of checkpoints."""
         checkpoint["state_dict"] = {}
 
-    def _optimise(self, objective: ValueObjective, edits: list[Edit]) -> None:
-        for number, attempt in enumerate(self._attempts):
-            if attempt.layers != edits[0].layers:
-                objective = prepare_edits(edits, self._session, self._engines[attempt.layers], self.hparams)
-            self._search(objective, edits, attempt.options)
-            if number > 0:
-                note = f"searched again with retry {number}"
-                elsewhere = attempt.layers != self._attempts[0].layers
-                for edit in edits:
-                    edit.notes.append(f"{note}, at layer {', '.join(map(str, attempt.layers))}" if elsewhere else note)
-            least = self.hparams["retry_below"]  # a probability may also be no number
-            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]
-            if not edits:
-                return
+    def _search_again(self, edit: Edit, reason: str) -> bool:
+        with ExitStack() as stack:  # as in a training step
+            stack.enter_context(self.trainer.precision_plugin.train_step_context())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(frozen(self._session.language_model.model))
+            return self._searches.again(edit, reason)
 
-    def _search(self, objective: ValueObjective, edits: list[Edit], options: SearchOptions) -> None:
+    def _search(self, objective: ValueObjective, edits: Sequence[Edit], options: SearchOptions) -> None:
         search = ValueSearch(objective, [edit.place for edit in edits], [edit.name for edit in edits], options)
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.optimizer.state.clear()  # moments of earlier edits would bend these

@@ -1,9 +1,10 @@
 """What the edits of a run share, and what callbacks may look at besides them. It does not know Lightning."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from rome_pl.asking import Asking
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edited_layers import Ask, EditedLayers, Written
 from rome_pl.encoding import FactToken
@@ -14,7 +15,6 @@ from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_
 from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
 from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit
-from rome_pl.spread import Spread
 
 __all__ = ["EditSession", "Retention", "session_of"]
 
@@ -62,6 +62,8 @@ class EditSession:
         ledger: Where edits are recorded, if anywhere.
         largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
         anchor_norm: Norm of every asserted value, see :meth:`rome_pl.edited_layers.EditedLayers.anchored`.
+        least_realised: Share of the wanted change at the key that has to survive the rounding to the model's dtype.
+        search_again: Searches the value of an edit again for a reason, if there is a retry left; says whether.
         earlier: What applied edits of earlier fits asked for, by name.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
         counted: Those of the batch that is being counted.
@@ -88,6 +90,8 @@ class EditSession:
     ledger: Ledger | None = None
     largest_update: float | None = None
     anchor_norm: float | None = None
+    least_realised: float = 0.0
+    search_again: Callable[[Edit, str], bool] = lambda edit, reason: False
     earlier: dict[str, EditRequest] = field(default_factory=dict)
     flops_per_edit: float | None = None
     counted: float = 0.0
@@ -128,33 +132,58 @@ class EditSession:
         )
 
     def write(self, edits: Sequence[Edit]) -> None:
-        """Write the pending edits of a batch, jointly; those that cannot be written are rejected.
+        """Write the pending edits of a batch, jointly; those that cannot be written are refused.
 
         In single mode each is only solved for, on the original weights, and nothing is written.
         """
-        pending = [edit for edit in edits if edit.status is EditStatus.PENDING]
         if not self.sequential:
-            for edit in pending:
-                try:
-                    edit.written = self.layers.propose(edit.name, self._ask([edit]))
-                except ValueError as error:  # exploding or not finite
-                    edit.decide(EditStatus.REJECTED, str(error))
+            for edit in edits:
+                while edit.status is EditStatus.PENDING and edit.written is None:
+                    self._propose(edit)
             return
-        for edit in [edit for edit in pending if edit.name in self.layers.names]:
-            pending.remove(edit)
-            edit.decide(EditStatus.REJECTED, f"edit {edit.name} is in the weight already; give it another case_id")
-        while pending:
+        for edit in edits:
+            if edit.status is EditStatus.PENDING and edit.name in self.layers.names:
+                edit.decide(EditStatus.REJECTED, f"edit {edit.name} is in the weight already; give it another case_id")
+        while pending := [edit for edit in edits if edit.status is EditStatus.PENDING]:
             try:
                 written = self.layers.write([edit.name for edit in pending], self._ask(pending))
             except DisablingEditError as error:
-                pending.pop(error.row).decide(EditStatus.REJECTED, str(error))
+                self._refuse(pending[error.row], str(error))
             except ValueError as error:  # not finite, and no saying whose fault it is
-                while pending:
-                    pending.pop().decide(EditStatus.REJECTED, str(error))
-            else:
                 for edit in pending:
+                    self._refuse(edit, str(error))
+            else:
+                lost = [
+                    edit for edit, share in zip(pending, written.realised, strict=True) if share < self.least_realised
+                ]
+                if not lost:
+                    for edit in pending:
+                        edit.written = written.part(edit.name)
+                        edit.spread = None  # frees the prefix pass
+                    return
+                self.layers.revert()
+                for edit in lost:
                     edit.written = written.part(edit.name)
-                return
+                    self._refuse(edit, self._loss(edit.written))
+
+    def _propose(self, edit: Edit) -> None:
+        try:
+            edit.written = self.layers.propose(edit.name, self._ask([edit]))
+        except ValueError as error:  # exploding or not finite
+            self._refuse(edit, str(error))
+            return
+        edit.spread = None
+        if edit.written.realised[0] < self.least_realised:
+            self._refuse(edit, self._loss(edit.written))
+
+    def _loss(self, written: Written) -> str:
+        dtype = self.layers.last.site.weight.dtype
+        return f"only {written.realised[0]:.0%} of the change survives rounding to {dtype}; load the model in float32"
+
+    def _refuse(self, edit: Edit, reason: str, comfort: str = "") -> None:
+        """Search for another value, or reject the edit."""
+        if not self.search_again(edit, reason):
+            edit.decide(EditStatus.REJECTED, reason + comfort)
 
     def write_again(self, edit: Edit, strength: float = 1.0) -> Written:
         """Write an edit that was taken back; what it asserts is what it asserted then. It stays pending.
@@ -184,54 +213,8 @@ class EditSession:
 
     def _ask(self, edits: Sequence[Edit]) -> Ask:
         """What edits assert at each layer; of those written before, the same as then."""
-
-        def ask(layer: int, below: Mapping[int, Update]) -> tuple[Sequence[str], Assertion] | None:
-            if all(edit.written is not None for edit in edits):
-                parts = [edit.written.layers.get(layer) for edit in edits if edit.written is not None]
-                again = [part for part in parts if part is not None]
-                names = [name for part in again for name in part.names]
-                return (names, Assertion.joint([part.assertion for part in again])) if again else None
-            here = [edit for edit in edits if layer in edit.layers]
-            if not here:
-                return None
-            asked: dict[str, Assertion] = {}
-            for spread in {id(edit.spread): edit.spread for edit in here}.values():
-                own = [edit for edit in here if edit.spread is spread]
-                asked |= dict(zip([edit.name for edit in own], self._wanted(own, spread, layer, below), strict=True))
-            joint = Assertion.joint([asked[edit.name] for edit in here])
-            try:
-                return [edit.name for edit in here], self._bounded(here, layer, joint)
-            except DisablingEditError as error:  # it counts the edits of this layer
-                names = [edit.name for edit in edits]
-                raise DisablingEditError(str(error), names.index(here[error.row].name)) from error
-
-        return ask
-
-    def _wanted(
-        self, edits: Sequence[Edit], spread: Spread | None, layer: int, below: Mapping[int, Update]
-    ) -> list[Assertion]:
-        """What edits that were found together assert at one of their layers."""
-        if spread is None:
-            pairs = [(edit.keys, edit.delta) for edit in edits]
-            return [keys.assertion(self.preset, delta) for keys, delta in pairs if keys and delta is not None]
-        offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
-        # In sequential mode the writes below are in the weights.
-        changes = [] if self.sequential else [below[lower] for lower in edits[0].layers if lower < layer]
-        return spread.assertions(edits[0].layers.index(layer), offsets, changes)
-
-    def _bounded(self, edits: Sequence[Edit], layer: int, asked: Assertion) -> Assertion:
-        """What asks for values of the norm that is wanted, and for no larger changes than are allowed."""
-        if self.anchor_norm is not None:
-            asked = self.layers.anchored(layer, asked, self.anchor_norm)
-        if self.largest_update is None:
-            return asked
-        asked, strengths = self.layers.at(layer).bounded(asked, self.largest_update)
-        for edit, strength in zip(edits, strengths, strict=True):
-            begin = f"layer {layer}: made to the part of "
-            edit.notes = [note for note in edit.notes if not note.startswith(begin)]  # of a write that did not stand
-            if strength < 1:
-                edit.notes.append(f"{begin}{strength:.2g}, to stay within largest_update")
-        return asked
+        asking = Asking(self.layers, self.preset, not self.sequential, self.anchor_norm, self.largest_update)
+        return asking.ask(edits)
 
     def in_the_weights(self) -> list[EditRequest]:
         """What the edits in the weights asked for, in order; nothing in single mode."""
@@ -242,11 +225,23 @@ class EditSession:
         """What applied edits of earlier fits and of this one asked for, by name."""
         return self.earlier | {edit.name: edit.request for edit in self.edits if edit.status is EditStatus.APPLIED}
 
-    def withdraw(self, edits: Sequence[Edit], batch: Sequence[Edit]) -> None:
-        """Take edits of a batch, which were just decided against, back; the others of the batch are written anew."""
-        if self.sequential and edits:
+    def withdraw(self, objections: Mapping[str, str], batch: Sequence[Edit]) -> None:
+        """Take back edits of a batch that were just written; the others of the batch are written anew.
+
+        Those that were taken back are rejected, or pending with another value if there was a retry left.
+
+        Args:
+            objections: Why, by name of the edit.
+            batch: The batch.
+        """
+        if not objections:
+            return
+        if self.sequential:
             self.layers.revert()
-            self.write(batch)
+        for edit in batch:
+            if edit.name in objections:
+                self._refuse(edit, objections[edit.name], "; the weights are as before this edit")
+        self.write(batch)
 
     def measure_targets(self, edits: Sequence[Edit], *, written: bool) -> list[TargetMeasure]:
         """The targets' probabilities after the bare prompts.

@@ -593,7 +593,7 @@ def test_a_ledger_knows_what_recovery_has_written_anew(tmp_path):
         merged[line.record["case_id"]] = merged.get(line.record["case_id"], {}) | line.record
     weight = EditedWeight(find_site(tiny_language_model().model, 1), session.layers.last.metric)
     for group in groups_of(list(merged.values())):
-        weight.restore(load_write(tmp_path, group).layers[0])
+        weight.restore(load_write(tmp_path, group).layers[1])
     assert torch.equal(weight.site.weight, language_model.model.state_dict()[WEIGHT])
     assert {name for name, record in merged.items() if record["status"] == "rolled_back"} == {1, 6}
 

@@ -465,7 +465,7 @@ DAMAGES = {
     "no folder": (shutil.rmtree, r"rome_pl\.json: missing or damaged"),
     "no json": (lambda folder: (folder / "rome_pl.json").write_text("{"), r"rome_pl\.json: missing or damaged"),
     "another form": (lambda folder: change_about(folder, format="peft"), "an export as peft, not as delta"),
-    "a later version": (lambda folder: change_about(folder, version=2), "version 2 of the form; this release reads"),
+    "a later version": (lambda folder: change_about(folder, version=99), "version 99 of the form; this release reads"),
     "no tensors": (lambda folder: (folder / "delta.safetensors").unlink(), r"delta\.safetensors: missing or damaged"),
     "half the tensors": (
         lambda folder: (folder / "delta.safetensors").write_bytes(b"abc"),

@@ -18,6 +18,7 @@ from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_call
 from rome_pl.cli import main
 from rome_pl.ledger import Ledger, LedgerError
 from rome_pl.requests import EditRequest
+from rome_pl.searches import Searches
 from rome_pl.session import EditSession
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
@@ -105,11 +106,11 @@ def test_wherever_it_is_killed_a_run_ends_as_if_it_had_not_been(mode, tmp_path):
 def test_nothing_is_optimised_twice(tmp_path, monkeypatch):
     run(tmp_path / "whole")
     searched = []
-    optimise = "rome_pl.edit_module.RomeModule._optimise"
-    original = __import__("rome_pl.edit_module", fromlist=["RomeModule"]).RomeModule._optimise
+    original = Searches.first
     monkeypatch.setattr(
-        optimise,
-        lambda self, batch, *rest: searched.extend(e.name for e in batch.edits) or original(self, batch, *rest),
+        Searches,
+        "first",
+        lambda self, objective, edits: searched.extend(e.name for e in edits) or original(self, objective, edits),
     )
     lines = ledger_of(tmp_path / "whole").read_bytes().splitlines(keepends=True)
     folder = killed_copy(tmp_path / "whole", tmp_path / "killed", sum(map(len, lines[:4])) + 10)

@@ -226,8 +226,8 @@ def test_specificity_is_one_for_ordinary_text_and_small_for_what_is_everywhere(t
     paths, _ = statistics_of(language_model, tmp_path)
     options = {**SHARED, **EMMET, "statistics": paths, "sequential_edit": True}
     layers = run_edits(language_model, tmp_path / "run", REQUESTS[:1], **options).layers
-    samples = torch.randn(200, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = [layers.specificity(layers.numbers, [key, key, key])[1] for key in samples]  # the very keys of layer 1's moment
+    samples = torch.randn(200, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # layer 1's keys
+    found = [layers.specificity(layers.numbers, [key, key, key])[1] for key in samples]
     assert sum(found) / len(found) == pytest.approx(1, rel=1e-4)
     common = torch.linalg.eigh(layers.moments[1].matrix)[1][:, -1]
     rare = torch.linalg.eigh(layers.moments[1].matrix)[1][:, 0]

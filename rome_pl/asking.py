@@ -1,0 +1,85 @@
+"""What edits assert at each of their layers when they are written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rome_pl.edit import Edit
+from rome_pl.edited_layers import Ask, EditedLayers
+from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
+from rome_pl.spread import Spread
+
+__all__ = ["Asking"]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Turns what was found for edits into assertions.
+
+    Args:
+        layers: The weights that are edited.
+        preset: The variant of the closed form.
+        alone: Whether each edit is measured by itself on the original weights, and nothing is written.
+        anchor_norm: Norm of every asserted value, see :meth:`EditedLayers.anchored`; nothing leaves them as found.
+        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
+    """
+
+    layers: EditedLayers
+    preset: Preset
+    alone: bool
+    anchor_norm: float | None
+    largest_update: float | None
+
+    def ask(self, edits: Sequence[Edit]) -> Ask:
+        """What edits assert at each layer; of those written before, the same as then."""
+
+        def ask(layer: int, below: Mapping[int, Update]) -> tuple[Sequence[str], Assertion] | None:
+            here = [edit for edit in edits if layer in edit.layers]
+            if not here:
+                return None
+            asked = {edit.name: edit.written.layers[layer].assertion for edit in here if edit.written is not None}
+            fresh = [edit for edit in here if edit.written is None]
+            try:
+                asked |= self._asked_first(fresh, layer, below)
+            except DisablingEditError as error:  # it counts these edits alone
+                names = [edit.name for edit in edits]
+                raise DisablingEditError(str(error), names.index(fresh[error.row].name)) from error
+            return [edit.name for edit in here], Assertion.joint([asked[edit.name] for edit in here])
+
+        return ask
+
+    def _asked_first(self, edits: Sequence[Edit], layer: int, below: Mapping[int, Update]) -> dict[str, Assertion]:
+        """What edits that were not written yet assert at one of their layers, by name."""
+        found: dict[str, Assertion] = {}
+        for spread in {id(edit.spread): edit.spread for edit in edits}.values():
+            own = [edit for edit in edits if edit.spread is spread]
+            found |= dict(zip([edit.name for edit in own], self._wanted(own, spread, layer, below), strict=True))
+        if not edits:
+            return found
+        bounded = self._bounded(edits, layer, Assertion.joint([found[edit.name] for edit in edits]))
+        return {edit.name: bounded.rows([row]) for row, edit in enumerate(edits)}
+
+    def _wanted(
+        self, edits: Sequence[Edit], spread: Spread | None, layer: int, below: Mapping[int, Update]
+    ) -> list[Assertion]:
+        """What edits that were found together assert at one of their layers."""
+        if spread is None:
+            pairs = [(edit.keys, edit.delta) for edit in edits]
+            return [keys.assertion(self.preset, delta) for keys, delta in pairs if keys and delta is not None]
+        offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
+        # Otherwise the writes below are in the weights.
+        changes = [below[lower] for lower in edits[0].layers if lower < layer] if self.alone else []
+        return spread.assertions(edits[0].layers.index(layer), offsets, changes)
+
+    def _bounded(self, edits: Sequence[Edit], layer: int, asked: Assertion) -> Assertion:
+        """What asks for values of the norm that is wanted, and for no larger changes than are allowed."""
+        if self.anchor_norm is not None:
+            asked = self.layers.anchored(layer, asked, self.anchor_norm)
+        if self.largest_update is None:
+            return asked
+        asked, strengths = self.layers.at(layer).bounded(asked, self.largest_update)
+        for edit, strength in zip(edits, strengths, strict=True):
+            begin = f"layer {layer}: made to the part of "
+            edit.notes = [note for note in edit.notes if not note.startswith(begin)]  # of a write that did not stand
+            if strength < 1:
+                edit.notes.append(f"{begin}{strength:.2g}, to stay within largest_update")
+        return asked

@@ -1,0 +1,128 @@
+"""The searches for an edit's value: with the settings of the run, then with those of its retries until one succeeds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rome_pl.architecture import RewriteSite
+from rome_pl.batch_preparation import prepare_edits
+from rome_pl.edit import Edit
+from rome_pl.language_model import LanguageModel
+from rome_pl.objective import ValueObjective
+from rome_pl.session import EditSession
+from rome_pl.suffix import SuffixEngine
+from rome_pl.value_search import SearchOptions
+
+__all__ = ["Attempt", "Searches", "attempts_of"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One search.
+
+    Args:
+        layers: The layers that what it finds is written into, the lowest first; it searches at the last.
+        options: How it searches.
+    """
+
+    layers: tuple[int, ...]
+    options: SearchOptions
+
+
+def attempts_of(options: Mapping[str, Any], main: Sequence[int]) -> list[Attempt]:
+    """The searches that the options of :class:`rome_pl.RomeModule` ask for, in their order.
+
+    Args:
+        options: Checked options; each of ``retries`` says what it does otherwise than the first search.
+        main: The layers of the first search.
+    """
+    first = SearchOptions(**{field.name: options[field.name] for field in fields(SearchOptions)})
+    attempts = [Attempt(tuple(sorted(main)), first)]
+    for other in options["retries"]:
+        settings = dict(other)
+        layers = settings.pop("layers", main)
+        attempts.append(Attempt(tuple(sorted(layers)), replace(first, **settings)))
+    return attempts
+
+
+class Searches:
+    """Makes the attempts, each for the edits that those before it have failed.
+
+    Args:
+        attempts: The first search and the retries.
+        session: What the edits of the run share.
+        sites: The projections that edits are written into.
+        search: Makes one search, of edits whose place is that in the objective.
+        options: Those of :class:`rome_pl.RomeModule`.
+    """
+
+    def __init__(
+        self,
+        attempts: Sequence[Attempt],
+        session: EditSession,
+        sites: Sequence[RewriteSite],
+        search: Callable[[ValueObjective, Sequence[Edit], SearchOptions], None],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._attempts, self._session, self._search, self._options = tuple(attempts), session, search, options
+        made = [_engine(session.language_model, sites, one.layers, options["compile"]) for one in attempts]
+        self._engines = {engine.layers: engine for engine in made}
+
+    @property
+    def engine(self) -> SuffixEngine:
+        """What the first search runs on."""
+        return self._engines[self._attempts[0].layers]
+
+    def first(self, objective: ValueObjective, edits: Sequence[Edit]) -> None:
+        """Search the values of edits that were prepared together, with retries where too little is found."""
+        self._search(objective, edits, self._attempts[0].options)
+        self._go_on(edits, 1, objective)
+
+    def again(self, edit: Edit, reason: str) -> bool:
+        """Search the value of one edit again, under the weights as they are now.
+
+        Args:
+            edit: The edit; afterwards it is pending and not written, unless its losses were not finite.
+            reason: Why what was found is not good enough.
+
+        Returns:
+            Whether there was a retry left.
+        """
+        number = edit.attempt + 1
+        if number == len(self._attempts):
+            return False
+        edit.written = None
+        objective = self._attempt(number, [edit], None, f": {reason}")
+        self._go_on([edit], number + 1, objective)
+        return True
+
+    def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
+        """Make the attempts from a number on, each for the edits whose last search has found too little."""
+        least = self._options["retry_below"]  # a probability may also be no number
+        for number in range(first, len(self._attempts)):
+            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]
+            if not edits:
+                return
+            objective = self._attempt(number, edits, objective)
+
+    def _attempt(
+        self, number: int, edits: Sequence[Edit], objective: ValueObjective | None, reason: str = ""
+    ) -> ValueObjective:
+        """Make one retry, on what the edits were prepared for if it searches there."""
+        attempt = self._attempts[number]
+        if objective is None or attempt.layers != edits[0].layers:
+            objective = prepare_edits(edits, self._session, self._engines[attempt.layers], self._options)
+        self._search(objective, edits, attempt.options)
+        elsewhere = attempt.layers != self._attempts[0].layers
+        where = f", at layer {', '.join(map(str, attempt.layers))}" if elsewhere else ""
+        for edit in edits:
+            edit.attempt = number
+            edit.notes.append(f"searched again with retry {number}{where}{reason}")
+        return objective
+
+
+def _engine(
+    language_model: LanguageModel, sites: Sequence[RewriteSite], layers: Sequence[int], compiled: bool
+) -> SuffixEngine:
+    *below, last = (site for site in sites if site.layer in layers)
+    return SuffixEngine(language_model.model, last, language_model.encoder.pad_id, compiled, below)
