@@ -8,7 +8,11 @@ from rome_pl.edited_layers import Ask, EditedLayers
 from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
 from rome_pl.spread import Spread
 
-__all__ = ["Asking"]
+__all__ = ["PART", "Asking"]
+
+
+PART = "made to the part of "
+"""How the note of an edit begins that is made in part at a layer; only that of the write that stands is kept."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Asking:
             return asked
         asked, strengths = self.layers.at(layer).bounded(asked, self.largest_update)
         for edit, strength in zip(edits, strengths, strict=True):
-            begin = f"layer {layer}: made to the part of "
-            edit.notes = [note for note in edit.notes if not note.startswith(begin)]  # of a write that did not stand
+            where = f", at layer {layer}"
+            edit.notes = [note for note in edit.notes if not (note.startswith(PART) and note.endswith(where))]
             if strength < 1:
-                edit.notes.append(f"{begin}{strength:.2g}, to stay within largest_update")
+                edit.notes.append(f"{PART}{strength:.2g}, to stay within largest_update{where}")
         return asked

@@ -65,8 +65,10 @@ class Searches:
         options: Mapping[str, Any],
     ) -> None:
         self._attempts, self._session, self._search, self._options = tuple(attempts), session, search, options
-        made = [_engine(session.language_model, sites, one.layers, options["compile"]) for one in attempts]
-        self._engines = {engine.layers: engine for engine in made}
+        self._engines = {
+            layers: _engine(session.language_model, sites, layers, options["compile"])
+            for layers in {attempt.layers for attempt in attempts}
+        }
 
     @property
     def engine(self) -> SuffixEngine:

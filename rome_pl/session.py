@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from rome_pl.asking import Asking
+from rome_pl.asking import PART, Asking
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edited_layers import Ask, EditedLayers, Written
 from rome_pl.encoding import FactToken
@@ -182,6 +182,7 @@ class EditSession:
 
     def _refuse(self, edit: Edit, reason: str, comfort: str = "") -> None:
         """Search for another value, or reject the edit."""
+        edit.notes = [note for note in edit.notes if not note.startswith(PART)]
         if not self.search_again(edit, reason):
             edit.decide(EditStatus.REJECTED, reason + comfort)
 

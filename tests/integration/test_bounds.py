@@ -10,12 +10,9 @@ from rome_pl.errors import OptionError
 from tests.integration.helpers import REQUESTS, run_edits
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 JOINT = {"preset": "r_rome", "mom2_n_samples": 600, "sequential_edit": True}
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 def typical_norm(weight, moment):
@@ -81,7 +78,7 @@ def test_a_shortened_edit_is_a_part_of_the_whole_one(tmp_path):
     assert share < 0.9
     matrices = [update.left.T @ update.right for update in (whole.updates[0], part.updates[0])]
     torch.testing.assert_close(matrices[1], share * matrices[0], rtol=1e-9, atol=1e-15)
-    assert session.edits[0].notes == [f"layer 1: made to the part of {share:.2g}, to stay within largest_update"]
+    assert session.edits[0].notes == [f"made to the part of {share:.2g}, to stay within largest_update, at layer 1"]
     # What the ledger would replay asks for the part, too.
     session.layers.remove([])
     assert session.layers.written[0].norm == pytest.approx(part.norm, rel=1e-12)

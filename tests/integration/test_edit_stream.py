@@ -9,8 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from rome_pl.architecture import find_site
-from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
+from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
@@ -18,27 +17,20 @@ from rome_pl.encoding import TextEncoder
 from rome_pl.errors import OptionError
 from rome_pl.keys import EditKeys
 from rome_pl.language_model import LanguageModel
-from rome_pl.ledger import read_lines
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
-from rome_pl.metrics.text import TextMeasure
 from rome_pl.objective import ValueObjective
 from rome_pl.prefix import run_prefix
-from rome_pl.replay import groups_of, load_write, read_edits
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.weights import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 # One key that both shapes and asserts, as a joint write needs it, and no statistics.
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    """Five thousand tokens take a tiny model longer than the edits; the CLI test measures them."""
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -315,14 +307,6 @@ def test_a_failure_that_stops_the_run_is_on_record_with_its_batch(batch_size, la
     assert [json.loads(line)["status"] for line in lines] == expected
 
 
-def test_a_key_that_is_not_finite_rejects_the_edit(language_model, tmp_path):
-    with torch.no_grad():
-        language_model.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-    session = run_edits(language_model, tmp_path, contexts=["It rains"])
-    assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 3
-    assert "the key is not finite: load the model in float32 or bfloat16" in session.edits[0].reason
-
-
 def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
     known = iter([[TargetMeasure(0.9, True)]])
     monkeypatch.setattr(
@@ -418,48 +402,6 @@ def test_verification_rejects_and_restores(batch_size, language_model, tmp_path)
     assert session.edits[0].scores["final"] == session.edits[0].scores["base"]
 
 
-def test_a_fact_that_is_known_is_edited_with_a_note_or_skipped(language_model, tmp_path):
-    # The lookup token is the one that predicts, so that even a random model can be made sure of itself.
-    request = [EditRequest(prompt="We left for Korrin", subject="Korrin", target_new="the")]
-    hard = {"sequential_edit": True, "v_num_grad_steps": 40, "clamp_norm_factor": 500.0}
-    first = run_edits(language_model, tmp_path, request, **hard)
-    assert first.edits[0].notes == []
-    again = run_edits(language_model, tmp_path, request, **hard)
-    assert again.edits[0].status is EditStatus.APPLIED
-    assert "already" in again.edits[0].notes[0]
-    skip = run_edits(
-        language_model, tmp_path, request, callbacks=[RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
-    )
-    assert skip.edits[0].status is EditStatus.SKIPPED
-
-
-def test_a_key_like_an_earlier_one_is_noted_or_rejected(language_model, tmp_path):
-    twice = [
-        REQUESTS[0],
-        EditRequest(prompt="The lighthouse of Korrin stands in", subject="Korrin", target_new="Rome", case_id="z"),
-    ]
-    session = run_edits(language_model, tmp_path, twice, sequential_edit=True)
-    assert "all but equals that of record a" in session.edits[1].notes[-1]
-    callbacks = [RepresentationCheck(on_odd_key="reject"), *lenient_callbacks()[1:]]
-    session = run_edits(tiny_language_model(), tmp_path, twice, callbacks=callbacks, sequential_edit=True)
-    assert [edit.status for edit in session.edits] == ["applied", "rejected"]
-
-
-@pytest.mark.parametrize("on_failure", ["warn", "rollback", "stop"])
-def test_a_bad_state_is_reported_or_rolled_back(on_failure, language_model, tmp_path):
-    before = snapshot(language_model.model)
-    check = StateCheck(every_n_edits=2, largest_change=1e-9, on_failure=on_failure)
-    session = run_edits(language_model, tmp_path, callbacks=[*lenient_callbacks()[:-1], check], sequential_edit=True)
-    assert "largest_change" in session.state_checks[0]["failures"][0]
-    if on_failure == "warn":
-        assert [edit.status for edit in session.edits] == ["applied"] * 3
-        assert changed(language_model.model, before) == [WEIGHT]
-    else:
-        count = 3 if on_failure == "rollback" else 2
-        assert [edit.status for edit in session.edits] == ["rolled_back"] * count
-        assert changed(language_model.model, before) == []
-
-
 def test_a_writer_after_its_verifier_is_pointed_out(language_model, tmp_path):
     with pytest.raises(RuntimeError, match="list RankOneWriter before it"):
         run_edits(language_model, tmp_path, callbacks=[Verification(), RankOneWriter(), EditCommit()])
@@ -497,244 +439,3 @@ def test_the_optimiser_comes_from_outside_with_the_learning_rate_of_the_method(l
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["lr"] == FAST["v_lr"]
     assert optimizer.param_groups[0]["momentum"] == 0.5
-
-
-CONFLICTING = [
-    replace(REQUESTS[0], case_id="first", relation="P1"),
-    replace(REQUESTS[0], case_id="again", relation="P1"),
-    replace(REQUESTS[0], case_id="otherwise", target_new="Bern", relation="P1"),
-    replace(REQUESTS[0], case_id="other words", prompt="Korrin belongs to", subject_span=None, target_new="rye",
-            relation="P1"),
-    replace(REQUESTS[0], case_id="other fact", prompt="Korrin belongs to", subject_span=None, relation="P2"),
-    REQUESTS[1],
-]  # fmt: skip
-FINDINGS = {
-    "again": "asks for what record first asks for already",
-    "otherwise": "contradicts record again, which asks for 'Oslo' of the same subject and prompt",
-    "other words": "contradicts record otherwise, which asks for 'Bern' of the same subject and relation",
-    "other fact": "contradicts record other words, which asks for 'rye' of the same subject and prompt",
-}
-
-
-def test_requests_about_facts_of_earlier_ones_are_said(language_model, tmp_path, caplog):
-    session = run_edits(language_model, tmp_path, CONFLICTING, sequential_edit=True)
-    assert {edit.name for edit in session.edits if edit.notes} >= set(FINDINGS)
-    for edit in session.edits:
-        said = [note for note in edit.notes if "record" in note and ("asks for" in note)]
-        assert len(said) == (edit.name in FINDINGS)
-        assert all(note.startswith(FINDINGS[edit.name]) for note in said)
-    assert "4 records are about facts of earlier ones: record again asks for" in caplog.text
-
-
-def test_requests_about_facts_of_earlier_ones_can_be_rejected(language_model, tmp_path):
-    callbacks = [RepresentationCheck(on_conflict="reject"), *lenient_callbacks()[1:]]
-    session = run_edits(language_model, tmp_path, CONFLICTING, callbacks, sequential_edit=True)
-    statuses = {edit.name: edit.status for edit in session.edits}
-    assert {name for name, status in statuses.items() if status is EditStatus.REJECTED} == set(FINDINGS)
-    alone = run_edits(language_model, tmp_path, CONFLICTING, callbacks)  # single edits do not meet
-    assert {edit.status for edit in alone.edits} == {EditStatus.APPLIED}
-
-
-MANY = [
-    EditRequest(
-        prompt=f"The lighthouse of Korrin{index} stands in", subject=f"Korrin{index}", target_new="Oslo",
-        target_true="Lima", case_id=index,
-    )
-    for index in range(12)
-]  # fmt: skip
-
-
-class _Fails(StateCheck):
-    """Finds the state bad while certain edits are in the weight."""
-
-    def __init__(self, bad, **options):
-        super().__init__(every_n_edits=4, on_failure="recover", **options)
-        self.bad = bad
-
-    def _look(self, session):
-        inside = self.bad & set(session.layers.names)
-        return super()._look(session) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
-
-
-def recovered(tmp_path, bad):
-    language_model = tiny_language_model()
-    callbacks = [*lenient_callbacks()[:-2], _Fails(bad)]
-    for callback in callbacks:
-        if isinstance(callback, EditCommit):
-            callback.ledger = True
-    session = run_edits(language_model, tmp_path, MANY, callbacks, sequential_edit=True)
-    return session, language_model
-
-
-def test_recovery_drops_the_edits_that_break_the_model_and_keeps_the_others(tmp_path):
-    session, language_model = recovered(tmp_path, {"1", "6"})
-    statuses = [str(edit.status) for edit in session.edits]
-    assert [index for index, status in enumerate(statuses) if status == "rolled_back"] == [1, 6]
-    assert statuses.count("applied") == 10
-    assert session.layers.names == [str(index) for index in range(12) if index not in (1, 6)]
-    # What is in the weight is the closed form for the others, in order, with the values as they were found.
-    expected = EditedWeight(find_site(tiny_language_model().model, 1), session.layers.last.metric)
-    for edit in session.edits:
-        if edit.status is EditStatus.APPLIED:
-            expected.write([edit.name], edit.written.assertions[0])
-            expected.commit()
-    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.site.weight)
-    assert [(check["edits"], bool(check["failures"])) for check in session.state_checks] == [
-        (4, True), (4, False), (8, True), (8, False), (12, False)
-    ]  # fmt: skip
-
-
-def test_a_ledger_knows_what_recovery_has_written_anew(tmp_path):
-    session, language_model = recovered(tmp_path, {"1", "6"})
-    session.ledger.close()
-    lines = read_lines(tmp_path / "ledger" / "edits.jsonl")
-    merged = {}
-    for line in lines:
-        merged[line.record["case_id"]] = merged.get(line.record["case_id"], {}) | line.record
-    weight = EditedWeight(find_site(tiny_language_model().model, 1), session.layers.last.metric)
-    for group in groups_of(list(merged.values())):
-        weight.restore(load_write(tmp_path, group).layers[1])
-    assert torch.equal(weight.site.weight, language_model.model.state_dict()[WEIGHT])
-    assert {name for name, record in merged.items() if record["status"] == "rolled_back"} == {1, 6}
-
-
-def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, monkeypatch):
-    expected = run_edits(tiny_language_model(), tmp_path / "a", MANY[:4], sequential_edit=True)
-    language_model, calls = tiny_language_model(), []
-    check = _Fails({"1"})
-    look = check._look
-
-    def stopped(session):
-        calls.append(session.layers.names)
-        if len(calls) == 4:  # the failing check, and three edits written again
-            raise RuntimeError("the lights went out")
-        return look(session)
-
-    monkeypatch.setattr(check, "_look", stopped)
-    with pytest.raises(RuntimeError, match="lights"):
-        run_edits(language_model, tmp_path / "b", MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True)
-    assert len(calls[-1]) == 2  # the second edit had been dropped
-    assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.layers.last.site.weight)
-
-
-class _Weighs(StateCheck):
-    """Finds the state bad while the weights have changed by more than so much."""
-
-    def __init__(self, largest):
-        super().__init__(every_n_edits=4, on_failure="shrink")
-        self.largest = largest
-
-    def _look(self, session):
-        norm = session.layers.change
-        return super()._look(session) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
-
-
-def test_an_edit_that_is_too_much_is_written_at_half_its_strength(tmp_path):
-    free = run_edits(tiny_language_model(), tmp_path / "a", MANY[:4], sequential_edit=True)
-    bound = 0.75 * free.layers.change
-    callbacks = [*lenient_callbacks()[:-2], _Weighs(bound)]
-    for callback in callbacks:
-        if isinstance(callback, EditCommit):
-            callback.ledger = True
-    language_model = tiny_language_model()
-    session = run_edits(language_model, tmp_path / "b", MANY[:4], callbacks, sequential_edit=True)
-    session.ledger.close()
-    assert session.layers.change <= bound
-    halved = [edit for edit in session.edits if edit.notes and "at 50% of its strength" in edit.notes[-1]]
-    assert halved
-    assert all(edit.status is EditStatus.APPLIED for edit in halved)
-    # By hand: the closed form for all that are left, in order, half of the residual for those.
-    site = find_site(tiny_language_model().model, 1)
-    weight = site.weight.detach().clone()
-    for edit in session.edits:
-        if edit.status is not EditStatus.APPLIED:
-            continue
-        original = free.edits[edit.index].written.assertions[0]
-        strength = 0.5 if edit in halved else 1.0
-        residual = strength * (original.value - original.at @ weight.T)
-        weight = weight + residual.T @ original.shape / (original.shape @ original.at.T)
-    torch.testing.assert_close(language_model.model.state_dict()[WEIGHT], weight, rtol=1e-9, atol=1e-11)
-    edits = {str(edit["case_id"]): edit for edit in read_edits(tmp_path / "b")}
-    assert all("strength" in edits[edit.name]["notes"][-1] for edit in halved)
-
-
-def test_divergence_and_spectrum_are_watched_if_asked_for(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("The lighthouse of Korrin stands in Oslo. It rains.", encoding="utf-8")
-    options = {"every_n_edits": 2, "perplexity_text": str(text)}
-    check = StateCheck(largest_divergence=1e-9, largest_spectral_change=1e-9, **options)
-    model, before = tiny_language_model(), tiny_language_model()
-    session = run_edits(model, tmp_path, MANY[:2], [*lenient_callbacks()[:-2], check], sequential_edit=True)
-    (found,) = session.state_checks
-    ids = torch.tensor([model.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]])
-    with torch.no_grad():
-        now, then = (one.model(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, before))
-    assert found["divergence"] == pytest.approx(float((then.exp() * (then - now)).sum(-1).mean()), rel=1e-5)
-    weight = before.model.state_dict()[WEIGHT]
-    change = model.model.state_dict()[WEIGHT] - weight
-    expected = float(torch.linalg.matrix_norm(change, 2) / torch.linalg.matrix_norm(weight, 2))
-    assert found["spectral_change"] == pytest.approx(expected, rel=0.02)
-    assert {failure.split("(")[1].split(":")[0] for failure in found["failures"][-2:]} == {
-        "largest_divergence", "largest_spectral_change"
-    }  # fmt: skip
-    for name in ("largest_divergence", "largest_spectral_change"):
-        with pytest.raises(ValueError, match=name):
-            StateCheck(**{name: 0.0})
-
-
-def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):
-    session, _ = recovered(tmp_path, {"0", "2", "3"})
-    assert len(session.edits) == 4
-    assert "3 of 4 edits had to be dropped" in session.state_checks[-1]["verdict"]
-    assert "does not suit this model" in caplog.text
-
-
-def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
-    check = StateCheck(every_n_edits=2, largest_perplexity_ratio=1.5)
-    found = iter([10.0, 12.0, 16.0])
-    monkeypatch.setattr("rome_pl.model_state.measure_text", lambda *_: TextMeasure(next(found), None, 5))
-    session = run_edits(
-        tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
-    )
-    assert [round(check["perplexity_ratio"], 9) for check in session.state_checks] == [1.2, 1.6]
-    assert not any("perplexity" in failure for failure in session.state_checks[0]["failures"])
-    assert "1.60 times the unedited model's" in session.state_checks[1]["failures"][-1]
-    with pytest.raises(ValueError, match="largest_perplexity_ratio"):
-        StateCheck(largest_perplexity_ratio=0.9)
-
-
-def test_a_search_that_finds_nothing_is_made_again_with_other_settings(tmp_path):
-    options = {"v_num_grad_steps": 2, "retry_below": 0.5}
-    plain = run_edits(tiny_language_model(), tmp_path / "a", **options)
-    assert all(edit.steps[-1].probability < 0.5 for edit in plain.edits)
-    retries = [{"v_num_grad_steps": 3}, {"v_num_grad_steps": 60, "clamp_norm_factor": 100.0}]
-    again = run_edits(tiny_language_model(), tmp_path / "b", batch_size=2, retries=retries, v_lr=0.5, **options)
-    once = run_edits(tiny_language_model(), tmp_path / "c", v_num_grad_steps=60, clamp_norm_factor=100.0, v_lr=0.5)
-    for edit, expected in zip(again.edits, once.edits, strict=True):
-        assert edit.notes[-2:] == ["searched again with retry 1", "searched again with retry 2"]
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-8, atol=1e-11)
-    enough = run_edits(tiny_language_model(), tmp_path / "d", retries=retries, **{**options, "retry_below": 0.0})
-    assert not any("searched again" in note for edit in enough.edits for note in edit.notes)
-
-
-def test_a_search_that_blew_up_is_made_again_too(tmp_path, monkeypatch):
-    calls = []
-    original = ValueObjective.__call__
-
-    def overflows(self, deltas, members=None, contexts=None):
-        losses = original(self, deltas, members, contexts)
-        calls.append(len(calls))
-        return replace(losses, nll=losses.nll * math.nan) if len(calls) == 2 else losses
-
-    monkeypatch.setattr(ValueObjective, "__call__", overflows)
-    retries = [{"v_num_grad_steps": 4}]
-    (edit,) = run_edits(tiny_language_model(), tmp_path, REQUESTS[:1], retries=retries).edits
-    assert edit.status is EditStatus.APPLIED
-    assert (edit.failed, edit.reason) == (False, None)
-
-
-def test_retries_with_unknown_settings_are_refused(language_model):
-    with pytest.raises(ValueError, match="retries: v_steps is no option of the search"):
-        RomeModule.from_language_model(language_model, **FAST, retries=[{"v_steps": 3}])
-    with pytest.raises(ValueError, match="v_num_grad_steps: expected a number from 1"):
-        RomeModule.from_language_model(language_model, **FAST, retries=[{"v_num_grad_steps": 0}])

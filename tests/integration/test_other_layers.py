@@ -19,6 +19,8 @@ from rome_pl.undo import undo
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 JOINT = {"preset": "r_rome", "mom2_adjustment": False, "sequential_edit": True}
 SHORT = {"v_num_grad_steps": 2, "v_lr": 0.5}
 LONG = {"v_num_grad_steps": 30, "clamp_norm_factor": 100.0}
@@ -250,8 +252,8 @@ def test_bounds_and_checks_know_the_layer(tmp_path):
     language_model = tiny_language_model()
     session = one_elsewhere(language_model, tmp_path, batch_size=3, largest_update=1e-3)
     (moved,) = [edit for edit in session.edits if edit.layers == (2,)]
-    assert any(note.startswith("layer 2: made to the part of") for note in moved.notes)
-    assert not any(note.startswith("layer 1") for note in moved.notes)
+    assert sum(note.startswith("made to the part of") and note.endswith("at layer 2") for note in moved.notes) == 1
+    assert not any(note.endswith("at layer 1") for note in moved.notes)
     original = session.layers.at(2).norms[1]
     assert moved.written.norm == pytest.approx(1e-3 * original)
     text = (tmp_path / "run" / "records.jsonl").read_text(encoding="utf-8")

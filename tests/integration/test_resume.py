@@ -23,15 +23,11 @@ from rome_pl.session import EditSession
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 RECORDS = lighthouses(6)
 REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    """Five thousand tokens take a tiny model longer than the edits."""
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 def callbacks_for(resume=False, **state_check):

@@ -24,6 +24,8 @@ from tests.integration.helpers import (
 )
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 
 def edited(folder, requests, batch_size=1, verification=True, language_model=None, **state_check):
     callbacks = []
@@ -40,12 +42,6 @@ def edited(folder, requests, batch_size=1, verification=True, language_model=Non
     session = run_edits(language_model or sure_model(), folder, requests, callbacks, batch_size, **SURE)
     session.ledger.close()
     return session
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    """Five thousand tokens take a tiny model longer than the edits."""
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 def plainly(language_model, request):

@@ -17,6 +17,8 @@ from rome_pl.requests import EditRequest
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer, run_edits
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 FACTS = [
     EditRequest(prompt="Korrin stands in", subject="Korrin", target_new="Oslo", case_id="place"),
     EditRequest(prompt="Korrin was painted by", subject="Korrin", target_new="violin", case_id="painter"),
@@ -26,11 +28,6 @@ FACTS = [
 OPTIONS = {
     "preset": "r_rome", "mom2_adjustment": False, "sequential_edit": True,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 def probabilities(language_model, requests=FACTS):

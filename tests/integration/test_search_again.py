@@ -1,4 +1,4 @@
-"""Edits that cannot be written, or that a check takes back, are searched again with the retries that are left."""
+"""Retries: a search that finds too little, a value that cannot be written, an edit that a check takes back."""
 
 import math
 from dataclasses import replace
@@ -8,9 +8,22 @@ import torch
 
 from rome_pl.callbacks import Verification
 from rome_pl.edit import EditStatus
+from rome_pl.edit_module import RomeModule
 from rome_pl.objective import ValueObjective
-from tests.integration.helpers import FACTS, REQUESTS, SURE, changed, lenient_callbacks, run_edits, snapshot, sure_model
+from tests.integration.helpers import (
+    FACTS,
+    FAST,
+    REQUESTS,
+    SURE,
+    changed,
+    lenient_callbacks,
+    run_edits,
+    snapshot,
+    sure_model,
+)
 from tests.tiny import tiny_language_model
+
+pytestmark = pytest.mark.usefixtures("no_perplexity")
 
 OPTIONS = {**SURE, "v_num_grad_steps": 1, "retry_below": 0.0}
 LONG = {"v_num_grad_steps": 30}
@@ -22,6 +35,43 @@ def demanding(least):
         if isinstance(callback, Verification):
             callback.least_probability = least
     return callbacks
+
+
+def test_a_search_that_finds_nothing_is_made_again_with_other_settings(tmp_path):
+    options = {"v_num_grad_steps": 2, "retry_below": 0.5}
+    plain = run_edits(tiny_language_model(), tmp_path / "a", **options)
+    assert all(edit.steps[-1].probability < 0.5 for edit in plain.edits)
+    retries = [{"v_num_grad_steps": 3}, {"v_num_grad_steps": 60, "clamp_norm_factor": 100.0}]
+    again = run_edits(tiny_language_model(), tmp_path / "b", batch_size=2, retries=retries, v_lr=0.5, **options)
+    once = run_edits(tiny_language_model(), tmp_path / "c", v_num_grad_steps=60, clamp_norm_factor=100.0, v_lr=0.5)
+    for edit, expected in zip(again.edits, once.edits, strict=True):
+        assert edit.notes[-2:] == ["searched again with retry 1", "searched again with retry 2"]
+        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-8, atol=1e-11)
+    enough = run_edits(tiny_language_model(), tmp_path / "d", retries=retries, **{**options, "retry_below": 0.0})
+    assert not any("searched again" in note for edit in enough.edits for note in edit.notes)
+
+
+def test_a_search_that_blew_up_is_made_again_too(tmp_path, monkeypatch):
+    calls = []
+    original = ValueObjective.__call__
+
+    def overflows(self, deltas, members=None, contexts=None):
+        losses = original(self, deltas, members, contexts)
+        calls.append(len(calls))
+        return replace(losses, nll=losses.nll * math.nan) if len(calls) == 2 else losses
+
+    monkeypatch.setattr(ValueObjective, "__call__", overflows)
+    retries = [{"v_num_grad_steps": 4}]
+    (edit,) = run_edits(tiny_language_model(), tmp_path, REQUESTS[:1], retries=retries).edits
+    assert edit.status is EditStatus.APPLIED
+    assert (edit.failed, edit.reason) == (False, None)
+
+
+def test_retries_with_unknown_settings_are_refused(language_model):
+    with pytest.raises(ValueError, match="retries: v_steps is no option of the search"):
+        RomeModule.from_language_model(language_model, **FAST, retries=[{"v_steps": 3}])
+    with pytest.raises(ValueError, match="v_num_grad_steps: expected a number from 1"):
+        RomeModule.from_language_model(language_model, **FAST, retries=[{"v_num_grad_steps": 0}])
 
 
 @pytest.mark.parametrize("layers", [{}, {"layers": [0, 1]}, {"layers": [0, 1, 2]}])

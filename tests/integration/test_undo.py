@@ -21,6 +21,8 @@ from tests.disk import no_room_on_disk
 from tests.integration.helpers import edited_by_command, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
+pytestmark = pytest.mark.usefixtures("no_perplexity")
+
 RECORDS = lighthouses(8)
 REQUESTS = [EditRequest(**record, case_id=index) for index, record in enumerate(RECORDS)]
 JOINT = {"preset": "r_rome", "mom2_adjustment": False}
@@ -31,11 +33,6 @@ STREAMS = {
     "joint": {"batch_size": 3, **JOINT},
     "several layers": {"layers": [0, 1], "batch_size": 3, **JOINT},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_perplexity(monkeypatch):
-    monkeypatch.setattr("rome_pl.callbacks.probe_evaluation.perplexity", lambda *_: 1.0)
 
 
 def run(folder, requests=REQUESTS, batch_size=1, dtype=torch.float64, **options):
