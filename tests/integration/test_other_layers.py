@@ -115,6 +115,7 @@ def test_several_layers_and_others_share_a_model(tmp_path):
         assert session.layers.at(1).names == [edit.name for edit in session.edits]
         assert session.layers.at(2).names == [moved.name]
         assert len(moved.written.realised) == 1
+        assert all(edit.spread is None for edit in session.edits)  # it holds prefix passes
         assert moved.written.norm == pytest.approx(sum(update.norm**2 for update in moved.written.updates) ** 0.5)
     together = run_edits(
         tiny_language_model(), tmp_path / "single", retries=[{"layers": [2, 1], **LONG}], retry_below=least,
@@ -227,11 +228,12 @@ def test_they_are_exported(form, tmp_path):
         assert sorted(part.rank for part in made.adapter) == [1, 2]
 
 
-def test_a_key_that_cannot_be_solved_elsewhere_is_laid_at_the_right_door(tmp_path):
+@pytest.mark.parametrize("bound", [None, 100.0])
+def test_a_key_that_cannot_be_solved_elsewhere_is_laid_at_the_right_door(bound, tmp_path):
     """Two facts at one key, joint at layer 2, behind one that stays at layer 1: the second of them goes."""
     twin = replace(REQUESTS[2], target_new="clay", case_id="d")
     requests = [REQUESTS[1], REQUESTS[2], twin]
-    options = {**SHORT, **JOINT, "batch_size": 3}
+    options = {**SHORT, **JOINT, "batch_size": 3, "largest_update": bound}
     plain = run_edits(tiny_language_model(), tmp_path / "plain", requests[:2], **options)
     stays, moves = (edit.steps[-1].probability for edit in plain.edits)
     requests = (
