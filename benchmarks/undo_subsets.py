@@ -58,6 +58,8 @@ def main() -> None:
             "largest_error_after_own_write": max(row["error_after_own_write"] for row in rows),
             "largest_error_at_the_end": max(row["error_at_the_end"] for row in rows),
             "largest_change_of_ES": max(abs(row["ES"] - row["ES_before"]) for row in rows),
+            "mean_change_of_ES": sum(abs(row["ES"] - row["ES_before"]) for row in rows) / len(rows),
+            "ES_within_0.02": sum(abs(row["ES"] - row["ES_before"]) <= 0.02 for row in rows),
             "least_share_of_answers_back": min(row["answers_back"] for row in rows),
             "median_share_of_answers_back": median([row["answers_back"] for row in rows]),
             "all_undone_is_bit_equal": all(torch.equal(after[name], tensor) for name, tensor in before.items()),
