@@ -1,7 +1,7 @@
 """Watches the model between the edits of a stream."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -238,9 +238,10 @@ class StateCheck(Callback):
         """Undo the edits since the last good check, and write them again without those that the check fails after."""
         edits, layers = self._since_good, session.layers
         log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
+        before = {name: written for written in layers.written for name in written.names}
         layers.remove([edit.name for edit in edits])
         try:
-            dropped, anew = self._write_again(session, edits)
+            dropped, anew = self._write_again(session, edits, before)
         except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
             layers.revert()
             layers.remove([edit.name for edit in edits if edit.name in layers.names])
@@ -252,8 +253,16 @@ class StateCheck(Callback):
         self._dropped += len(dropped)
         self._since_good = []
 
-    def _write_again(self, session: EditSession, edits: Sequence[Edit]) -> tuple[list[Edit], list[Edit]]:
-        """Write edits one by one; those that the check fails after, and those whose write is another than before."""
+    def _write_again(
+        self, session: EditSession, edits: Sequence[Edit], before: Mapping[str, Written]
+    ) -> tuple[list[Edit], list[Edit]]:
+        """Write edits one by one; those that the check fails after, and those whose write is another than before.
+
+        Args:
+            session: The run.
+            edits: The edits.
+            before: The whole write, of several edits where they were solved jointly, that each was part of.
+        """
         layers = session.layers
         dropped, anew = list[Edit](), list[Edit]()
         for edit in edits:
@@ -263,7 +272,7 @@ class StateCheck(Callback):
                 dropped.append(edit)
                 continue
             layers.commit()
-            if not written.same_as(edit.written):
+            if not written.same_as(before[edit.name]):
                 edit.replace_write(written)
                 anew.append(edit)
         return dropped, anew

@@ -205,7 +205,7 @@ def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -
     chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
     data = getattr(trainer, "datamodule", None)
     return {name: value for name, value in chosen.items() if not name.startswith("_")} | {
-        "layers": ", ".join(map(str, session.layers.numbers)),
+        "layers": ", ".join(map(str, session.layers.main)),
         "data": str(getattr(data, "path", "")),
         "requests": len(session.requests),
     }

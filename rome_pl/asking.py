@@ -1,7 +1,9 @@
 """What edits assert at each of their layers when they are written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from rome_pl.edit import Edit
 from rome_pl.edited_layers import Ask, EditedLayers
@@ -42,25 +44,19 @@ class Asking:
                 return None
             asked = {edit.name: edit.written.layers[layer].assertion for edit in here if edit.written is not None}
             fresh = [edit for edit in here if edit.written is None]
-            try:
-                asked |= self._asked_first(fresh, layer, below)
-            except DisablingEditError as error:  # it counts these edits alone
-                names = [edit.name for edit in edits]
-                raise DisablingEditError(str(error), names.index(fresh[error.row].name)) from error
-            return [edit.name for edit in here], Assertion.joint([asked[edit.name] for edit in here])
+            for spread in {id(edit.spread): edit.spread for edit in fresh}.values():
+                own = [edit for edit in fresh if edit.spread is spread]
+                asked |= dict(zip([edit.name for edit in own], self._wanted(own, spread, layer, below), strict=True))
+            joint = Assertion.joint([asked[edit.name] for edit in here])
+            if fresh and self.largest_update is not None:
+                try:
+                    joint = self._bounded(here, layer, joint, self.largest_update)
+                except DisablingEditError as error:  # it counts the edits of this layer
+                    names = [edit.name for edit in edits]
+                    raise DisablingEditError(str(error), names.index(here[error.row].name)) from error
+            return [edit.name for edit in here], joint
 
         return ask
-
-    def _asked_first(self, edits: Sequence[Edit], layer: int, below: Mapping[int, Update]) -> dict[str, Assertion]:
-        """What edits that were not written yet assert at one of their layers, by name."""
-        found: dict[str, Assertion] = {}
-        for spread in {id(edit.spread): edit.spread for edit in edits}.values():
-            own = [edit for edit in edits if edit.spread is spread]
-            found |= dict(zip([edit.name for edit in own], self._wanted(own, spread, layer, below), strict=True))
-        if not edits:
-            return found
-        bounded = self._bounded(edits, layer, Assertion.joint([found[edit.name] for edit in edits]))
-        return {edit.name: bounded.rows([row]) for row, edit in enumerate(edits)}
 
     def _wanted(
         self, edits: Sequence[Edit], spread: Spread | None, layer: int, below: Mapping[int, Update]
@@ -68,22 +64,25 @@ class Asking:
         """What edits that were found together assert at one of their layers."""
         if spread is None:
             pairs = [(edit.keys, edit.delta) for edit in edits]
-            return [keys.assertion(self.preset, delta) for keys, delta in pairs if keys and delta is not None]
-        offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
-        # Otherwise the writes below are in the weights.
-        changes = [below[lower] for lower in edits[0].layers if lower < layer] if self.alone else []
-        return spread.assertions(edits[0].layers.index(layer), offsets, changes)
+            wanted = [keys.assertion(self.preset, delta) for keys, delta in pairs if keys and delta is not None]
+        else:
+            offsets = [(edit.place, edit.delta) for edit in edits if edit.delta is not None]
+            # Otherwise the writes below are in the weights.
+            changes = [below[lower] for lower in edits[0].layers if lower < layer] if self.alone else []
+            wanted = spread.assertions(edits[0].layers.index(layer), offsets, changes)
+        if self.anchor_norm is None:
+            return wanted
+        return [self.layers.anchored(layer, one, self.anchor_norm) for one in wanted]
 
-    def _bounded(self, edits: Sequence[Edit], layer: int, asked: Assertion) -> Assertion:
-        """What asks for values of the norm that is wanted, and for no larger changes than are allowed."""
-        if self.anchor_norm is not None:
-            asked = self.layers.anchored(layer, asked, self.anchor_norm)
-        if self.largest_update is None:
-            return asked
-        asked, strengths = self.layers.at(layer).bounded(asked, self.largest_update)
-        for edit, strength in zip(edits, strengths, strict=True):
-            where = f", at layer {layer}"
-            edit.notes = [note for note in edit.notes if not (note.startswith(PART) and note.endswith(where))]
-            if strength < 1:
-                edit.notes.append(f"{PART}{strength:.2g}, to stay within largest_update{where}")
-        return asked
+    def _bounded(self, edits: Sequence[Edit], layer: int, asked: Assertion, largest: float) -> Assertion:
+        """What asks for no larger changes than are allowed, of edits that were not written before."""
+        weaker, strengths = self.layers.at(layer).bounded(asked, largest)
+        where, values = f", at layer {layer}", []
+        for row, (edit, strength) in enumerate(zip(edits, strengths, strict=True)):
+            source = weaker if edit.written is None else asked
+            values.append(source.value[row])
+            if edit.written is None:
+                edit.notes = [note for note in edit.notes if not (note.startswith(PART) and note.endswith(where))]
+                if strength < 1:
+                    edit.notes.append(f"{PART}{strength:.2g}, to stay within largest_update{where}")
+        return replace(weaker, value=torch.stack(values))

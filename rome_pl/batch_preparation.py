@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from rome_pl.edit import Edit, EditBatch
 from rome_pl.objective import EditRows, ValueObjective, edit_rows
 from rome_pl.requests import EditRequest
@@ -18,7 +20,7 @@ __all__ = ["prepare_batch", "prepare_edits"]
 def prepare_batch(
     batch: EditBatch,
     session: EditSession,
-    engine: SuffixEngine,
+    engines: Sequence[SuffixEngine],
     encode: Callable[[EditRequest], EncodedEdit],
     options: Mapping[str, Any],
 ) -> None:
@@ -27,7 +29,7 @@ def prepare_batch(
     Args:
         batch: Gets what is worked out.
         session: What the edits of the run share.
-        engine: Runs the model up to the lookup tokens of the main layers.
+        engines: Run the model up to the lookup tokens; the first those of the main layers, the others those of retries.
         encode: Encodes a request; those of the batch are known to pass.
         options: Those of :class:`rome_pl.RomeModule`.
     """
@@ -37,10 +39,11 @@ def prepare_batch(
         return
     for edit in batch.optimised:
         edit.encoded = encode(edit.request)
-    engine.check(_rows(batch.optimised).rows)  # before anything is counted
+    for engine in engines:  # before anything is counted, and before the first edit is made
+        engine.check(_rows(batch.optimised).rows)
     session.counted = 0.0
     with session.counting(skip=options["compile"]):
-        batch.objective = prepare_edits(batch.optimised, session, engine, options)
+        batch.objective = prepare_edits(batch.optimised, session, engines[0], options)
     for edit in batch.optimised:
         edit.seconds["prefix"] = (time.perf_counter() - started) / len(batch.optimised)
 
@@ -56,18 +59,21 @@ def prepare_edits(
         engine: Runs the model up to the lookup tokens.
         options: Those of :class:`rome_pl.RomeModule`.
     """
-    layout = _rows(edits)
-    prefix = engine.run(layout.rows)
-    metrics = [session.layers.at(layer).metric for layer in engine.layers]
-    for place, edit in enumerate(edits):
-        keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
-        edit.place, edit.layers, edit.keys, edit.spread = place, engine.layers, keys[-1], None
-        edit.specificity = session.layers.specificity(engine.layers, [key.key(session.preset.shape) for key in keys])
-    if prefix.below:
-        spread = Spread(prefix, layout, session.preset, metrics, [edit.specificity for edit in edits])
-        for edit in edits:
-            edit.spread = spread
-    return ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
+    # A second search begins within a step, which may be under autocast: keys and bases are as precise as the model.
+    with torch.autocast(session.language_model.device.type, enabled=False):
+        layout = _rows(edits)
+        prefix = engine.run(layout.rows)
+        metrics = [session.layers.at(layer).metric for layer in engine.layers]
+        for place, edit in enumerate(edits):
+            keys = keys_at(prefix, layout.contexts[place], session.preset, metrics)
+            shapes = [key.key(session.preset.shape) for key in keys]
+            edit.place, edit.layers, edit.keys, edit.spread = place, engine.layers, keys[-1], None
+            edit.specificity = session.layers.specificity(engine.layers, shapes)
+        if prefix.below:
+            spread = Spread(prefix, layout, session.preset, metrics, [edit.specificity for edit in edits])
+            for edit in edits:
+                edit.spread = spread
+        return ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
 
 
 def _rows(edits: Sequence[Edit]) -> EditRows:

@@ -59,6 +59,8 @@ class Delta:
 def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
     """Write the factors of every edit, ``layers.<place>.left`` ``[n, d_value]`` and ``….right`` ``[n, d_key]``.
 
+    Layers that no edit is written into have no place.
+
     Args:
         folder: Where to.
         layers: The weights with their edits.
@@ -68,15 +70,15 @@ def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
         holds; and ``digests`` of the edited weights.
     """
     tensors = {}
-    for place, weight in enumerate(layers.weights):
-        nothing = Update(torch.zeros(0, weight.site.d_value).double(), torch.zeros(0, weight.site.d_key).double())
-        update = Update.joint([nothing, *(written.update.to(nothing.left.device) for written in weight.written)])
-        tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"] = update.left, update.right
+    edited = [weight for weight in layers.weights if weight.written]
+    for place, weight in enumerate(edited):
+        update = Update.joint([written.update for written in weight.written])
+        tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"] = update.left.cpu(), update.right.cpu()
     save_file(tensors, folder / TENSORS)
     return {
         "num_edits": len(layers.names),
-        "writes": [[len(written.names) for written in weight.written] for weight in layers.weights],
-        "digests": [_digest(weight.site.weight) for weight in layers.weights],
+        "writes": [[len(written.names) for written in weight.written] for weight in edited],
+        "digests": [_digest(weight.site.weight) for weight in edited],
     }
 
 

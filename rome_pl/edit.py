@@ -25,7 +25,7 @@ from rome_pl.value_search import Step
 __all__ = ["Edit", "EditBatch", "EditError", "EditStatus", "edits_of"]
 
 
-MEASURED_ONCE = ("specificity", "value_norm", "update_norm")
+MEASURED_ONCE = ("specificity", "value_norm", "update_norm", "realised")
 """What of an edit's record is measured on what a run that goes on with it does not have any more."""
 
 
@@ -156,7 +156,7 @@ class Edit:
         """Have another write than the one it was recorded with."""
         self.written = written
         if self.recorded is not None:
-            self.recorded = {**self.recorded, "update_norm": written.norm}
+            self.recorded = {**self.recorded, "update_norm": written.norm, "realised": written.realised[0]}
 
     def fail(self, reason: str) -> None:
         """Skip the edit because it could not be tried."""

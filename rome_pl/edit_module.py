@@ -35,9 +35,10 @@ from rome_pl.related_requests import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.rows import EncodedEdit
-from rome_pl.searches import Attempt, Searches, attempts_of
+from rome_pl.searches import Attempt, Searches, attempts_of, engines_of
 from rome_pl.session import EditSession
 from rome_pl.stream import EditBatches, check_shared, retention_loader
+from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions, ValueSearch
 
 __all__ = ["RomeModule"]
@@ -152,6 +153,7 @@ class RomeModule(LightningModule):
         self.session: EditSession | None = None
         self._prepared: EditSession | None = None
         self._attempts: list[Attempt] = []
+        self._engines: dict[tuple[int, ...], SuffixEngine] = {}
         self._searches: Searches
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
@@ -204,10 +206,11 @@ class RomeModule(LightningModule):
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
                 main = self._attempts[0].layers
                 self._prepared = prepare_session(self.language_model, self._sites, main, hparams)
+            self._engines = engines_of(self.language_model, self._sites, self._attempts, hparams["compile"])
         self._prepared.layers.resume()
         self.session = self._prepared.anew(self.session)
         self.session.search_again = self._search_again
-        self._searches = Searches(self._attempts, self.session, self._sites, self._search, hparams)
+        self._searches = Searches(self._attempts, self.session, self._engines, self._search, hparams)
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -246,7 +249,7 @@ class RomeModule(LightningModule):
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
                 edit.fail(str(refusal))
-        prepare_batch(made, session, self._searches.engine, self._encode, self.hparams)
+        prepare_batch(made, session, list(self._engines.values()), self._encode, self.hparams)
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
@@ -270,6 +273,8 @@ class RomeModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
         """End the run after a failed edit, if that is wanted; what its batch achieved is kept."""
+        for edit in batch.edits:
+            edit.spread = None  # holds a prefix pass
         failed = next((edit for edit in outputs["edits"] if edit.failed), None)
         if failed is not None and self.hparams["on_error"] == "stop":
             raise EditError(f"record {failed.name}: {failed.reason} (on_error: stop)")

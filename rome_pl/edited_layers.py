@@ -60,8 +60,9 @@ class Written:
 
     def same_as(self, other: "Written") -> bool:
         """Whether it changes the weights by the same bits."""
-        same_layers = self.layers.keys() == other.layers.keys()
-        return same_layers and all(written.same_as(other.layers[layer]) for layer, written in self.layers.items())
+        if (self.names, self.layers.keys()) != (other.names, other.layers.keys()):
+            return False
+        return all(written.same_as(other.layers[layer]) for layer, written in self.layers.items())
 
     def part(self, name: str) -> "Written":
         """One edit's rows of a joint write."""
@@ -112,14 +113,19 @@ class EditedLayers:
         return [weight.site.layer for weight in self.weights]
 
     @property
+    def used(self) -> list[int]:
+        """The main layers, and those others that an edit is written into."""
+        return [layer for layer in self.numbers if layer in self.main or self.at(layer).written]
+
+    @property
     def names(self) -> list[str]:
         """Identifiers of the edits in the weights, in order."""
         return [name for written in self.written for name in written.names]
 
     @property
     def change(self) -> float:
-        """Frobenius norm of the change of all layers together, relative to their original weights."""
-        changes, originals = zip(*(weight.norms for weight in self.weights), strict=True)
+        """Frobenius norm of the change of the layers in use together, relative to their original weights."""
+        changes, originals = zip(*(self.at(layer).norms for layer in self.used), strict=True)
         return math.hypot(*changes) / math.hypot(*originals)
 
     @property

@@ -119,9 +119,9 @@ def html_report(
 def _facts(content: Content, manifest: Mapping[str, Any]) -> Iterator[str]:
     model, rewrite = manifest["model"], manifest.get("rewrite")
     if rewrite:
-        yield f"{content['mode']} edits"
-        yield f"layer {', '.join(map(str, rewrite['layers']))}"
-        yield ", ".join(rewrite["weights"])
+        weights = dict(zip(rewrite["layers"], rewrite["weights"], strict=True))
+        yield from (f"{content['mode']} edits", f"layer {', '.join(map(str, rewrite['main']))}")
+        yield ", ".join(weights[layer] for layer in rewrite["main"])  # the others are named by retries alone
     if manifest.get("ledger"):
         yield f"with the edits of {manifest['ledger']}"
     if manifest.get("base"):

@@ -58,6 +58,8 @@ class LayerTrial:
             self._module(self.sites[0])
         except (ArgumentError, ValueError) as error:
             raise OptionError(f"editing: {error}") from error
+        if any(other.get("layers") for other in self.options["retries"]):
+            raise OptionError("editing: retries at other layers would credit one layer with what another holds")
 
     def run(self, requests: Sequence[EditRequest], device: torch.device) -> Trial:
         """Make the edits.

@@ -85,7 +85,11 @@ def manifest(session: EditSession, seed: int) -> dict[str, Any]:
         "seed": seed,
         "mode": "sequential" if session.sequential else "single",
         "model": language_model.identity() | {"dtype": str(layers.last.site.weight.dtype)},
-        "rewrite": {"layers": layers.numbers, "weights": [weight.site.name for weight in layers.weights]},
+        "rewrite": {
+            "layers": layers.numbers,
+            "weights": [weight.site.name for weight in layers.weights],
+            "main": list(layers.main),
+        },
         "metric": layers.last.metric.settings,
         "second_moments": [asdict(moment.info) for moment in layers.moments],
         "contexts": list(session.contexts),

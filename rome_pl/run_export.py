@@ -103,6 +103,8 @@ def export_run(
     about = _about(run, form, cases)
     parts: list[AdapterPart] = []
     with _edited(language_model, run, cases, statistics) as layers, whole_folder(folder) as work:
+        edited = [weight.site for weight in layers.weights if weight.written]
+        about["rewrite"] = {"layers": [site.layer for site in edited], "weights": [site.name for site in edited]}
         if form == "hf":
             save_checkpoint(language_model, work, max_shard_size)
         elif form == "delta":
@@ -159,7 +161,6 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
         "format": form,
         "version": VERSION,
         "base": base,
-        "rewrite": {name: manifest["rewrite"].get(name, []) for name in ("layers", "weights")},
         "preset": _preset(run),
         "versions": manifest.get("versions", {}),
         "edits": [_shown(edit) for edit in edits if cases is None or str(edit["case_id"]) in cases],

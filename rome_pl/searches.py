@@ -13,7 +13,7 @@ from rome_pl.session import EditSession
 from rome_pl.suffix import SuffixEngine
 from rome_pl.value_search import SearchOptions
 
-__all__ = ["Attempt", "Searches", "attempts_of"]
+__all__ = ["Attempt", "Searches", "attempts_of", "engines_of"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def attempts_of(options: Mapping[str, Any], main: Sequence[int]) -> list[Attempt
     attempts = [Attempt(tuple(sorted(main)), first)]
     for other in options["retries"]:
         settings = dict(other)
-        layers = settings.pop("layers", main)
-        attempts.append(Attempt(tuple(sorted(layers)), replace(first, **settings)))
+        layers = settings.pop("layers", None)
+        attempts.append(Attempt(tuple(sorted(main if layers is None else layers)), replace(first, **settings)))
     return attempts
 
 
@@ -51,7 +51,7 @@ class Searches:
     Args:
         attempts: The first search and the retries.
         session: What the edits of the run share.
-        sites: The projections that edits are written into.
+        engines: What they run on, by their layers.
         search: Makes one search, of edits whose place is that in the objective.
         options: Those of :class:`rome_pl.RomeModule`.
     """
@@ -60,20 +60,12 @@ class Searches:
         self,
         attempts: Sequence[Attempt],
         session: EditSession,
-        sites: Sequence[RewriteSite],
+        engines: Mapping[tuple[int, ...], SuffixEngine],
         search: Callable[[ValueObjective, Sequence[Edit], SearchOptions], None],
         options: Mapping[str, Any],
     ) -> None:
         self._attempts, self._session, self._search, self._options = tuple(attempts), session, search, options
-        self._engines = {
-            layers: _engine(session.language_model, sites, layers, options["compile"])
-            for layers in {attempt.layers for attempt in attempts}
-        }
-
-    @property
-    def engine(self) -> SuffixEngine:
-        """What the first search runs on."""
-        return self._engines[self._attempts[0].layers]
+        self._engines = engines
 
     def first(self, objective: ValueObjective, edits: Sequence[Edit]) -> None:
         """Search the values of edits that were prepared together, with retries where too little is found."""
@@ -84,19 +76,20 @@ class Searches:
         """Search the value of one edit again, under the weights as they are now.
 
         Args:
-            edit: The edit; afterwards it is pending and not written, unless its losses were not finite.
+            edit: The edit; if another value was found it is pending and not written.
             reason: Why what was found is not good enough.
 
         Returns:
-            Whether there was a retry left.
+            Whether there was a retry left, and it has found a value.
         """
         number = edit.attempt + 1
         if number == len(self._attempts):
             return False
-        edit.written = None
+        edit.written, edit.delta, edit.value, edit.after = None, None, None, None
         objective = self._attempt(number, [edit], None, f": {reason}")
         self._go_on([edit], number + 1, objective)
-        return True
+        edit.failed = False  # it could be tried, whatever has become of the second search
+        return edit.delta is not None
 
     def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
         """Make the attempts from a number on, each for the edits whose last search has found too little."""
@@ -123,8 +116,20 @@ class Searches:
         return objective
 
 
-def _engine(
-    language_model: LanguageModel, sites: Sequence[RewriteSite], layers: Sequence[int], compiled: bool
-) -> SuffixEngine:
-    *below, last = (site for site in sites if site.layer in layers)
-    return SuffixEngine(language_model.model, last, language_model.encoder.pad_id, compiled, below)
+def engines_of(
+    language_model: LanguageModel, sites: Sequence[RewriteSite], attempts: Sequence[Attempt], compiled: bool
+) -> dict[tuple[int, ...], SuffixEngine]:
+    """What attempts run on, by their layers, those of the first attempt first.
+
+    Args:
+        language_model: The model.
+        sites: The projections that edits are written into, the lowest first.
+        attempts: The first search and the retries.
+        compiled: Whether steps go through ``torch.compile``.
+    """
+    engines = {}
+    for layers in dict.fromkeys(attempt.layers for attempt in attempts):
+        *below, last = (site for site in sites if site.layer in layers)
+        pad_id = language_model.encoder.pad_id
+        engines[layers] = SuffixEngine(language_model.model, last, pad_id, compiled, below)
+    return engines

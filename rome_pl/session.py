@@ -148,9 +148,9 @@ class EditSession:
             try:
                 written = self.layers.write([edit.name for edit in pending], self._ask(pending))
             except DisablingEditError as error:
-                self._refuse(pending[error.row], str(error))
+                self._refuse(_culprit(pending, error.row), str(error))
             except ValueError as error:  # not finite, and no saying whose fault it is
-                for edit in pending:
+                for edit in [edit for edit in pending if edit.written is None] or pending:
                     self._refuse(edit, str(error))
             else:
                 lost = [
@@ -286,6 +286,16 @@ class EditSession:
             changed = [layers[number].update if number in layers else None for number in numbers]
             updates.append(changed if layers else None)
         return Changes([weight.site.projection for weight in self.layers.weights], updates)
+
+
+def _culprit(edits: Sequence[Edit], row: int) -> Edit:
+    """Whom to refuse where an edit's key depends on those before it in a joint solve.
+
+    Edits that were written before stood together then: what does not stand now is one that was searched since.
+    """
+    blamed = edits[row]
+    since = [edit for edit in edits[:row] if edit.written is None and set(edit.layers) & set(blamed.layers)]
+    return since[-1] if since and blamed.written is not None else blamed
 
 
 def session_of(module: object) -> EditSession:

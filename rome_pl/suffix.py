@@ -134,7 +134,8 @@ class SuffixEngine:
         if not self._shared:
             raise UnsupportedModelError(
                 f"layers: {type(self.model).__name__} changes what its MLP gives before adding it to the hidden state "
-                f"(an offset arrives {error:.0%} off), so other layers cannot write shares of it; give one layer"
+                f"(an offset arrives {error:.0%} off), so other layers cannot write shares of it; give one layer, in "
+                "each of retries too"
             )
 
     def _random_delta(self, made: PrefixPass) -> Tensor:

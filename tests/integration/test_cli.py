@@ -90,7 +90,7 @@ def test_a_sequential_run_leaves_its_folder_its_table_and_a_checkpoint(arguments
 
     manifest = read(tmp_path, "manifest.json")
     assert len(manifest["model"]["fingerprint"]) == 64
-    assert manifest["rewrite"] == {"layers": [1], "weights": ["model.layers.1.mlp.down_proj.weight"]}
+    assert manifest["rewrite"] == {"layers": [1], "weights": ["model.layers.1.mlp.down_proj.weight"], "main": [1]}
     assert len(manifest["contexts"]) == 3
 
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))

@@ -264,6 +264,7 @@ def test_results_do_not_depend_on_other_facts_or_on_bos(tmp_path, private_cache)
         ({"model__editing": '{"preset": "rome"}'}, "editing: preset is an option of its own"),
         ({"trainer__precision": "bf16-true"}, "precision is bf16-true: use '32-true'"),
         ({"model__editing": '{"layers": [1]}'}, "editing: layers is not for a trial to choose"),
+        ({"model__editing": '{"retries": [{"layers": [1]}]}'}, "editing: retries at other layers would credit"),
         ({"model__trial_path": "nowhere.json"}, "nowhere.json: no such file"),
         ({"trainer__devices": 2}, "facts are traced on one; set trainer.devices: 1"),
     ],

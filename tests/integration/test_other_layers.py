@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from rome_pl.architecture import UnsupportedModelError
-from rome_pl.callbacks import EditCommit, RunReport
+from rome_pl.callbacks import EditCommit, RunReport, StateCheck
 from rome_pl.delta import apply_delta, read_delta
 from rome_pl.edit import EditStatus
 from rome_pl.edit_module import RomeModule
+from rome_pl.editor import KnowledgeEditor
 from rome_pl.ledger import read_lines
 from rome_pl.replay import differences, load_write, replay
 from rome_pl.run_export import export_run
+from rome_pl.suffix import SuffixEngine
 from rome_pl.undo import undo
-from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, run_edits, snapshot
+from tests.integration.helpers import FAST, REQUESTS, about, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
@@ -221,7 +223,7 @@ def test_they_are_exported(form, tmp_path):
     if form == "delta":
         delta = read_delta(tmp_path / "out")
         assert delta.num_edits == 3
-        assert sorted(sum(len(update.left) for update in updates) for updates in delta.updates) == [0, 1, 2]
+        assert sorted(sum(len(update.left) for update in updates) for updates in delta.updates) == [1, 2]
         assert apply_delta(base, delta)
         assert changed(base.model, edited) == []
     else:
@@ -270,6 +272,77 @@ def test_a_shard_of_part_of_a_joint_write_is_said(tmp_path):
     assert {layer: part.names for layer, part in written.layers.items()} == {
         layer: part.names for layer, part in session.layers.written[0].layers.items()
     }
+
+
+class _Culprit(StateCheck):
+    """Finds the state bad while one edit is in the weights."""
+
+    def __init__(self, name):
+        super().__init__(every_n_edits=1, on_failure="recover")
+        self.name = name
+
+    def _look(self, session):
+        return super()._look(session) | {"failures": ["it is in"] if self.name in session.layers.names else []}
+
+
+@pytest.mark.parametrize("culprit", ["a", "b", "c"])
+def test_recovery_of_a_joint_write_over_several_layers_is_on_record(culprit, tmp_path):
+    """The edit that was alone at its layer keeps its bits, and is no longer solved with the others."""
+    plain = run_edits(tiny_language_model(), tmp_path / "plain", **SHORT, **JOINT)
+    least = between(edit.steps[-1].probability for edit in plain.edits)
+    callbacks = [one for one in with_ledger() if not isinstance(one, StateCheck)]
+    place = next(place for place, one in enumerate(callbacks) if isinstance(one, EditCommit))
+    callbacks.insert(place + 1, _Culprit(culprit))
+    language_model = tiny_language_model()
+    session = run_edits(
+        language_model, tmp_path / "run", callbacks=callbacks, batch_size=3, retries=ELSEWHERE, retry_below=least,
+        **SHORT, **JOINT,
+    )  # fmt: skip
+    assert {edit.layers for edit in session.edits} == {(1,), (2,)}
+    assert session.layers.names == [name for name in "abc" if name != culprit]
+    rebuilt = tiny_language_model()
+    assert replay(rebuilt, tmp_path / "run").names == session.layers.names
+    assert changed(rebuilt.model, snapshot(language_model.model)) == []
+
+
+def test_layers_of_a_retry_count_only_once_they_hold_something(tmp_path):
+    options = {"sequential_edit": True}
+    plain = run_edits(tiny_language_model(), tmp_path / "plain", **options)
+    unused = run_edits(
+        tiny_language_model(), tmp_path / "run", callbacks=with_ledger(), retries=[{"layers": [0]}, {"layers": [2]}],
+        retry_below=0.0, **options,
+    )  # fmt: skip
+    assert unused.layers.numbers == [0, 1, 2]
+    assert unused.layers.change == plain.layers.change
+    export_run(tiny_language_model(), tmp_path / "run", tmp_path / "out", "delta")
+    assert about(tmp_path / "out")["rewrite"] == {"layers": [1], "weights": [plain.layers.last.site.name]}
+
+
+def test_a_layer_that_cannot_be_written_in_part_is_refused_before_the_first_edit(tmp_path):
+    language_model = tiny_language_model("gemma2")
+    before = snapshot(language_model.model)
+    with pytest.raises(UnsupportedModelError, match="give one layer, in each of retries too"):
+        run_edits(
+            language_model, tmp_path, retries=[{"layers": [0, 1]}], retry_below=0.0, sequential_edit=True, **SHORT
+        )
+    assert changed(language_model.model, before) == []
+
+
+def test_an_editor_looks_at_the_model_once(monkeypatch):
+    made = []
+    original = SuffixEngine._error
+    monkeypatch.setattr(SuffixEngine, "_error", lambda self, *rest: made.append(self) or original(self, *rest))
+    editor = KnowledgeEditor(tiny_language_model(), **FAST, retries=[{"layers": [2]}])
+    for request in REQUESTS:
+        editor.edit(request.prompt, request.subject, request.target_new, verify=False)
+    assert [engine.layers for engine in made] == [(1,), (2,)]
+
+
+def test_a_retry_without_layers_searches_at_those_of_the_run(tmp_path):
+    retries = [{"layers": None, "v_num_grad_steps": 3}]
+    session = run_edits(tiny_language_model(), tmp_path, retries=retries, retry_below=1.0)
+    assert {edit.layers for edit in session.edits} == {(1,)}
+    assert {edit.attempt for edit in session.edits} == {1}
 
 
 def test_layers_that_cannot_be_are_refused(language_model):
