@@ -68,7 +68,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
         metric=SimpleNamespace(settings={}),
         site=SimpleNamespace(layer=1, name="layers.1.weight", weight=torch.zeros(1)),
     )
-    layers = SimpleNamespace(change=0.25, numbers=[1], last=weight, weights=[weight], moments=(), written=[])
+    layers = SimpleNamespace(change=0.25, numbers=[1], main=(1,), last=weight, weights=[weight], moments=(), written=[])
     session = EditSession(
         language_model=SimpleNamespace(
             encoder=SimpleNamespace(frame=PlainFrame()),

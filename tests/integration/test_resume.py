@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.cli import main
-from rome_pl.ledger import Ledger, LedgerError
+from rome_pl.ledger import Ledger, LedgerError, read_lines
 from rome_pl.requests import EditRequest
 from rome_pl.searches import Searches
 from rome_pl.session import EditSession
@@ -378,8 +378,9 @@ ONE_BY_ONE = {}
 LIFELONG = {
     "model__preset": "lifelong", "model__layers": [0, 1, 2], "data__batch_size": 5,
     "state_check__every_n_edits": 10, "state_check__least_retained": 0.5,
+    "model__retries": '[{"layers": [1]}]', "model__retry_below": 0.00184,
 }  # fmt: skip
-"""What ``configs/stream.yaml`` does: several rewrite layers, a second moment, and edits solved jointly."""
+"""What ``configs/stream.yaml`` does: several rewrite layers, a second moment, edits solved jointly, some elsewhere."""
 
 
 @pytest.mark.slow
@@ -406,6 +407,8 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_bits(options, kil
     process = begin(whole)
     span = -wait_for(1, process, whole) + wait_for(60, process, whole)
     assert process.wait() == 0
+    layers = {tuple(line.record["layers"]) for line in read_lines(ledger_of(whole)) if "layers" in line.record}
+    assert len(layers) == (2 if "model__retries" in options else 1)
     expected = load_file(tmp_path / "whole model" / "model.safetensors")
     chance, inside = random.Random(0), 0
     for place in range(kills):
