@@ -39,6 +39,8 @@ class MomentReport(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not all(hasattr(pl_module, name) for name in ("finished", "history")):
+            raise TypeError(f"MomentReport works with CovarianceModule, not with {type(pl_module).__name__}")
         self._started = time.monotonic()
 
     @override

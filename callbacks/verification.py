@@ -39,7 +39,8 @@ class Verification(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.largest_disturbance is not None and not session_of(pl_module).layers.moments:
+        session = session_of(pl_module)
+        if self.largest_disturbance is not None and not session.layers.moments:
             raise OptionError(
                 "largest_disturbance: without the second moment of keys (this preset, or mom2_adjustment: false) "
                 "nothing is known of ordinary text; leave it out"

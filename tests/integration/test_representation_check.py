@@ -50,6 +50,26 @@ def test_a_key_like_an_earlier_one_is_noted_or_rejected(language_model, tmp_path
     assert [edit.status for edit in session.edits] == ["applied", "rejected"]
 
 
+def test_a_key_of_odd_norm_is_noted_or_rejected(language_model, tmp_path):
+    """The norm is compared with that of ordinary keys, either way."""
+    options = {"preset": "r_rome", "mom2_n_samples": 600}
+
+    def notes(ratio):
+        callbacks = [RepresentationCheck(largest_norm_ratio=ratio), *lenient_callbacks()[1:]]
+        fresh = tiny_language_model()
+        session = run_edits(fresh, tmp_path, REQUESTS[:1], callbacks=callbacks, **options)
+        return [note for note in session.edits[0].notes if "times the usual one" in note]
+
+    assert notes(1e6) == []
+    found = notes(1 + 1e-6)
+    assert len(found) == 1
+    assert found[0].startswith("the key's norm is ")
+    callbacks = [RepresentationCheck(largest_norm_ratio=1 + 1e-6, on_odd_key="reject"), *lenient_callbacks()[1:]]
+    session = run_edits(language_model, tmp_path, REQUESTS[:1], callbacks=callbacks, **options)
+    assert session.edits[0].status is EditStatus.REJECTED
+    assert "times the usual one" in session.edits[0].reason
+
+
 CONFLICTING = [
     replace(REQUESTS[0], case_id="first", relation="P1"),
     replace(REQUESTS[0], case_id="again", relation="P1"),

@@ -100,7 +100,12 @@ def test_hash_seed_depends_on_every_part_and_their_order():
     seeds = {hash_seed(*parts) for parts in [(1, "a"), (2, "a"), (1, "b"), ("a", 1), ("1", "a"), (1,), ()]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert hash_seed(1, "a") == hash_seed(1, "a")
+
+
+def test_hash_seed_is_what_it_was():
+    """Contexts, noise, samples and generated text follow from it: with other seeds no earlier run could be resumed."""
+    assert hash_seed(7, 5, "The") == 803429988
+    assert hash_seed(0, "new target", "a", "b") == 668363484
 
 
 @pytest.mark.parametrize("columns", [slice(2, 3), slice(1, None), slice(None)])
