@@ -25,7 +25,8 @@ from rome_pl.edit import Edit, EditBatch, EditError, EditStatus
 from rome_pl.encoding import FactToken
 from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective
 from rome_pl.options import check_options

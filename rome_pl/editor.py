@@ -16,7 +16,8 @@ from rome_pl.errors import OptionError
 from rome_pl.exports import easyedit_case
 from rome_pl.hooks import frozen
 from rome_pl.inner_trainer import fit_inside
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import load_language_model
 from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.session import session_of

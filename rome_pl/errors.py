@@ -1,6 +1,6 @@
 """What can be wrong with what a user gave; every such error says what to do about it."""
 
-__all__ = ["OptionError", "RomeError", "first_line"]
+__all__ = ["OptionError", "RomeError", "SourceError", "first_line"]
 
 
 class RomeError(ValueError):
@@ -9,6 +9,10 @@ class RomeError(ValueError):
 
 class OptionError(RomeError):
     """An option whose value cannot be used, or that contradicts another."""
+
+
+class SourceError(RomeError):
+    """A model source that cannot be loaded, with what to do."""
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import OptionError
 from rome_pl.files import check_free, whole_folder
 from rome_pl.hub import fault_of, push
-from rome_pl.language_model import load_language_model
+from rome_pl.loading import load_language_model
 from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import read_edits
 from rome_pl.run_export import check_export, export_run, save_checkpoint

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rome_pl.chat import ChatForm
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError
+from rome_pl.loading import load_language_model
 from rome_pl.replay import read_manifest
 
 __all__ = ["base_model", "chat_of", "known_names", "run_folder"]

@@ -20,8 +20,8 @@ from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.evaluation_module import EvaluationModule
-from rome_pl.language_model import load_encoder
 from rome_pl.layer_trial import trial_requests
+from rome_pl.loading import load_encoder
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
 from rome_pl.resume import check_model, check_settings, is_finished
