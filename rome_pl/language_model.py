@@ -12,9 +12,10 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_layers
+from rome_pl.architecture import RewriteSite, decoder_layers
 from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import TextEncoder
+from rome_pl.supported import check_supported
 
 __all__ = ["LanguageModel", "cache_folder", "max_length"]
 
@@ -43,12 +44,7 @@ class LanguageModel:
     encoder: TextEncoder = field(init=False)
 
     def __post_init__(self) -> None:
-        if getattr(self.model, "is_quantized", False):
-            raise UnsupportedModelError(
-                f"{self.source} is loaded with quantised weights, whose steps are larger than an edit; "
-                "load it in float32, bfloat16 or float16"
-            )
-        decoder_layers(self.model)
+        check_supported(self.model, self.source)
         frame = frame_for(self.tokenizer, self.chat)
         self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame)
         if self.encoder.pad_id >= self.model.get_input_embeddings().num_embeddings:
