@@ -104,8 +104,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         layer: Index of the decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, has no dense MLP, or an
-            adapter of PEFT is on the projection.
+        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP,
+            or if an adapter of PEFT is on the projection.
     """
     list_name, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):

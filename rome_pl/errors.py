@@ -15,6 +15,6 @@ class SourceError(RomeError):
     """A model source that cannot be loaded, with what to do."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, as one line without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

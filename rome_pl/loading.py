@@ -6,16 +6,21 @@ GGUF weights are converted once and cached as safetensors.
 
 import importlib.util
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from rome_pl.architecture import UnsupportedModelError
 from rome_pl.chat import ChatForm, frame_for
+from rome_pl.checkpoint import check_files, check_settings, check_weights
 from rome_pl.encoding import TextEncoder
-from rome_pl.errors import SourceError, first_line
+from rome_pl.errors import RomeError, SourceError, first_line
 from rome_pl.gguf import converted
+from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.language_model import LanguageModel, max_length
 
 __all__ = ["DEFAULT_SOURCE", "SourceError", "load_encoder", "load_language_model"]
@@ -29,7 +34,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 log = logging.getLogger(__name__)
 
 
-def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = False) -> LanguageModel:
+def load_language_model(
+    source: str | os.PathLike[str], dtype: str = "auto", allow_pickle: bool = False
+) -> LanguageModel:
     """Load a model and its tokenizer; no code from the hub runs, and weights come from safetensors.
 
     Args:
@@ -38,14 +45,16 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
         allow_pickle: Whether a checkpoint without safetensors may be read, by torch's restricted unpickler.
 
     Raises:
-        SourceError: If the source is unknown, or unreachable while offline.
+        SourceError: If the source is unknown, damaged, or unreachable while offline.
+        UnsupportedModelError: If it is no model that can be edited.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = os.fspath(source)
     if dtype not in DTYPES:
         raise SourceError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    folder = _resolve(source)
-    try:
+    with undisturbed(), differentiable(), _explained(source):
+        folder, _ = _checked(source)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -54,34 +63,63 @@ def load_language_model(source: str, dtype: str = "auto", allow_pickle: bool = F
             trust_remote_code=False,
             use_safetensors=None if allow_pickle else True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise SourceError(
-            f"cannot load '{source}' as a language model. It is neither a folder nor a GGUF file here, or it is not "
-            "complete, or the Hugging Face hub does not know it or cannot be reached (offline?). Check the spelling; "
-            "offline, give a folder with config.json, tokenizer.json and safetensors weights "
-            "(allow_pickle also reads pytorch_model.bin). "
-            f"The loader said: {first_line(error)}"
-        ) from error
-    if report["missing_keys"]:
-        # The library fills what is missing with random numbers and goes on.
-        missing = sorted(report["missing_keys"])
-        raise SourceError(
-            f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete"
-        )
-    return LanguageModel(model.eval(), tokenizer, source)
+        check_weights(model, report, source)
+        return LanguageModel(model.eval(), tokenizer, source)
 
 
-def load_encoder(source: str, chat: ChatForm | None = None) -> TextEncoder:
+def load_encoder(source: str | os.PathLike[str], chat: ChatForm | None = None) -> TextEncoder:
     """The encoder of a source, without its weights; raises like :func:`load_language_model` and :func:`frame_for`."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    source = os.fspath(source)
+    with undisturbed(), _explained(source, "cannot load tokenizer and config of '{source}'"):
+        folder, config = _checked(source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return TextEncoder(tokenizer, max_length(config), frame_for(tokenizer, chat))
+
+
+@contextmanager
+def _explained(source: str, fault: str = "cannot load '{source}' as a language model") -> Iterator[None]:
+    """Whatever a loader raises, as one sentence with what to do; interrupts and lack of memory stay what they are."""
+    try:
+        yield
+    except (RomeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # Loaders parse what others wrote, and answer by exceptions of any kind; a panic in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = f"{fault.format(source=source)}: {first_line(error)} ({type(error).__name__}). "
+        wanted = "config.json, tokenizer.json and safetensors weights (allow_pickle also reads pytorch_model.bin)"
+        raise SourceError(
+            f"{said}The folder needs {wanted}, whole and of a kind that transformers knows"
+            if Path(source).expanduser().exists()
+            else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or cannot "
+            f"be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
+        ) from error
+
+
+def _checked(source: str) -> tuple[str, Any]:
+    """The folder or hub name behind a source, and its configuration, once what that says can be edited."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = _resolve(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load tokenizer and config of '{source}': {first_line(error)}") from error
-    return TextEncoder(tokenizer, max_length(config), frame_for(tokenizer, chat))
+    if Path(folder).is_dir():
+        check_files(Path(folder), source)
+    elif find_adapter_config_file(folder) is not None:
+        raise SourceError(
+            f"'{source}' is an adapter of PEFT: merge it first (peft's AutoPeftModelForCausalLM, merge_and_unload()), "
+            "save model and tokenizer to a folder, and give that"
+        )
+    check_settings(PretrainedConfig.get_config_dict(folder)[0], source)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{source} is an encoder-decoder ({config.model_type}); edits are for decoders alone, such as GPT or Llama "
+            "models"
+        )
+    return folder, config
 
 
 def _say_if_cached(name: str) -> None:
@@ -109,13 +147,16 @@ def _resolve(source: str) -> str:
     """The folder or hub name behind a source; converts a GGUF file on first use."""
     if source.startswith("package:"):
         return str(converted(_file_in_package(source)))
+    path = Path(source).expanduser()
     if source.endswith(".gguf"):
-        path = Path(source).expanduser()
         if not path.is_file():
             raise SourceError(f"{path}: no such GGUF file")
         return str(converted(path))
-    if not Path(source).expanduser().is_dir():
-        _say_if_cached(source)
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise SourceError(f"{path} is a file; give the folder of a model, or a file whose name ends in .gguf")
+    _say_if_cached(source)
     return source
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
+import torch
+
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
 from rome_pl.distributed import check_strategy
@@ -37,6 +39,8 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
     Raises:
         OptionError: With the setting that works.
     """
+    if torch.is_inference_mode_enabled():
+        raise OptionError("inside torch.inference_mode() nothing can be optimised: call Trainer.fit outside of it")
     check_strategy(trainer.strategy)
     if trainer.max_epochs != 1:
         raise OptionError(

@@ -25,6 +25,7 @@ from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_card import model_card
 from rome_pl.replay import read_edits, read_manifest, replay
 from rome_pl.suggestions import did_you_mean
+from rome_pl.supported import check_saves_whole
 from rome_pl.undo import pick
 
 __all__ = ["FORMATS", "Exported", "check_export", "export_run", "save_checkpoint"]
@@ -126,7 +127,9 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
     Raises:
         OSError: If the folder cannot be written.
         SafetensorError: The same, for the weights.
+        UnsupportedModelError: If what would be saved lacks the edits.
     """
+    check_saves_whole(language_model.model)
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:

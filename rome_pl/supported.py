@@ -102,7 +102,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_config(model: nn.Module, source: str) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
             f"{source}: {type(model).__name__} has no configuration of transformers, which says how many layers it "
@@ -113,6 +113,9 @@ def _check_config(model: nn.Module, source: str) -> None:
             f"{source}: {type(model).__name__} is an encoder-decoder; edits are for decoders alone, such as GPT or "
             "Llama models"
         )
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(length, int) and length < 1:
+        raise UnsupportedModelError(f"{source}: its configuration says max_position_embeddings: {length}")
     if getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
             f"{source} is loaded with quantised weights, whose steps are larger than an edit; "
@@ -202,9 +205,10 @@ def _depends(model: nn.Module, row: torch.Tensor) -> bool:
 
 def _rows(model: nn.Module) -> torch.Tensor:
     """Two rows of tokens that differ in the last one alone, ``[2, TOKENS]``."""
-    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = int(getattr(embedding, "num_embeddings", 0)) or int(getattr(model.config, "vocab_size", 0))  # type: ignore[union-attr, arg-type]
+    get: Any = getattr(model, "get_input_embeddings", None)
     config: Any = model.config
+    embedding: Any = get() if get is not None else None
+    size = int(getattr(embedding, "num_embeddings", 0) or getattr(config, "vocab_size", 0))
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "mask")}
     plain = [token for token in range(min(size, 64)) if token not in special] or [0]
     ids = [plain[-1 - place % len(plain)] for place in range(TOKENS + 1)]
