@@ -89,14 +89,27 @@ def _explained(source: str, fault: str = "cannot load '{source}' as a language m
         # Loaders parse what others wrote, and answer by exceptions of any kind; a panic in Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = f"{fault.format(source=source)}: {first_line(error)} ({type(error).__name__}). "
+        said = f"{fault.format(source=source)}: {_words(error)}. "
         wanted = "config.json, tokenizer.json and safetensors weights (allow_pickle also reads pytorch_model.bin)"
         raise SourceError(
             f"{said}The folder needs {wanted}, whole and of a kind that transformers knows"
             if Path(source).expanduser().exists()
-            else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or cannot "
-            f"be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
+            else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or "
+            f"cannot be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
         ) from error
+
+
+def _words(error: BaseException) -> str:
+    """What a loader says, where it can be understood without its code."""
+    text = str(error).strip()
+    if isinstance(error, KeyError):
+        return f"it names {text}, which transformers does not know"
+    if "ignore_mismatched_sizes" in text:
+        return "weights have other shapes than config.json says"
+    # Where the first line announces the reason, the reason is the next.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    return f"{said.rstrip('.')} ({type(error).__name__})"
 
 
 def _checked(source: str) -> tuple[str, Any]:

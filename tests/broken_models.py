@@ -178,9 +178,7 @@ BROKEN = {
     "weights cut": cut(WEIGHTS, 0.9),
     "another header length": flipped(WEIGHTS, 7),
     "header damaged": flipped(WEIGHTS, 9),
-    "a large file's place holder": written(
-        WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    ),
+    "a large file's place holder": written(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\nsize 1\n"),
     "weights are a folder": replaced(WEIGHTS, os.mkdir),
     "weights are a pipe": replaced(WEIGHTS, os.mkfifo),
     "a weight missing": weights(lambda tensors: tensors.pop(DOWN)),
