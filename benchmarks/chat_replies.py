@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from rome_pl.chat import ChatForm
-from rome_pl.language_model import load_language_model
+from rome_pl.loading import load_language_model
 from rome_pl.metrics.generation import generate
 from rome_pl.replay import read_edits, read_manifest, replay
 

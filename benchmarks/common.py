@@ -20,7 +20,8 @@ from rome_pl.data_modules.request_data import BATCH, request_loader
 from rome_pl.edit import EditBatch
 from rome_pl.edit_module import RomeModule
 from rome_pl.flops import count_flops
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import EditRequest

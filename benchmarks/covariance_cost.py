@@ -31,7 +31,8 @@ from rome_pl.corpus import Corpus
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule
 from rome_pl.flops import count_flops
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.moment_pass import KEYS_PER_DIMENSION, MomentPass, PassOptions
 from rome_pl.packing import Packer
 from rome_pl.second_moment import SecondMoment

@@ -19,7 +19,8 @@ from rome_pl.convergence import agreement_of_halves, probe_keys
 from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.edit import EditStatus
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import load_language_model
 from rome_pl.moment_pass import PassOptions
 from rome_pl.requests import EditRequest
 from rome_pl.second_moment import SecondMoment

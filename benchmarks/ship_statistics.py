@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rome_pl.architecture import find_site
 from rome_pl.corpus import Corpus
-from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.moment_pass import PassOptions
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import compute

@@ -12,7 +12,7 @@ from common import parser, write
 from rome_pl.data_modules import FactDataModule
 from rome_pl.flops import count_flops
 from rome_pl.hooks import frozen
-from rome_pl.language_model import load_language_model
+from rome_pl.loading import load_language_model
 from rome_pl.trace_module import TraceModule
 from rome_pl.tracing import Tracer, draw_noise
 

@@ -71,7 +71,8 @@ class RunReport(Callback):
         if not trainer.is_global_zero:
             return
         session = session_of(pl_module)
-        write_json(Path(trainer.default_root_dir) / "manifest.json", manifest(session, int(pl_module.hparams["seed"])))
+        run = Path(trainer.default_root_dir)
+        write_json(run / "manifest.json", manifest(session, int(pl_module.hparams["seed"]), run))
         note_continuations(session, self.generations, "base")
 
     @override

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rome_pl.editor import KnowledgeEditor as KnowledgeEditor
     from rome_pl.evaluation_module import EvaluationModule as EvaluationModule
     from rome_pl.language_model import LanguageModel as LanguageModel
-    from rome_pl.language_model import load_language_model as load_language_model
+    from rome_pl.loading import load_language_model as load_language_model
     from rome_pl.optimizers import PolyakStep as PolyakStep
     from rome_pl.requests import EditRequest as EditRequest
     from rome_pl.run_export import export_run as export_run
@@ -26,7 +26,7 @@ _PUBLIC = {
     "RomeModule": "rome_pl.edit_module",
     "export_run": "rome_pl.run_export",
     "TraceModule": "rome_pl.trace_module",
-    "load_language_model": "rome_pl.language_model",
+    "load_language_model": "rome_pl.loading",
 }
 
 __all__ = [

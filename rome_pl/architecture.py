@@ -82,9 +82,14 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its dotted name.
 
     Raises:
-        UnsupportedModelError: If the model has no list of that length.
+        UnsupportedModelError: If the model has no list of that length, or does not say how long it is.
     """
-    expected = int(_text_config(model).num_hidden_layers)
+    expected = getattr(_text_config(model), "num_hidden_layers", None)
+    if not isinstance(expected, int) or expected < 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no decoder with a list of layers: its configuration has "
+            f"num_hidden_layers {expected!r}"
+        )
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
@@ -99,7 +104,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         layer: Index of the decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP.
+        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP,
+            or if an adapter of PEFT is on the projection.
     """
     list_name, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
@@ -115,7 +121,7 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
             "so one rank-one update cannot carry a fact; choose a layer with a dense MLP"
         )
     width = hidden_size(model)
-    found = None
+    found, adapted = None, None
     for name, module in outside:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -126,9 +132,17 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
             )
         transposed = isinstance(module, Conv1D)
         if module.weight.shape[1 if transposed else 0] == width:
-            found = RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed)
+            found, adapted = (
+                RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed),
+                _adapted(block, name),
+            )
     if found is None:
         raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
+    if adapted is not None:  # an adapter's own maps are registered after the projection, and would stand in for it
+        raise UnsupportedModelError(
+            f"{where} has an adapter of PEFT on '{adapted}', the projection that an edit writes into: merge it first "
+            "(model = model.merge_and_unload())"
+        )
     return found
 
 
@@ -145,16 +159,17 @@ def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
     block, width = decoder_layers(model)[1][layer], hidden_size(model)
     mixers = [name for name, module in block.named_modules() if name and _is_attention(module)]
     dense = [
-        module
+        (name, module)
         for name, module in block.named_modules()
         if name.startswith(tuple(f"{mixer}." for mixer in mixers)) and isinstance(module, nn.Linear | Conv1D)
     ]
-    ends = [m for m in dense if m.weight.shape[1 if isinstance(m, Conv1D) else 0] == width]
+    ends = [name for name, m in dense if m.weight.shape[1 if isinstance(m, Conv1D) else 0] == width]
     if not ends:
         raise UnsupportedModelError(
             f"layer {layer} of {type(model).__name__} has no attention that ends in a dense map"
         )
-    return ends[-1]  # keys, values and queries are registered before what reads them
+    last = ends[-1]  # keys, values and queries are registered before what reads them
+    return block.get_submodule(_adapted(block, last) or last)
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -171,6 +186,16 @@ def _inside_mixer(block: nn.Module, name: str) -> bool:
 def _is_mixer(module: nn.Module) -> bool:
     convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
     return convolves or _is_attention(module)
+
+
+def _adapted(block: nn.Module, name: str) -> str | None:
+    """The module around a module, or itself, that an adapter of PEFT was put on, if any."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        # Only what PEFT has put around a layer keeps the layer itself under this name.
+        if isinstance(getattr(block.get_submodule(".".join(parts[:depth])), "base_layer", None), nn.Module):
+            return ".".join(parts[:depth])
+    return None
 
 
 def _is_attention(module: nn.Module) -> bool:

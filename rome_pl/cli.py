@@ -41,6 +41,7 @@ from rome_pl.callbacks import (
 from rome_pl.commands import COMMANDS
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, FactDataModule, RequestDataModule
+from rome_pl.devices import check_trainer_devices
 from rome_pl.distributed import check_strategy
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
@@ -198,6 +199,7 @@ class RomeCLI(LightningCLI):
         assert self.subcommand is not None
         trainer = self._get(self.config_init, "trainer")
         check_strategy(trainer["strategy"])
+        check_trainer_devices(trainer["accelerator"], trainer["devices"])
         if trainer["enable_progress_bar"] is not False:
             self.trainer_defaults = {"callbacks": [_progress(VERBS[self.subcommand])]}
         if trainer["logger"] in (None, True):

@@ -69,6 +69,7 @@ def undo(
     save_model: str | None = None,
     statistics: list[str] | None = None,
     allow_pickle: bool = False,
+    pretrained: str | None = None,
 ) -> None:
     """Take edits out of a sequential run: the others are solved for again from what the ledger holds of them.
 
@@ -81,6 +82,7 @@ def undo(
         save_model: Folder for a Hugging Face checkpoint of the model with the edits that remain.
         statistics: The run's second moments, where they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.
     """
     run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
@@ -90,7 +92,7 @@ def undo(
         raise LedgerError(f"{run}: no edit is in the weight")
     if save_model is not None:
         check_free(Path(save_model), "save_model")
-    language_model = base_model(run, allow_pickle)
+    language_model = base_model(run, allow_pickle, pretrained)
 
     def save() -> None:
         if save_model is not None:
@@ -114,7 +116,12 @@ def undo(
 
 
 def pick(
-    ledger: str, cases: str, save_model: str, statistics: list[str] | None = None, allow_pickle: bool = False
+    ledger: str,
+    cases: str,
+    save_model: str,
+    statistics: list[str] | None = None,
+    allow_pickle: bool = False,
+    pretrained: str | None = None,
 ) -> None:
     """Make a model with some edits of a sequential run and without its others; the run's folder stays as it is.
 
@@ -124,12 +131,13 @@ def pick(
         save_model: Folder for a Hugging Face checkpoint.
         statistics: The run's second moments, where they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.
     """
     run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     names = known_names(cases, edits, run)
     check_free(Path(save_model), "save_model")
-    language_model = base_model(run, allow_pickle)
+    language_model = base_model(run, allow_pickle, pretrained)
     layers = keep(language_model, run, names, [Path(path) for path in statistics or []])
     with whole_folder(Path(save_model)) as work:
         save_checkpoint(language_model, work)
@@ -141,7 +149,7 @@ def pick(
     )
 
 
-def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False) -> None:
+def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False, pretrained: str | None = None) -> None:
     """Show which edits of a sequential run act on a prompt, and at which of its tokens.
 
     Args:
@@ -149,10 +157,11 @@ def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False) -
         prompt: The text.
         top: Most rows to show.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.
     """
     run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
-    language_model = base_model(run, allow_pickle)
+    language_model = base_model(run, allow_pickle, pretrained)
     layers = replay(language_model, run)
     table = Table(title=f"What acts on {escape(repr(prompt))}")
     for name in ("token", "record", "prompt", "true → new", "layer", "share", "size"):

@@ -11,7 +11,8 @@ from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.defaults import default_layer
 from rome_pl.distributed import Peers, check_strategy, one_after_the_other
 from rome_pl.errors import OptionError
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.moment_pass import KEYS_PER_DIMENSION, Finished, MomentPass, PassOptions
 from rome_pl.moment_sums import Place
 from rome_pl.packing import Block, BlockStream

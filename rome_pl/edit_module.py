@@ -24,8 +24,10 @@ from rome_pl.distributed import independent_gradients, leave_to_each_process, on
 from rome_pl.edit import Edit, EditBatch, EditError, EditStatus
 from rome_pl.encoding import FactToken
 from rome_pl.errors import OptionError
+from rome_pl.global_state import differentiable
 from rome_pl.hooks import frozen
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.objective import ValueObjective
 from rome_pl.options import check_options
@@ -325,6 +327,7 @@ class RomeModule(LightningModule):
         earlier = earlier_facts(request, session.in_the_weights()) if keep else []
         return replace(encoded, kept=tuple(encode(other).rows[0] for other in earlier))
 
+    @differentiable()
     def _adopt(self, language_model: LanguageModel) -> None:
         layers = self.hparams["layers"]
         config = language_model.model.config.get_text_config(decoder=True)

@@ -9,14 +9,17 @@ from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
+from rome_pl.devices import check_device
 from rome_pl.easyedit import EasyEditResult, accumulates, easyedit_requests, place_errors
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.exports import easyedit_case
+from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.hooks import frozen
 from rome_pl.inner_trainer import fit_inside
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import load_language_model
 from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.session import session_of
@@ -75,6 +78,7 @@ class KnowledgeEditor:
         >>> editor.undo(result)  # doctest: +SKIP
     """
 
+    @differentiable()
     def __init__(self, language_model: LanguageModel, **options: Any) -> None:
         if "sequential_edit" in options:
             raise OptionError(
@@ -106,7 +110,7 @@ class KnowledgeEditor:
             options: Options of :class:`RomeModule`.
 
         Raises:
-            OptionError: If a loaded model is given together with a precision or device.
+            OptionError: If a loaded model is given together with a precision or device, or the device is not here.
             SourceError: If the source cannot be loaded.
             UnsupportedModelError: If the model has no dense MLP at the rewrite layer.
         """
@@ -114,10 +118,9 @@ class KnowledgeEditor:
             if dtype != "auto" or device is not None:
                 raise OptionError("dtype and device are for sources to load; a given model keeps its own")
             return cls(LanguageModel(*source), **options)
+        chosen = check_device(device)
         language_model = load_language_model(source, dtype, allow_pickle)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        language_model.model.to(device)
+        language_model.model.to(chosen)
         return cls(language_model, **options)
 
     @property
@@ -134,6 +137,8 @@ class KnowledgeEditor:
     @overload
     def edit(self, *, prompts: str | Sequence[str], verify: bool = True, **others: Any) -> EasyEditResult: ...
 
+    @undisturbed()
+    @differentiable()
     def edit(
         self,
         prompt: str | None = None,
@@ -177,6 +182,8 @@ class KnowledgeEditor:
             raise EditRejectedError(f"{edit.status}: {edit.reason}")
         return EditOutcome(before, self._measure(request), self.model, edit)
 
+    @undisturbed()
+    @differentiable()
     def edit_many(
         self,
         prompts: str | Sequence[str],
@@ -234,6 +241,8 @@ class KnowledgeEditor:
         ]
         return EasyEditResult(metrics, self.model, lambda: self._take_out(own))
 
+    @undisturbed()
+    @differentiable()
     def undo(self, *results: EditOutcome) -> None:
         """Undo edits, in any order; without arguments, all of them.
 
@@ -254,6 +263,8 @@ class KnowledgeEditor:
         """Names of the edits that are in the model."""
         return self._module.session.layers.names if self._module.session is not None else ()
 
+    @undisturbed()
+    @differentiable()
     def _take_out(self, names: set[str]) -> None:
         """Undo those of some edits that are in the model."""
         if present := [name for name in self._names if name in names]:

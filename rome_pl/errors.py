@@ -1,6 +1,6 @@
 """What can be wrong with what a user gave; every such error says what to do about it."""
 
-__all__ = ["OptionError", "RomeError", "first_line"]
+__all__ = ["OptionError", "RomeError", "SourceError", "first_line"]
 
 
 class RomeError(ValueError):
@@ -11,6 +11,10 @@ class OptionError(RomeError):
     """An option whose value cannot be used, or that contradicts another."""
 
 
-def first_line(error: Exception) -> str:
+class SourceError(RomeError):
+    """A model source that cannot be loaded, with what to do."""
+
+
+def first_line(error: BaseException) -> str:
     """What an exception says, as one line without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -16,7 +16,8 @@ from rome_pl.edit import EditStatus
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
 from rome_pl.evaluation import KnownScores
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import ProbeScores, TextMeasure, held_out_text, measure_text, probe_scores
 from rome_pl.metrics.generation import Fluency, measure_fluency
 from rome_pl.metrics.scores import record_values

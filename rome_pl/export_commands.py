@@ -8,7 +8,8 @@ from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import OptionError
 from rome_pl.files import check_free, whole_folder
 from rome_pl.hub import fault_of, push
-from rome_pl.language_model import load_language_model
+from rome_pl.loading import load_language_model
+from rome_pl.model_places import find_model
 from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import read_edits
 from rome_pl.run_export import check_export, export_run, save_checkpoint
@@ -26,6 +27,7 @@ def export(
     cases: str | None = None,
     statistics: list[str] | None = None,
     allow_pickle: bool = False,
+    pretrained: str | None = None,
 ) -> None:
     """Write the edits of a sequential run as a checkpoint, as the change alone, or as a LoRA adapter.
 
@@ -40,6 +42,7 @@ def export(
         cases: Records to export without the others, by ``case_id``, separated by commas; nothing exports all.
         statistics: The run's second moments, where ``cases`` is given and they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
+        pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.
     """
     run, folder = run_folder(ledger), Path(output).expanduser()
     check_export(format, folder, rank, max_shard_size)
@@ -49,7 +52,7 @@ def export(
     names = None if cases is None else known_names(cases, edits, run)
     moments = [Path(path) for path in statistics or []]
     made = export_run(
-        base_model(run, allow_pickle), run, folder, format,
+        base_model(run, allow_pickle, pretrained), run, folder, format,
         rank=rank, max_shard_size=max_shard_size, cases=names, statistics=moments,
     )  # fmt: skip
     console = Console(soft_wrap=True, markup=False)
@@ -74,7 +77,12 @@ def apply(delta: str, output: str, pretrained: str | None = None, allow_pickle: 
     check_free(folder, "output")
     found = read_delta(Path(delta).expanduser())
     base = found.about["base"]
-    language_model = load_language_model(pretrained or base["source"], base["dtype"], allow_pickle)
+    language_model = find_model(
+        base,
+        Path(delta).expanduser(),
+        lambda source: load_language_model(source, base["dtype"], allow_pickle),
+        pretrained,
+    )
     same = apply_delta(language_model, found)
     with whole_folder(folder) as work:
         save_checkpoint(language_model, work)

@@ -1,8 +1,6 @@
-"""Editing inside something larger: a Trainer that shows nothing and leaves device and signals as they were."""
+"""Editing inside something larger: a Trainer that shows nothing and leaves everything global as it was."""
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from rome_pl.edit_module import RomeModule
+from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.requests import EditRequest
 
 __all__ = ["fit_inside"]
@@ -30,7 +29,7 @@ def fit_inside(
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
-    with _quiet(), _interruptible():
+    with undisturbed(), differentiable(), _quiet(), _interruptible():
         trainer = Trainer(
             max_epochs=1,
             accelerator=device.type,
@@ -50,17 +49,12 @@ def fit_inside(
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C stays what it is: Lightning would end the process and leave the signal ignored."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -299,6 +299,8 @@ def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
 def forward_masks(model: Any, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
     """Mask and positions in the form the model takes; BLOOM reads its positions off the mask."""
     masks = {"attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    # A model of PEFT hands on what its own forward does not name.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" in inspect.signature(inner.forward).parameters:
         masks["position_ids"] = position_ids
     return masks

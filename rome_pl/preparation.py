@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
+import torch
+
 from rome_pl.architecture import RewriteSite
 from rome_pl.contexts import generate_contexts, join_contexts
 from rome_pl.distributed import check_strategy
@@ -24,6 +26,7 @@ from rome_pl.weights import EditedWeight
 __all__ = [
     "admit_requests",
     "check_joint_solve",
+    "check_limits",
     "check_trainer",
     "prepare_session",
 ]
@@ -37,6 +40,8 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
     Raises:
         OptionError: With the setting that works.
     """
+    if torch.is_inference_mode_enabled():
+        raise OptionError("inside torch.inference_mode() nothing can be optimised: call Trainer.fit outside of it")
     check_strategy(trainer.strategy)
     if trainer.max_epochs != 1:
         raise OptionError(
@@ -54,6 +59,22 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
         )
     if trainer.strategy.root_device.type == "mps":
         raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
+
+
+def check_limits(trainer: Any) -> None:
+    """Refuse limits of a Trainer under which a stream ends before its first edit.
+
+    Raises:
+        OptionError: With the option.
+    """
+    left = [callback.time_remaining() for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
+    limits = {
+        "max_time": min((seconds for seconds in left if seconds is not None), default=1.0),
+        "max_steps": trainer.max_steps,
+        "limit_train_batches": trainer.limit_train_batches,
+    }
+    if ended := [name for name, limit in limits.items() if limit == 0]:
+        raise OptionError(f"trainer.{ended[0]}: 0 ends the stream before its first edit; leave it out")
 
 
 def prepare_session(

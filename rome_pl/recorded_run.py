@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rome_pl.chat import ChatForm
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError
+from rome_pl.loading import load_language_model
+from rome_pl.model_places import find_model
 from rome_pl.replay import read_manifest
 
 __all__ = ["base_model", "chat_of", "known_names", "run_folder"]
@@ -18,11 +20,22 @@ def run_folder(ledger: str) -> Path:
     return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
 
 
-def base_model(run: Path, allow_pickle: bool) -> LanguageModel:
-    """The unedited model that a run began with, in the run's dtype and with its form of prompts."""
-    model = read_manifest(run)["model"]
-    loaded = load_language_model(model["source"], str(model["dtype"]).removeprefix("torch."), allow_pickle)
-    return loaded.with_chat(chat_of(read_manifest(run)))
+def base_model(run: Path, allow_pickle: bool, pretrained: str | None = None) -> LanguageModel:
+    """The unedited model that a run began with, in the run's dtype and with its form of prompts.
+
+    Args:
+        run: The run's folder.
+        allow_pickle: Whether weights that do not come as safetensors may be read.
+        pretrained: Where the model lies now; ``None`` (default): see :func:`rome_pl.model_places.find_model`.
+
+    Raises:
+        SourceError: If it is not found, or is another model.
+    """
+    manifest = read_manifest(run)
+    about = manifest["model"]
+    dtype = str(about["dtype"]).removeprefix("torch.")
+    loaded = find_model(about, run, lambda source: load_language_model(source, dtype, allow_pickle), pretrained)
+    return loaded.with_chat(chat_of(manifest))
 
 
 def chat_of(manifest: Mapping[str, Any]) -> ChatForm | None:

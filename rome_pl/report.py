@@ -20,6 +20,7 @@ from rome_pl.figures import CAPTIONS
 from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
+from rome_pl.model_places import noted_places
 from rome_pl.records import InvalidRecord
 from rome_pl.score_tables import COUNTERFACT, MOMENTS, interval_text, measured_moments, measured_scores
 from rome_pl.second_moment import library_versions
@@ -77,14 +78,22 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     }
 
 
-def manifest(session: EditSession, seed: int) -> dict[str, Any]:
-    """The content of manifest.json: what has to be the same for the run to be the same."""
+def manifest(session: EditSession, seed: int, run: Path | None = None) -> dict[str, Any]:
+    """The content of manifest.json: what has to be the same for the run to be the same.
+
+    Args:
+        session: The run.
+        seed: Its seed.
+        run: Its folder, from which the model's place is noted too; ``None`` (default): it is left out.
+    """
     language_model, layers = session.language_model, session.layers
     return {
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
         "mode": "sequential" if session.sequential else "single",
-        "model": language_model.identity() | {"dtype": str(layers.last.site.weight.dtype)},
+        "model": language_model.identity()
+        | {"dtype": str(layers.last.site.weight.dtype)}
+        | (noted_places(language_model.source, run) if run is not None else {}),
         "rewrite": {
             "layers": layers.numbers,
             "weights": [weight.site.name for weight in layers.weights],

@@ -25,6 +25,7 @@ from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_card import model_card
 from rome_pl.replay import read_edits, read_manifest, replay
 from rome_pl.suggestions import did_you_mean
+from rome_pl.supported import check_saves_whole
 from rome_pl.undo import pick
 
 __all__ = ["FORMATS", "Exported", "check_export", "export_run", "save_checkpoint"]
@@ -126,7 +127,9 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
     Raises:
         OSError: If the folder cannot be written.
         SafetensorError: The same, for the weights.
+        UnsupportedModelError: If what would be saved lacks the edits.
     """
+    check_saves_whole(language_model.model)
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -156,6 +159,7 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
     manifest, edits = read_manifest(run), read_edits(run)
     model = manifest["model"]
     base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "tokenizer", "chat")}
+    base |= {"folder": model["folder"]} if "folder" in model else {}
     base["dtype"] = str(model["dtype"]).removeprefix("torch.")
     return {
         "format": form,

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule
 from rome_pl.architecture import decoder_layers, find_site
 from rome_pl.covariance_module import parse_layers
 from rome_pl.errors import OptionError
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
 from rome_pl.layer_choice import Trial
 from rome_pl.layer_trial import LayerTrial
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics.probes import measure_answers
 from rome_pl.rank_one import PRESETS, PresetName
 from rome_pl.requests import EditRequest, RequestError

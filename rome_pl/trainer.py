@@ -20,8 +20,9 @@ from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.evaluation_module import EvaluationModule
-from rome_pl.language_model import load_encoder
 from rome_pl.layer_trial import trial_requests
+from rome_pl.loading import load_encoder
+from rome_pl.preparation import check_limits
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
 from rome_pl.resume import check_model, check_settings, is_finished
@@ -77,6 +78,7 @@ class RomeTrainer(Trainer):
         if dry_run:
             self._dry_run(model, datamodule)
             return
+        check_limits(self)
         folder = Path(self.default_root_dir)
         resuming = can_resume(folder, resume, overwrite)
         if save_model is not None:
@@ -109,6 +111,8 @@ class RomeTrainer(Trainer):
             interrupted = True
         except EditError as error:
             log.error("%s", error)
+        if not interrupted and not (model.session and model.session.edits):
+            log.error("The stream ended before its first edit (trainer.max_time): nothing was edited")
         applied = sum(edit.status is EditStatus.APPLIED for edit in model.session.edits) if model.session else 0
         if save_model is not None and (applied or not interrupted):
             assert model.language_model is not None

@@ -19,8 +19,9 @@ from rome_pl.data_modules import RequestDataModule
 from rome_pl.delta import DeltaError, apply_delta, read_delta
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
-from rome_pl.language_model import DEFAULT_SOURCE, LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.rank_one import Assertion, Update
 from rome_pl.replay import read_edits, replay
 from rome_pl.requests import EditRequest

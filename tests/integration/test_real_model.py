@@ -13,7 +13,7 @@ from rome_pl.cli import main
 from rome_pl.corpus import Corpus
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.defaults import default_layer
-from rome_pl.language_model import DEFAULT_SOURCE, load_language_model
+from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import measure_targets
 from rome_pl.moment_pass import PassOptions

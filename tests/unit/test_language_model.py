@@ -11,14 +11,8 @@ import torch
 
 from rome_pl.architecture import decoder_layers, find_site
 from rome_pl.hooks import capture_columns
-from rome_pl.language_model import (
-    DEFAULT_SOURCE,
-    LanguageModel,
-    SourceError,
-    cache_folder,
-    load_encoder,
-    load_language_model,
-)
+from rome_pl.language_model import LanguageModel, cache_folder
+from rome_pl.loading import DEFAULT_SOURCE, SourceError, load_encoder, load_language_model
 from tests.tiny import FAMILIES, LAYERS, tiny_language_model, tiny_model
 
 
