@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,5 +106,5 @@ def _is_whole(content: Any) -> bool:
 
 
 def _content(request: EditRequest) -> str:
-    measured = asdict(replace(request, case_id=0, relation=None, source=None))
+    measured = asdict(request) | {"case_id": 0, "relation": None, "source": None, "notes": ()}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]
