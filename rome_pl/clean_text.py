@@ -4,13 +4,17 @@ All texts of a request pass here, whatever file or call they come from.
 """
 
 import unicodedata
+from typing import Any
 
-__all__ = ["FILLER", "code_points", "cut_edges", "is_edge", "no_answer", "note_of_cut", "unreadable"]
+__all__ = ["FILLER", "code_points", "cut_edges", "first_accepted", "is_edge", "no_answer", "note_of_cut", "unreadable"]
 
 INVISIBLE = frozenset(
     "\N{ZERO WIDTH SPACE}\N{WORD JOINER}\N{ZERO WIDTH NO-BREAK SPACE}\N{LEFT-TO-RIGHT MARK}\N{RIGHT-TO-LEFT MARK}"
 )
 """What shows nothing but is no white space to Python."""
+
+MOST_LISTS = 8
+"""Most lists in one another that are looked into for an answer."""
 
 FILLER = "<|endoftext|>"
 """What EasyEdit puts where there is no answer."""
@@ -62,6 +66,15 @@ def code_points(text: str, most: int = 3) -> str:
 def no_answer(text: str) -> bool:
     """Whether a text stands for no answer: it is empty, or what other projects fill the place with."""
     return cut_edges(text)[1] in ("", FILLER)
+
+
+def first_accepted(answer: Any) -> Any:
+    """Of several accepted answers, which may be lists of lists, the first."""
+    for _ in range(MOST_LISTS):  # a list may hold itself
+        if not (isinstance(answer, list) and answer):
+            break
+        answer = answer[0]
+    return answer
 
 
 def unreadable(text: str) -> str | None:

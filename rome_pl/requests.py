@@ -169,12 +169,12 @@ class EditRequest:
     def _check_names(self) -> None:
         """Check what a record is called, and what its relation is."""
         name = self.case_id
+        self._set("case_id", None)  # no name to speak of it by, until it is checked
         if isinstance(name, bool) or not isinstance(name, int | str):
-            self._set("case_id", None)  # no name to speak of it by
             raise self.error("case_id", f"expected a number or text, got {type(name).__name__}")
         if isinstance(name, str):
             self._check_text("case_id", name)
-            self._set("case_id", name := cut_edges(name)[1])
+            name = cut_edges(name)[1]
             if not name or name == "all" or "," in name:
                 raise self.error(
                     "case_id",
@@ -184,8 +184,8 @@ class EditRequest:
                     "name records",
                 )
         elif name.bit_length() > MOST_BITS:
-            self._set("case_id", None)
             raise self.error("case_id", "is a number of too many digits; give a shorter one, or text")
+        self._set("case_id", name)
         if self.relation is not None:
             self._check_text("relation", self.relation)
 
