@@ -29,8 +29,8 @@ def cut_edges(text: str) -> tuple[str, str, str]:
     """What stands before a text's first character to keep, the text itself, and what stands after it.
 
     Example:
-        >>> cut_edges(" Rome\\n")
-        (' ', 'Rome', '\\n')
+        >>> cut_edges(" Rome  ")
+        (' ', 'Rome', '  ')
     """
     start, end = 0, len(text)
     while start < end and is_edge(text[start]):

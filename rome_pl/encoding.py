@@ -187,13 +187,15 @@ class TextEncoder:
         # A tokenizer that composes letters and accents gives the whole the span of the letter.
         if spans[boundary][0] >= edge and unicodedata.category(target[0])[0] != "M":
             return ids, spans, boundary
-        # A token spans both sides (scripts without spaces, accents). Whoever prompts the model encodes the prompt alone, so
-        # the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new text.
+        # A token spans both sides (scripts without spaces, accents). Whoever prompts the model encodes the prompt alone,
+        # so the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new text.
         head, head_spans = self._encode(prompt)
         tail, tail_spans = self._encode("\n" + target, special=False)
         kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
         if not kept or tail_spans[kept[0]][0] < 1:
-            raise request.error(field, f"the tokenizer merges {shortened(prompt)} and {shortened(target)}; reword the prompt's end")
+            raise request.error(
+                field, f"the tokenizer merges {shortened(prompt)} and {shortened(target)}; reword the prompt's end"
+            )
         spans = head_spans + [(edge + tail_spans[i][0] - 1, edge + tail_spans[i][1] - 1) for i in kept]
         return head + tuple(tail[i] for i in kept), spans, len(head)
 

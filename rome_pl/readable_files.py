@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rome_pl.errors import RomeError
 
-__all__ = ["FileError", "check_file", "read_text"]
+__all__ = ["FileError", "check_file", "check_text", "is_there", "read_text"]
 
 _OTHER_KINDS = (
     (stat.S_ISDIR, "is a folder, not a file"),
@@ -31,6 +31,14 @@ _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, whose every second byte
 
 class FileError(RomeError):
     """A file that cannot be read as text, by name and with what to do."""
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything of a name; no name is too long or too odd to ask."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def check_file(path: Path, wanted: str) -> None:
@@ -69,16 +77,25 @@ def read_text(path: Path, wanted: str) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {_reason(error)}") from None
+    check_text(path, content)
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+
+
+def check_text(path: Path, content: bytes) -> None:
+    """Make sure that the beginning of a file, or all of it, is no archive, table or other binary file.
+
+    Raises:
+        FileError: If it is.
+    """
     for beginning, what in _BEGINNINGS:
         if content.startswith(beginning):
             raise FileError(f"{path}: {what}")
     if b"\0" in content and not content.startswith(_OTHER_ENCODINGS):
         place = content.index(b"\0")
-        raise FileError(f"{path}: is no text: byte {place} is NUL. If it is UTF-16, save the file as UTF-8; {wanted}")
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        raise FileError(f"{path}: is no text: byte {place} is NUL. If it is UTF-16, save the file as UTF-8")
 
 
 def _reason(error: Exception) -> str:

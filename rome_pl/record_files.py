@@ -113,7 +113,7 @@ def _read_yaml(path: Path, text: str) -> list[Any]:
     entries = strict_yaml.list_entries(text, _DASH)
     if isinstance(entries, Iterator):
         return _marked(path, entries)
-    raise _no_list(path, entries, "begin each record with a dash: \"- prompt: ...\"")
+    raise _no_list(path, entries, 'begin each record with a dash: "- prompt: ..."')
 
 
 def _marked(path: Path, entries: Iterator[Any]) -> list[Any]:

@@ -87,8 +87,8 @@ def _recognise(record: Mapping[str, Any], source: str) -> str:
             return "knowedit"
         return "flat" if _FLAT_ONLY & set(record) else "short"
     raise DataError(
-        f"{source}: unknown form of record, with the fields {sorted(map(_shown, record))[:30]}. Known forms: CounterFact "
-        "('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), EasyEdit's flat "
+        f"{source}: unknown form of record, with the fields {sorted(map(_shown, record))[:30]}. Known forms: "
+        "CounterFact ('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), EasyEdit's flat "
         "form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
         "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
     )
@@ -121,9 +121,7 @@ def _from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(template, str) or not isinstance(subject, str):
         raise RequestError(parent + "prompt", "prompt and subject must be text")
     if template.count("{}") != 1:
-        raise RequestError(
-            parent + "prompt", f"expected exactly one '{{}}' in the template, got {shortened(template)}"
-        )
+        raise RequestError(parent + "prompt", f"expected exactly one '{{}}' in the template, got {shortened(template)}")
     if not cut_edges(subject)[1]:
         raise RequestError(parent + "subject", "is empty; give the text or remove the record")
     head, tail = template.split("{}")

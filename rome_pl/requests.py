@@ -248,7 +248,9 @@ class EditRequest:
             raise self.error("subject_span", f"covers {covered}, but the subject is {subject}")
         start += len(head)
         if not {start, start + len(core)} <= character_edges(self.prompt):
-            raise self.error("subject_span", "cuts a character in half: a letter from its accent, or a part of an emoji")
+            raise self.error(
+                "subject_span", "cuts a character in half: a letter from its accent, or a part of an emoji"
+            )
         return start, start + len(core)
 
     def _find(self, notes: list[str]) -> tuple[int, int]:
@@ -257,15 +259,11 @@ class EditRequest:
             return span
         span, found = find_alike(self.prompt, self.subject)
         if span is None:
-            subject, prompt = shortened(self.subject), shortened(self.prompt)
+            several = ", and several texts there look like it" if found else ""
             hint = hint_of_difference(self.prompt, self.subject, found)
             raise self.error(
                 "subject",
-                (
-                    f"{subject} does not occur in the prompt {prompt}"
-                    if not found
-                    else f"{subject} does not occur as it is in the prompt {prompt}, and several texts there look like it"
-                )
+                f"{shortened(self.subject)} does not occur in the prompt {shortened(self.prompt)}{several}"
                 + (f" ({hint})" if hint else "")
                 + "; write it exactly as in the prompt, or give subject_span",
             )

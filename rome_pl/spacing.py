@@ -42,6 +42,6 @@ def _opens(prompt: str) -> bool:
     left, before = prompt[-1], prompt[-2:-1]
     if left in "'\"":  # the straight quotes open after a space and close after a word
         return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi")
-    if left in _DASHES:  # "Jean-" goes on, "Oslo –" does not
+    if left in _DASHES:  # a hyphen joins what follows; a dash after a space does not
         return not before.isspace()
     return left in "@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")

@@ -42,13 +42,13 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}
         self._checked: set[int] = set()
 
-    def compose_node(self, parent: Node | None, index: int) -> Node | None:  # type: ignore[override]
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
         self._depth += 1
         if self._depth > DEEPEST + 2:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise _Refused(_DEEP, mark)
         try:
-            return super().compose_node(parent, index)  # type: ignore[no-untyped-call,no-any-return]
+            return super().compose_node(parent, index)
         finally:
             self._depth -= 1
 
@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > LONGEST_NUMBER:
             number = f"the number {node.value[:20]}... has {len(node.value)} digits"
             raise _Refused(f"{number}; put it in quotes, or shorten it", node.start_mark)
-        return super().construct_yaml_int(node)  # type: ignore[no-untyped-call,no-any-return]
+        return super().construct_yaml_int(node)
 
     def entry(self, node: Node, above: frozenset[int]) -> Any:
         """The value of a node, or the fault in its place."""
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
                 return Fault(_DEEP, line)
             if size > LARGEST and size > 2 * self._length:
                 return Fault(f"its aliases stand for more than {LARGEST} values; write them out, or fewer", line)
-            return self.construct_document(node)  # type: ignore[no-untyped-call]
+            return self.construct_document(node)
         except yaml.MarkedYAMLError as error:
             return _fault(error, line)
         except yaml.YAMLError as error:
@@ -103,11 +103,13 @@ class _Loader(yaml.SafeLoader):
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             plain = key_node.tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
-            key = key_node.value if plain else self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = key_node.value if plain else self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 return  # the library tells
             if key in seen:
-                raise _Refused(f"the key {str(key)[:80]!r} occurs twice in one mapping; {self.remedy}", key_node.start_mark)
+                raise _Refused(
+                    f"the key {str(key)[:80]!r} occurs twice in one mapping; {self.remedy}", key_node.start_mark
+                )
             seen.add(key)
         self._checked.add(id(node))
 
@@ -154,7 +156,7 @@ def list_entries(text: str, remedy: str) -> Iterator[Any] | Any:
 
 def _composed(loader: _Loader) -> Node | Fault | None:
     try:
-        return loader.get_single_node()  # type: ignore[no-untyped-call,no-any-return]
+        return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         return _fault(error, 1, whole=True)
     except yaml.YAMLError as error:

@@ -80,8 +80,8 @@ def locate_subject(prompt: str, subject: str) -> tuple[int, int] | None:
 def find_alike(prompt: str, subject: str) -> tuple[tuple[int, int] | None, list[str]]:
     """Find what looks like the subject in the prompt, where the subject itself is not there.
 
-    The same are: composed and decomposed letters, all spaces, straight and curly quotes, hyphens and the minus sign, and
-    texts that differ in characters that do not show; where that finds nothing, also capitals and small letters.
+    The same are: composed and decomposed letters, all spaces, straight and curly quotes, hyphens and the minus sign,
+    and texts that differ in characters that do not show; where that finds nothing, also capitals and small letters.
 
     Args:
         prompt: Text to search.
@@ -114,8 +114,8 @@ def hint_of_difference(prompt: str, subject: str, found: list[str]) -> str:
 
 
 def _last(prompt: str, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
-    whole = [span for span in spans if is_whole_word(prompt, *span)]
-    return (whole or spans or [None])[-1]
+    whole = [span for span in spans if is_whole_word(prompt, *span)] or spans
+    return whole[-1] if whole else None
 
 
 def _folded(text: str, fold: Callable[[str], str]) -> _Folded:

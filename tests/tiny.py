@@ -167,9 +167,7 @@ def unigram_tokenizer(prefix: str = "always", byte_fallback: bool = True) -> Pre
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prefix)])
     special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=900, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=900, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(_text(), trainer)
     state = json.loads(tokenizer.to_str())
     state["model"]["byte_fallback"] = byte_fallback
