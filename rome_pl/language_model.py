@@ -46,8 +46,9 @@ class LanguageModel:
     def __post_init__(self) -> None:
         check_supported(self.model, self.source)
         frame = frame_for(self.tokenizer, self.chat)
-        self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame)
-        if self.encoder.pad_id >= self.model.get_input_embeddings().num_embeddings:
+        embedded = self.model.get_input_embeddings().num_embeddings
+        self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame, embedded)
+        if self.encoder.pad_id >= embedded:
             self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do
 
     def with_chat(self, chat: ChatForm | None) -> "LanguageModel":

@@ -75,7 +75,8 @@ def load_encoder(source: str | os.PathLike[str], chat: ChatForm | None = None) -
     with undisturbed(), _explained(source, "cannot load tokenizer and config of '{source}'"):
         folder, config = _checked(source)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return TextEncoder(tokenizer, max_length(config), frame_for(tokenizer, chat))
+        embedded = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        return TextEncoder(tokenizer, max_length(config), frame_for(tokenizer, chat), embedded)
 
 
 @contextmanager
