@@ -21,7 +21,7 @@ from rome_pl.architecture import RewriteSite
 from rome_pl.distributed import Peers
 from rome_pl.files import whole_file
 from rome_pl.hooks import stopped_before
-from rome_pl.second_moment import StatisticsError, pack_upper, symmetric, unpack_upper
+from rome_pl.moment_file import StatisticsError, pack_upper, symmetric, unpack_upper
 
 __all__ = ["MomentSums", "PartialSums", "Place", "half_of", "keys_of", "place_for"]
 
