@@ -9,10 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
+from rome_pl.checksums import sealed
 from rome_pl.edit import EditBatch
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
 from rome_pl.figures import draw_figures
 from rome_pl.html_report import html_report
+from rome_pl.ledger import plain
 from rome_pl.report import (
     edit_table,
     manifest,
@@ -71,7 +73,8 @@ class RunReport(Callback):
         if not trainer.is_global_zero:
             return
         session = session_of(pl_module)
-        write_json(Path(trainer.default_root_dir) / "manifest.json", manifest(session, int(pl_module.hparams["seed"])))
+        made = sealed(plain(manifest(session, int(pl_module.hparams["seed"]))))
+        write_json(Path(trainer.default_root_dir) / "manifest.json", made)
         note_continuations(session, self.generations, "base")
 
     @override

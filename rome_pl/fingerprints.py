@@ -12,9 +12,11 @@ __all__ = ["combined", "config_fingerprint", "quick_sum", "tokenizer_fingerprint
 
 _NOT_FORWARD = frozenset(
     {
-        *("_name_or_path", "name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
+        *("_name_or_path", "name_or_path", "_model_name_or_path", "_commit_hash"),
+        *("transformers_version", "architectures", "auto_map"),
         *("dtype", "torch_dtype", "quantization_config", "tokenizer_class"),
-        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+        *("attn_implementation", "_attn_implementation"),
+        *("_attn_implementation_internal", "_attn_implementation_autoset"),
         *("return_dict", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
         *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task"),

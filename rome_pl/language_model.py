@@ -161,7 +161,7 @@ class LanguageModel:
         # Fingerprints round to bfloat16; measurements do not.
         return content_key(identity, sorted(self._sums.items()), self.device.type, *more)
 
-    def moment_identity(self, site: RewriteSite) -> dict[str, str]:
+    def moment_identity(self, site: RewriteSite) -> dict[str, Any]:
         """What keys of ``site`` depend on besides the text: weights below it, config, the tokenizer's rules."""
         return {
             "weights": self.fingerprint_below(site),

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from rome_pl.checksums import checksum, tensor_checksum
 from rome_pl.errors import RomeError
 from rome_pl.files import check_regular, whole_file
-from rome_pl.schemas import Count, Number, checked, parsed, refuse
+from rome_pl.schemas import Count, Number, checked, parsed
 
 __all__ = ["MomentHeader", "StatisticsError", "pack_upper", "read_moment", "symmetric", "unpack_upper", "write_moment"]
 
@@ -110,7 +110,9 @@ def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor
         if matrix and not bool(packed.isfinite().all()):
             raise ValueError("its matrix holds numbers that are not finite")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        refuse(StatisticsError, str(path), error, "no second moment that can be used; compute it again")
+        raise StatisticsError(
+            f"{path}: damaged, or no second moment of this project ({error}); compute it again"
+        ) from error
     return about, packed
 
 

@@ -63,7 +63,7 @@ def artefact_path(
 
 
 def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentInfo | None]]:
-    """The artefacts in a folder with what they say of themselves; nothing for one that cannot be read, which is said."""
+    """The artefacts in a folder with what they say of themselves; nothing for one that cannot be read."""
     for path in sorted((folder or statistics_folder()).glob("*.safetensors")):
         try:
             info = SecondMoment.read_info(path)
