@@ -73,7 +73,7 @@ class KnownScores:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            known = parsed(read_regular(self.path))
+            known = parsed(read_regular(self.path), finite=False)
         except (OSError, ValueError):  # not there, or of no use: it is measured again
             return {}
         return known if isinstance(known, dict) else {}

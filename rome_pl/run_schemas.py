@@ -39,7 +39,9 @@ Shard = Annotated[str, Field(pattern=r"^\d{6,12}(\.\d{1,9})?\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CaseId = Annotated[int, Field(strict=True)] | Annotated[str, Field(strict=True)]
 Status = Annotated[str, AfterValidator(_known_status)]
-Pair = Annotated[list[Number | None], Field(min_length=2, max_length=2)]
+Measured = Annotated[float, Field(strict=True)]
+"""A number that a broken model may have made NaN."""
+Pair = Annotated[list[Measured | None], Field(min_length=2, max_length=2)]
 Texts = list[str]
 Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(bfloat16|float16|float32|float64)$")]
 
@@ -47,8 +49,8 @@ Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(bfloat16|float16|float32|floa
 class Answer(TypedDict):
     """As :class:`rome_pl.metrics.probes.Answer`."""
 
-    log_prob: Number | None
-    accuracy: Number | None
+    log_prob: Measured | None
+    accuracy: Measured | None
     predicted: list[Count]
 
 

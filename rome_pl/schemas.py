@@ -1,6 +1,7 @@
 """What JSON of this project has to look like, and the one way in which it is refused: by file, line and field."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, NoReturn
 
@@ -20,15 +21,20 @@ Name = Annotated[str, Field(strict=True, min_length=1)]
 """A text that is not empty."""
 
 
-def parsed(content: bytes | str) -> Any:
+def parsed(content: bytes | str, finite: bool = True) -> Any:
     """What JSON says; stricter than the standard library.
+
+    Args:
+        content: The JSON.
+        finite: Whether every number has to be finite.
 
     Raises:
         ValueError: If it is no JSON in UTF-8, holds a key twice or a number that is none, or is nested too deeply.
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
+    numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_once, **numbers)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -72,5 +78,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text[:40]} is no finite number")
