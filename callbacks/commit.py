@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from rome_pl.distributed import gather
 from rome_pl.edit import EditBatch, EditStatus, edits_of
-from rome_pl.ledger import Ledger
-from rome_pl.resume import check_model
+from rome_pl.ledger import Ledger, LedgerError
+from rome_pl.resume import check_model, check_records
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["EditCommit"]
@@ -35,7 +35,13 @@ class EditCommit(Callback):
             session, run = session_of(pl_module), Path(trainer.default_root_dir)
             session.ledger = Ledger(run / "ledger", self.resume)
             if session.ledger.resuming:
-                check_model(run, session.language_model)
+                stream = getattr(trainer.train_dataloader, "dataset", ())
+                try:
+                    check_model(run, session.language_model)
+                    check_records(run, session.ledger.names_ahead(), {str(request.case_id) for request in stream})
+                except LedgerError:
+                    _close(session)
+                    raise
 
     @override
     def on_train_batch_end(
@@ -72,7 +78,13 @@ class EditCommit(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _close(session_of(pl_module))
+        session = session_of(pl_module)
+        _close(session)
+        if session.ledger is not None and session.ledger.resuming:
+            raise LedgerError(
+                f"{session.ledger.folder}: the stream ended before the edits that are on record there "
+                f"({', '.join(session.ledger.names_ahead()[:5])}, ...): the model lacks them. Resume it to its end"
+            )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -9,10 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
+from rome_pl.checksums import sealed
 from rome_pl.edit import EditBatch
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
 from rome_pl.figures import draw_figures
 from rome_pl.html_report import html_report
+from rome_pl.ledger import plain
 from rome_pl.report import (
     edit_table,
     manifest,
@@ -72,7 +74,7 @@ class RunReport(Callback):
             return
         session = session_of(pl_module)
         run = Path(trainer.default_root_dir)
-        write_json(run / "manifest.json", manifest(session, int(pl_module.hparams["seed"]), run))
+        write_json(run / "manifest.json", sealed(plain(manifest(session, int(pl_module.hparams["seed"]), run))))
         note_continuations(session, self.generations, "base")
 
     @override

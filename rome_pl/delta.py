@@ -5,7 +5,6 @@ the other, as the run did, and cast once: a sum formed beforehand would be round
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, find_site
+from rome_pl.checksums import is_intact
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import RomeError
+from rome_pl.files import read_regular
 from rome_pl.language_model import LanguageModel
+from rome_pl.model_check import refuse_another_model
 from rome_pl.rank_one import Update
+from rome_pl.run_schemas import DELTA
+from rome_pl.schemas import checked, parsed, refuse
 
 __all__ = ["ABOUT", "Delta", "DeltaError", "apply_delta", "read_delta", "save_delta"]
 
@@ -29,8 +33,11 @@ ABOUT = "rome_pl.json"
 
 TENSORS = "delta.safetensors"
 
-VERSION = 2
-"""Version of the form; a reader refuses others."""
+OTHER_FORMS = ("hf", "peft")
+"""Forms of an export that no delta can be read from."""
+
+VERSION = 3
+"""Version of the form; a reader refuses others. Version 2 had no checksums."""
 
 
 class DeltaError(RomeError):
@@ -67,7 +74,7 @@ def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
 
     Returns:
         What a reader has to know besides: ``num_edits``; ``writes``, for each layer how many edits each of its writes
-        holds; and ``digests`` of the edited weights.
+        holds; ``digests`` of the edited weights; and ``tensors``, the SHA-256 of the file.
     """
     tensors = {}
     edited = [weight for weight in layers.weights if weight.written]
@@ -79,6 +86,7 @@ def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
         "num_edits": len(layers.names),
         "writes": [[len(written.names) for written in weight.written] for weight in edited],
         "digests": [_digest(weight.site.weight) for weight in edited],
+        "tensors": hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest(),
     }
 
 
@@ -89,31 +97,46 @@ def read_delta(folder: Path) -> Delta:
         DeltaError: If it is missing, damaged, of another version, or an export in another form.
     """
     path = folder / ABOUT
+    advice = "give the folder of an export as delta"
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        about: dict[str, Any] = parsed(read_regular(path))
         kind, version = about["format"], about["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltaError(f"{path}: missing or damaged ({error}); give the folder of an export as delta") from error
-    if kind != "delta":
+        refuse(DeltaError, str(path), error, advice)
+    if kind in OTHER_FORMS:
         raise DeltaError(f"{folder}: an export as {kind}, not as delta; export again with --format delta")
     if version != VERSION:
-        raise DeltaError(f"{path}: version {version} of the form; this release reads version {VERSION}")
+        raise DeltaError(
+            f"{path}: version {version!r} of the form; this release reads version {VERSION}. Export again from the run"
+        )
+    try:
+        checked(DELTA, about)
+        if not is_intact(about):
+            raise ValueError("its checksum does not fit")
+        layers = {len(about["rewrite"]["layers"]), len(about["writes"]), len(about["digests"])}
+        if len(layers) > 1 or len({sum(writes) for writes in about["writes"]} - {about["num_edits"]}) > 1:
+            raise ValueError("its numbers of layers or edits do not fit each other")
+    except ValueError as error:
+        refuse(DeltaError, str(path), error, advice)
     path = folder / TENSORS
     try:
-        tensors = load_file(path)
+        content = read_regular(path)
+        if hashlib.sha256(content).hexdigest() != about["tensors"]:
+            raise ValueError(f"its checksum is not the one in {ABOUT}")
+        tensors = load(content)
         updates = tuple(
             _updates(tensors[f"layers.{place}.left"], tensors[f"layers.{place}.right"], writes)
             for place, writes in enumerate(about["writes"])
         )
-        about["base"]["source"], about["base"]["dtype"], about["base"]["fingerprint"], about["digests"]
-        int(about["num_edits"])
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise DeltaError(f"{path}: missing or damaged ({error}); export again") from error
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        refuse(DeltaError, str(path), error, "export again")
     return Delta(about, updates)
 
 
 def _updates(left: Tensor, right: Tensor, writes: Sequence[int]) -> tuple[Update, ...]:
     # Copies lie in memory as the run's own factors did: kernels may take another path for what is not aligned.
+    if any(tensor.ndim != 2 or not bool(tensor.isfinite().all()) for tensor in (left, right)):
+        raise ValueError("it holds factors that are no finite numbers in rows")
     rows = zip(torch.split(left, list(writes)), torch.split(right, list(writes)), strict=True)
     return tuple(Update(some.clone(), others.clone()) for some, others in rows)
 
@@ -134,11 +157,7 @@ def apply_delta(language_model: LanguageModel, delta: Delta) -> bool:
         DeltaError: If the delta is of another model.
     """
     base = delta.about["base"]
-    if base["fingerprint"] != language_model.fingerprint:
-        raise DeltaError(
-            f"a delta of another model ({base['source']}, {str(base['fingerprint'])[:12]}) than the one loaded "
-            f"({language_model.source}, {language_model.fingerprint[:12]}); give the model that the run began with"
-        )
+    refuse_another_model(base, language_model, DeltaError, "a delta", "give the model that the run began with")
     sites = [find_site(language_model.model, number) for number in delta.about["rewrite"]["layers"]]
     edited = [_edited(site, updates) for site, updates in zip(sites, delta.updates, strict=True)]
     for site, weight in zip(sites, edited, strict=True):

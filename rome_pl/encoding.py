@@ -16,7 +16,11 @@ from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit, EncodedRow
 from rome_pl.spacing import joined_by_space
 
-__all__ = ["FactToken", "TextEncoder", "TokenizerError"]
+__all__ = ["ENCODING_VERSION", "FactToken", "TextEncoder", "TokenizerError"]
+
+ENCODING_VERSION = 2
+"""Version of the rules by which texts become rows: how prompt and target are joined, what opens a row. Raise it with
+every change of them: what was measured or begun under other rules is then not taken for what these would give."""
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 """Which token the edit looks up: the published strategies of ROME's ``fact_token``."""

@@ -10,10 +10,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from rome_pl.files import content_key, whole_file
+from rome_pl.checksums import is_intact, sealed
+from rome_pl.files import read_regular, whole_file
 from rome_pl.language_model import LanguageModel, cache_folder
 from rome_pl.metrics import Answer, ProbeScores, probe_scores
 from rome_pl.requests import EditRequest
+from rome_pl.run_schemas import SCORES
+from rome_pl.schemas import checked, parsed
 from rome_pl.stream import MEASURED_TOGETHER
 
 __all__ = ["KnownScores", "scores_from_json"]
@@ -22,8 +25,8 @@ __all__ = ["KnownScores", "scores_from_json"]
 class KnownScores:
     """Probe scores of an unedited model, kept in the cache by the content of the record.
 
-    A file for each model, precision and device kind; a record's entry depends on everything that is measured for it,
-    whatever its number or source.
+    A file for each model, with its config, tokenizer, precision and device kind; a record's entry depends on everything
+    that is measured for it, whatever its number or source. A damaged entry is measured again.
 
     Args:
         language_model: The model, before any edit.
@@ -31,13 +34,7 @@ class KnownScores:
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
-        key = content_key(
-            language_model.fingerprint,
-            language_model.tokenizer_fingerprint,
-            *language_model.encoder.frame.texts,
-            str(next(language_model.model.parameters()).dtype),
-            language_model.device.type,
-        )
+        key = language_model.measurement_key()
         self.path: Path = cache_folder() / "scores" / f"{key}.json"
         self._known = self._read()
 
@@ -62,7 +59,7 @@ class KnownScores:
             for place, scores in zip(
                 places, probe_scores(self.language_model, [requests[place] for place in places]), strict=True
             ):
-                found[keys[place]] = asdict(scores)
+                found[keys[place]] = sealed(asdict(scores))
         if found:
             self._keep(found)
         return [scores_from_json(self._known[key]) for key in keys]
@@ -76,7 +73,7 @@ class KnownScores:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
+            known = parsed(read_regular(self.path), finite=False)
         except (OSError, ValueError):  # not there, or of no use: it is measured again
             return {}
         return known if isinstance(known, dict) else {}
@@ -97,12 +94,12 @@ def scores_from_json(content: dict[str, Any]) -> ProbeScores:
 
 
 def _is_whole(content: Any) -> bool:
-    """Whether scores can be made of what the cache holds."""
+    """Whether what the cache holds are scores, as they were written there."""
     try:
-        scores_from_json(content)
-    except (TypeError, KeyError, AttributeError):
+        checked(SCORES, content)
+    except ValueError:
         return False
-    return True
+    return is_intact(content)
 
 
 def _content(request: EditRequest) -> str:

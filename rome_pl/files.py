@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,28 @@ from safetensors import SafetensorError
 
 from rome_pl.errors import OptionError
 
-__all__ = ["check_free", "content_key", "whole_file", "whole_folder"]
+__all__ = ["check_free", "check_regular", "content_key", "read_regular", "whole_file", "whole_folder"]
 
 
 def content_key(*parts: Any) -> str:
     """A short name that depends on every part and on nothing else; parts are what JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file, before it is opened: a FIFO would make its reader wait for ever.
+
+    Raises:
+        OSError: If it is missing, or a folder, FIFO, socket or device.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file; raises as :func:`check_regular` does."""
+    check_regular(path)
+    return path.read_bytes()
 
 
 @contextmanager

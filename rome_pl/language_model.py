@@ -1,6 +1,5 @@
 """A language model with its tokenizer, and telling one model from another."""
 
-import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from torch import Tensor
 
 from rome_pl.architecture import RewriteSite, decoder_layers
 from rome_pl.chat import ChatForm, frame_for
-from rome_pl.encoding import TextEncoder
+from rome_pl.encoding import ENCODING_VERSION, TextEncoder
+from rome_pl.files import content_key
+from rome_pl.fingerprints import combined, config_fingerprint, quick_sum, tokenizer_fingerprint, weight_digest
 from rome_pl.supported import check_supported
 
 __all__ = ["LanguageModel", "cache_folder", "max_length"]
@@ -61,7 +61,7 @@ class LanguageModel:
             return self
         other = replace(self, chat=chat)
         # Taken before any edit, and so not to be taken anew.
-        for name in ("digests", "_sums", "tokenizer_fingerprint"):
+        for name in ("digests", "_sums", "config_fingerprint", "tokenizer_fingerprint"):
             if name in vars(self):
                 vars(other)[name] = vars(self)[name]
         return other
@@ -76,8 +76,8 @@ class LanguageModel:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every weight, as first seen; taken before any edit."""
         weights = self.model.state_dict()
-        self._sums = {name: _sum(tensor) for name, tensor in weights.items()}
-        return {name: _digest(tensor) for name, tensor in weights.items()}
+        self._sums = {name: quick_sum(tensor) for name, tensor in weights.items()}
+        return {name: weight_digest(tensor) for name, tensor in weights.items()}
 
     @property
     def as_first_seen(self) -> bool:
@@ -85,8 +85,8 @@ class LanguageModel:
         digests, weights = self.digests, self.model.state_dict()
         if weights.keys() != digests.keys():  # modules were wrapped or replaced
             return False
-        other = [name for name, tensor in weights.items() if _sum(tensor) != self._sums[name]]
-        return all(_digest(weights[name]) == digests[name] for name in other)  # a device may sum in another order
+        other = [name for name, tensor in weights.items() if quick_sum(tensor) != self._sums[name]]
+        return all(weight_digest(weights[name]) == digests[name] for name in other)  # a device may sum in another order
 
     def remember_weights(self) -> None:
         """Hash the weights now, before anything can change them."""
@@ -95,7 +95,7 @@ class LanguageModel:
     @property
     def fingerprint(self) -> str:
         """Hash of all weights as loaded: which model this is, whatever its name and precision."""
-        return _combine(self.digests)
+        return combined(self.digests)
 
     def fingerprint_below(self, site: RewriteSite) -> str:
         """Hash of the weights that the keys of ``site`` depend on, so of its layer and those below, but not itself."""
@@ -108,44 +108,51 @@ class LanguageModel:
         below = tuple(f"{list_name}.{layer}." for layer in range(site.layer + 1))
         projection = site.name.removesuffix("weight")
         names |= {n for n in self.digests if n.startswith(below) and not n.startswith(projection)}
-        return _combine({name: self.digests[name] for name in names})
+        return combined({name: self.digests[name] for name in names})
 
     def identity(self) -> dict[str, Any]:
         """Which model this is, and how prompts are put to it, as a manifest says it."""
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,
+            "config": self.config_fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
+            "encoding": ENCODING_VERSION,
             "dtype": str(next(self.model.parameters()).dtype),
             "device": str(self.device),
             "chat": self.chat and self.chat.content(),
             "frame": list(self.encoder.frame.texts),  # what the template made of it
         }
 
+    def measurement_key(self, *more: Any) -> str:
+        """A name for what is measured of this model as it was first seen; depends on all that a measurement does.
+
+        Args:
+            more: What else it depends on, as JSON can hold it.
+        """
+        identity = {name: value for name, value in self.identity().items() if name not in ("source", "device", "chat")}
+        # Fingerprints round to bfloat16; measurements do not.
+        return content_key(identity, sorted(self._sums.items()), self.device.type, *more)
+
+    def moment_identity(self, site: RewriteSite) -> dict[str, Any]:
+        """What keys of ``site`` depend on besides the text: weights below it, config, the tokenizer's rules."""
+        return {
+            "weights": self.fingerprint_below(site),
+            "config": self.config_fingerprint,
+            "tokenizer": self.tokenizer_fingerprint,
+        }
+
+    @cached_property
+    def config_fingerprint(self) -> str:
+        """Hash of the settings that shape the forward pass, such as ``rope_theta``."""
+        return config_fingerprint(self.model.config)
+
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Hash of the tokenizer's vocabulary."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+        """Hash of the tokenizer's rules, its added tokens among them."""
+        return tokenizer_fingerprint(self.tokenizer)
 
 
 def max_length(config: Any) -> int:
     """Most tokens that a model reads at once."""
     return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)
-
-
-def _sum(tensor: Tensor) -> float:
-    """Quickly taken, and another one after nearly any change; a hash of a large model takes half a minute."""
-    return float(tensor.detach().sum(dtype=torch.float64))
-
-
-def _digest(tensor: Tensor) -> str:
-    # Rounded to bfloat16, so that one model has one fingerprint in float32 and in bfloat16.
-    rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    digest.update(rounded.view(torch.int16).numpy().data)
-    return digest.hexdigest()
-
-
-def _combine(digests: dict[str, str]) -> str:
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()

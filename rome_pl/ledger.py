@@ -3,12 +3,14 @@
 Each applied edit leaves one safetensors shard (keys, value, factors of the update), written to a temporary name,
 synced and renamed; then one line of JSON is appended and synced, and that line is the commit. A record is complete or
 absent; lines that belong together count themselves, and are all there or none is. A later line about the same edit
-changes what an earlier one says.
+changes what an earlier one says. Each line ends in a checksum of itself and of those before it, and names that of its
+shard: what was changed, lost, doubled or moved since is found when it is read.
 
 A run that goes on with a ledger makes its decisions again, from what the ledger holds of each edit. Until it is past
 the last line it writes nothing, and what it decides has to be what the lines say.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -16,7 +18,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +25,14 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from rome_pl.checksums import chained
 from rome_pl.edited_layers import Written
-from rome_pl.errors import RomeError
 from rome_pl.files import whole_file
+from rome_pl.ledger_lines import END, LedgerError, Line, read_lines, read_with_chain
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
 
 log = logging.getLogger(__name__)
-
-
-class LedgerError(RomeError):
-    """A ledger that is missing, damaged, in use, or of another model."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A complete line of a ledger.
-
-    Args:
-        start: Where it begins in the file, in bytes.
-        end: Where the next one begins.
-        record: What it says.
-    """
-
-    start: int
-    end: int
-    record: dict[str, Any]
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The complete lines of a ledger; what a killed run has left half written at the end is left out, and said.
-
-    Raises:
-        LedgerError: If a line before the end is damaged.
-    """
-    content, lines, start = path.read_bytes(), list[Line](), 0
-    while start < len(content):
-        end = content.find(b"\n", start) + 1
-        # Texts may hold characters that splitlines() takes for the end of a line.
-        try:
-            record = json.loads(content[start : end or None].decode("utf-8"))
-            record["case_id"], record["status"]
-        except (ValueError, KeyError, TypeError) as error:
-            if end in (0, len(content)):
-                break
-            raise LedgerError(f"{path}, line {len(lines) + 1}: damaged ({error})") from error
-        if not end:
-            break
-        lines.append(Line(start, end, record))
-        start = end
-    lines = _without_half_a_write(lines)
-    if dropped := len(content) - (lines[-1].end if lines else 0):
-        log.warning("%s: the last %d bytes are no complete record and are left out", path, dropped)
-    return lines
-
-
-def _without_half_a_write(lines: list[Line]) -> list[Line]:
-    """The lines without those at the end that were to be written together with others."""
-    place, count = (lines[-1].record.get("together") if lines else None) or (0, 0)
-    return lines[: len(lines) - place] if place < count else lines
 
 
 def lock_of(folder: Path) -> FileLock:
@@ -107,34 +57,50 @@ class Ledger:
     Args:
         folder: Holds ``edits.jsonl`` and ``shards/``; created if missing.
         resume: Whether to go on with what is there. A half written end is cut off.
+        wait: Seconds to wait for another process to let go of the folder.
 
     Raises:
         LedgerError: If another run writes there, or a line is damaged.
     """
 
-    def __init__(self, folder: Path, resume: bool = False) -> None:
+    def __init__(self, folder: Path, resume: bool = False, wait: float = 0) -> None:
         self.folder = folder
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         self._lock = lock_of(folder)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=wait)
         except Timeout as error:
             raise LedgerError(f"{folder}: another run writes to this ledger; wait for it to end") from error
         self._path = folder / "edits.jsonl"
         self._ahead: deque[Line] = deque()
         self._shards: set[str] = set()
+        self._written, self._check, self._appended = 0, "", False
         if resume and self._path.exists():
             try:
-                self._ahead.extend(read_lines(self._path))
-            except LedgerError:
+                lines, self._check = read_with_chain(self._path)
+                self._written = len(lines)
+                self._cut(lines[-1].end if lines else 0)
+            except BaseException:
                 self.close()
                 raise
-            self._cut(self._ahead[-1].end if self._ahead else 0)
-            self._shards = {line.record["shard"] for line in self._ahead if "shard" in line.record}
+            self._ahead.extend(lines)
+            self._shards = {line.record["shard"] for line in lines if "shard" in line.record}
 
     def close(self) -> None:
-        """Let other runs have the folder."""
-        self._lock.release()
+        """Note how far it has come, and let other runs have the folder."""
+        try:
+            if self._appended:
+                with whole_file(self.folder / END) as work:
+                    work.write_text(json.dumps({"lines": self._written, "check": self._check}), encoding="utf-8")
+                self._appended = False
+        except OSError as error:  # every line is on disk; only its loss would not show
+            log.warning("%s", error)
+        finally:
+            self._lock.release()
+
+    def names_ahead(self) -> list[str]:
+        """Edits of an earlier run that this one has not come to yet, by ``case_id``."""
+        return list(dict.fromkeys(str(line.record["case_id"]) for line in self._ahead))
 
     @property
     def resuming(self) -> bool:
@@ -172,7 +138,7 @@ class Ledger:
             line = dict(record)
             if written is not None:
                 line["shard"] = f"{line['index']:06d}.safetensors"
-                self._write_shard(self.folder / "shards" / line["shard"], written)
+                line["shard_sha256"] = self._write_shard(self.folder / "shards" / line["shard"], written)
                 if joint and len(indices) > 1:
                     line["joint"] = indices
             lines.append(line)
@@ -204,9 +170,13 @@ class Ledger:
             for record in records:
                 part = written.part(str(record["case_id"]))
                 shard = self._unused_shard(record["index"])
-                self._write_shard(self.folder / "shards" / shard, part)
-                changes = {"shard": shard, "update_norm": part.norm, "realised": part.realised[0]}
-                changes["notes"] = record["notes"]
+                changes = {
+                    "shard": shard,
+                    "shard_sha256": self._write_shard(self.folder / "shards" / shard, part),
+                    "update_norm": part.norm,
+                    "realised": part.realised[0],
+                    "notes": record["notes"],
+                }
                 lines.append({**applied.pop(0), **changes, "joint": indices if len(indices) > 1 else None})
         self._write(lines)
 
@@ -216,14 +186,17 @@ class Ledger:
         return next(name for name in names if name not in self._shards)
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        text = ""
+        text, check = "", self._check
         for place, line in enumerate(lines, start=1):
             together = {"together": [place, len(lines)]} if len(lines) > 1 else {}
-            text += json.dumps(plain(line | together), ensure_ascii=False, allow_nan=False) + "\n"
+            body = json.dumps(plain(line | together), ensure_ascii=False, allow_nan=False)
+            whole, check = chained(body, check)
+            text += whole + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._written, self._check, self._appended = self._written + len(lines), check, True
         self._shards |= {line["shard"] for line in lines if "shard" in line}
 
     def _confirm(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -243,7 +216,8 @@ class Ledger:
             os.fsync(file.fileno())
 
     @staticmethod
-    def _write_shard(path: Path, written: Written) -> None:
+    def _write_shard(path: Path, written: Written) -> str:
+        """Write the tensors of a write; the SHA-256 of the file."""
         tensors = {
             f"layers.{place}.{name}": tensor
             for place, layer in enumerate(written.layers.values())
@@ -258,3 +232,4 @@ class Ledger:
         }
         with whole_file(path) as work:
             save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, work)
+            return hashlib.sha256(work.read_bytes()).hexdigest()

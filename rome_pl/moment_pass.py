@@ -315,8 +315,7 @@ class MomentPass:
 
     def _describe(self, site: RewriteSite, count: int, agreement: float | None) -> MomentInfo:
         return MomentInfo(
-            weights=self.language_model.fingerprint_below(site),
-            tokenizer=self.language_model.tokenizer_fingerprint,
+            **self.language_model.moment_identity(site),
             layer=site.layer,
             count=count,
             corpus=self.corpus.fingerprint,
@@ -341,8 +340,7 @@ class MomentPass:
 
     def _key(self, group: Sequence[RewriteSite]) -> str:
         return content_key(
-            self.language_model.fingerprint_below(group[-1]),
-            self.language_model.tokenizer_fingerprint,
+            self.language_model.moment_identity(group[-1]),
             self.corpus.fingerprint,
             [site.layer for site in group],
             [self.packer.rows, self.packer.length, self._halves, self.wanted],

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.checksums import is_intact, sealed, tensor_checksum
 from rome_pl.distributed import Peers
-from rome_pl.files import whole_file
+from rome_pl.files import check_regular, whole_file
 from rome_pl.hooks import stopped_before
-from rome_pl.second_moment import StatisticsError, pack_upper, symmetric, unpack_upper
+from rome_pl.moment_file import StatisticsError, pack_upper, symmetric, unpack_upper
+from rome_pl.schemas import parsed
 
 __all__ = ["MomentSums", "PartialSums", "Place", "half_of", "keys_of", "place_for"]
 
@@ -32,6 +34,9 @@ PRODUCT_KEYS = 1024
 
 PANELS = 6
 """Products are taken panel by panel, leaving out what lies below the diagonal: 7/12 of the whole square."""
+
+TENSORS = "tensors"
+"""What holds the checksum of each tensor in a file of partial sums."""
 
 HALF_RUN = 4
 """Consecutive blocks that go to one half before the other half's turn: neighbours share documents."""
@@ -231,20 +236,38 @@ class PartialSums:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
-                self.notes: dict[str, Any] = json.loads(file.metadata()["rome_pl"])
-                self.counts: list[int] = file.get_tensor("counts").tolist()
-                self.blocks: set[int] = set(file.get_tensor("blocks").tolist())
+                notes: dict[str, Any] = parsed(file.metadata()["rome_pl"])
+                if not is_intact(notes):
+                    raise ValueError("its checksum does not fit")
+                self._checksums: dict[str, str] = notes.pop(TENSORS)
+                self.notes: dict[str, Any] = notes.pop("notes")
+                self.counts: list[int] = self._read(file, "counts").tolist()
+                self.blocks: set[int] = set(self._read(file, "blocks").tolist())
                 self._names = [name for name in file.keys() if name.startswith("sum.")]  # noqa: SIM118  # no mapping
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"{path}: damaged partial sums ({error}); delete the file and start again") from error
 
+    def _read(self, file: Any, name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        if tensor_checksum({name: tensor}) != self._checksums[name]:
+            raise StatisticsError(
+                f"{self.path}: damaged partial sums (the checksum of {name} does not fit); delete the file and start "
+                "again"
+            )
+        return tensor
+
     def sums(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Layer and half, and the sum's upper triangle as a matrix, one after the other."""
+        """Layer and half, and the sum's upper triangle as a matrix, one after the other.
+
+        Raises:
+            StatisticsError: If one is damaged.
+        """
         with safe_open(self.path, framework="pt") as file:
             for name in self._names:
                 _, layer, half = name.split(".")
-                yield (int(layer), int(half)), unpack_upper(file.get_tensor(name))
+                yield (int(layer), int(half)), unpack_upper(self._read(file, name))
 
     @staticmethod
     def save(path: Path, sums: MomentSums, notes: Mapping[str, Any]) -> None:
@@ -256,5 +279,7 @@ class PartialSums:
         }
         tensors["counts"] = torch.tensor(sums.counts, dtype=torch.int64)
         tensors["blocks"] = torch.tensor(sorted(sums.blocks), dtype=torch.int64)
+        checksums = {name: tensor_checksum({name: tensor}) for name, tensor in tensors.items()}
+        about = sealed({"notes": dict(notes), TENSORS: checksums})
         with whole_file(path) as work:
-            save_file(tensors, work, metadata={"rome_pl": json.dumps(dict(notes))})
+            save_file(tensors, work, metadata={"rome_pl": json.dumps(about)})

@@ -45,8 +45,7 @@ def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> 
     if not bool(total.isfinite().all()):
         raise StatisticsError(f"{path}: holds numbers that are not finite")
     info = MomentInfo(
-        weights=language_model.fingerprint_below(site),
-        tokenizer=language_model.tokenizer_fingerprint,
+        **language_model.moment_identity(site),
         layer=site.layer,
         count=count,
         corpus=f"imported from {path.name}",

@@ -1,22 +1,27 @@
 """Rebuilding edited weights from the ledger of a run."""
 
-import json
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from rome_pl.architecture import find_site
+from rome_pl.checksums import SEAL, is_intact
 from rome_pl.edit import EditStatus
 from rome_pl.edited_layers import EditedLayers, Written
+from rome_pl.files import read_regular
 from rome_pl.language_model import LanguageModel
-from rome_pl.ledger import LedgerError, read_lines
+from rome_pl.ledger_lines import LedgerError, check_end, read_lines
+from rome_pl.model_check import refuse_another_model
 from rome_pl.rank_one import Assertion, Update
+from rome_pl.run_schemas import MANIFEST
+from rome_pl.schemas import checked, parsed, refuse
 from rome_pl.weights import EditedWeight, LayerWrite
 
 __all__ = [
@@ -29,6 +34,9 @@ __all__ = [
     "read_writes",
     "replay",
 ]
+
+PARTS = ("key_shape", "key_at", "value", "left", "right", "ridge")
+"""What a shard holds of each layer."""
 
 
 def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
@@ -51,8 +59,15 @@ def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
     return layers
 
 
-def read_writes(language_model: LanguageModel, run: Path) -> tuple[list[int], list[Written]]:
-    """The layers that a sequential run has edited, and its writes in their order; arguments as those of :func:`replay`.
+def read_writes(
+    language_model: LanguageModel, run: Path, edits: Sequence[dict[str, Any]] | None = None
+) -> tuple[list[int], list[Written]]:
+    """The layers that a sequential run has edited, and its writes in their order.
+
+    Args:
+        language_model: The unedited model.
+        run: The run's folder.
+        edits: What :func:`read_edits` has given, if it was read already.
 
     Raises:
         LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
@@ -60,27 +75,46 @@ def read_writes(language_model: LanguageModel, run: Path) -> tuple[list[int], li
     manifest = read_manifest(run)
     if manifest.get("mode", "sequential") != "sequential":
         raise LedgerError(f"{run}: a ledger of single edits, each made on the original model; none accumulates")
-    theirs, ours = manifest["model"]["fingerprint"], language_model.fingerprint
-    if theirs != ours:
-        raise LedgerError(
-            f"{run}: a ledger of another model ({manifest['model']['source']}, {theirs[:12]}) than the one loaded "
-            f"({language_model.source}, {ours[:12]}); load the model that the run began with"
-        )
-    return list(manifest["rewrite"]["layers"]), [load_write(run, group) for group in groups_of(read_edits(run))]
+    refuse_another_model(
+        manifest["model"], language_model, LedgerError, f"{run}: a ledger", "load the model that the run began with"
+    )
+    numbers = list(manifest["rewrite"]["layers"])
+    writes = [load_write(run, group) for group in groups_of(read_edits(run) if edits is None else edits)]
+    for written in writes:
+        _check_sizes(language_model, run, numbers, written)
+    return numbers, writes
+
+
+def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int], written: Written) -> None:
+    """Refuse a write that does not suit the model's layers."""
+    for layer, part in written.layers.items():
+        if layer not in numbers:
+            raise LedgerError(f"{run}: edit {written.names[0]} is of layer {layer}, the manifest's are {list(numbers)}")
+        site = find_site(language_model.model, layer)
+        found = (part.update.left.shape[1], part.update.right.shape[1])
+        if found != (site.d_value, site.d_key):
+            raise LedgerError(
+                f"{run}: the shard of edit {written.names[0]} is of sizes {found}, layer {layer} of the model of "
+                f"{(site.d_value, site.d_key)}; it is of another run"
+            )
 
 
 def read_edits(run: Path) -> list[dict[str, Any]]:
     """The ledger's edits, one each, with the status they ended in, in the order of their writes.
 
     Raises:
-        LedgerError: If there is no ledger, or a line is damaged.
+        LedgerError: If there is no ledger, a line is damaged, or lines are missing.
     """
     path = run / "ledger" / "edits.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise LedgerError(f"{run}: holds no ledger (ledger/edits.jsonl); give the folder of a run")
+    lines = read_lines(path)
+    check_end(path.parent, lines)
     edits: dict[str, dict[str, Any]] = {}
-    for line in read_lines(path):
+    for number, line in enumerate(lines, start=1):
         name = str(line.record["case_id"])
+        if name not in edits and "request" not in line.record:
+            raise LedgerError(f"{path}, line {number}: says what became of edit {name}, which no line before it is of")
         edits[name] = edits.get(name, {}) | line.record  # a later line about an edit changes what the first said
     return list(edits.values())
 
@@ -108,18 +142,44 @@ def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
         raise LedgerError(
             f"{run}: edit {group[0]['case_id']} was solved together with others, whose lines the ledger lacks"
         )
-    parts: list[dict[str, Tensor]] = []
-    for edit in group:
-        path = run / "ledger" / "shards" / edit["shard"]
-        try:
-            parts.append(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise LedgerError(
-                f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt"
-            ) from error
+    parts = [_shard(run / "ledger" / "shards", edit) for edit in group]
     numbers = sorted({layer for edit in group for layer in edit["layers"]})
     names = tuple(str(edit["case_id"]) for edit in group)
     return Written(names, {layer: _layer_write(group, parts, layer) for layer in numbers})
+
+
+def _shard(folder: Path, edit: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an edit's write, as they were written."""
+    path = folder / edit["shard"]
+    try:
+        content = read_regular(path)
+        # Ledgers of earlier versions lack it, which is said where their lines are read.
+        if edit.get("shard_sha256", found := hashlib.sha256(content).hexdigest()) != found:
+            raise ValueError("its checksum is not the one in the ledger")
+        tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+        if edit.get("realised") is None or not edit["layers"]:
+            raise ValueError("the ledger does not say its layers and what it has realised")
+        for place in range(len(edit["layers"])):
+            _check_shapes({name: tensors[f"layers.{place}.{name}"] for name in PARTS})
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise LedgerError(
+            f"{path}: missing or damaged ({error}); edit {edit['case_id']} cannot be rebuilt. Take the file from a "
+            "copy, or make the run again"
+        ) from error
+    return tensors
+
+
+def _check_shapes(part: Mapping[str, Tensor]) -> None:
+    """Refuse what cannot be the write of one edit into one layer."""
+    rows = {name: tensor for name, tensor in part.items() if name != "ridge"}
+    if part["ridge"].shape != () or any(tensor.ndim != 2 or len(tensor) != 1 for tensor in rows.values()):
+        raise ValueError(f"tensors of shapes {[tuple(tensor.shape) for tensor in part.values()]}")
+    for of in (("key_shape", "key_at", "right"), ("value", "left")):
+        if len({rows[name].shape for name in of}) > 1:
+            raise ValueError(f"{', '.join(of)} of different lengths")
+    for name, tensor in part.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds what is no finite number")
 
 
 def _layer_write(group: Sequence[dict[str, Any]], parts: Sequence[dict[str, Tensor]], layer: int) -> LayerWrite:
@@ -159,7 +219,7 @@ def differences(one: Path, two: Path) -> Differences:
         LedgerError: If they are of different models, or one cannot be read.
     """
     models = [read_manifest(run)["model"] for run in (one, two)]
-    if models[0]["fingerprint"] != models[1]["fingerprint"]:
+    if any(len({model.get(name, "") for model in models} - {""}) > 1 for name in ("fingerprint", "config")):
         raise LedgerError(
             f"{two}: a ledger of another model ({models[1]['source']}) than {one} ({models[0]['source']}); their "
             "weights cannot be compared"
@@ -195,11 +255,15 @@ def read_manifest(run: Path) -> dict[str, Any]:
     """
     path = run / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        manifest["model"]["fingerprint"], manifest["rewrite"]["layers"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise LedgerError(f"{path}: missing or damaged ({error}); give the folder of a run of rome-pl edit") from error
-    return manifest
+        manifest: dict[str, Any] = parsed(read_regular(path))
+        checked(MANIFEST, manifest)
+        if SEAL in manifest and not is_intact(manifest):
+            raise ValueError("its checksum does not fit")
+        if SEAL not in manifest and "config" in manifest["model"]:
+            raise ValueError("its checksum is missing")  # earlier versions had neither
+    except (OSError, ValueError) as error:
+        refuse(LedgerError, str(path), error, "give the folder of a run of rome-pl edit")
+    return {name: value for name, value in manifest.items() if name != SEAL}
 
 
 def _no_metric(keys: Tensor) -> Tensor:

@@ -2,20 +2,25 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
 from rome_pl.edit import Edit, EditStatus
+from rome_pl.encoding import ENCODING_VERSION
 from rome_pl.evaluation import scores_from_json
+from rome_pl.files import read_regular
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError, plain
+from rome_pl.model_check import refuse_another_model
 from rome_pl.replay import groups_of, load_write, read_manifest
+from rome_pl.run_schemas import RESULTS
+from rome_pl.schemas import checked, parsed, refuse
 from rome_pl.session import EditSession
 from rome_pl.value_search import Step
 
-__all__ = ["check_model", "check_settings", "is_finished", "take_over"]
+__all__ = ["check_model", "check_records", "check_settings", "is_finished", "take_over"]
 
 DECISIVE = ("model", "data", "representation_check", "rank_one_writer", "verification", "state_check", "trainer")
 """Sections of the configuration that shape what edits become; the others only measure and report."""
@@ -68,10 +73,10 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
 def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     asked = json.loads(json.dumps(plain(edit.request.content())))
     if line["request"] != asked:
-        field = next(name for name in asked if line["request"].get(name) != asked[name])
+        field = next(name for name in {**asked, **line["request"]} if line["request"].get(name) != asked.get(name))
+        then, now = line["request"].get(field), asked.get(field)
         raise LedgerError(
-            f"{folder}: record {edit.name} had another {field} ({line['request'].get(field)!r}, now {asked[field]!r}); "
-            "resume with the same records"
+            f"{folder}: record {edit.name} had another {field} ({then!r}, now {now!r}); resume with the same records"
         )
     edit.recorded = line
     edit.status, edit.reason, edit.failed = EditStatus(line["status"]), line["reason"], line["failed"]
@@ -83,32 +88,64 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end."""
-    try:
-        content = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    """Whether a run has come to its end.
+
+    Raises:
+        LedgerError: If its ``results.json`` is of no use.
+    """
+    path = run / "results.json"
+    if not path.exists():
         return False
-    return content.get("interrupted") is False
+    try:
+        content = parsed(read_regular(path))
+        checked(RESULTS, content)
+    except (OSError, ValueError) as error:
+        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it anew")
+    return content["interrupted"] is False
 
 
 def check_model(run: Path, language_model: LanguageModel) -> None:
     """Refuse to go on with a run of another model, as far as its manifest is there to tell.
 
     Raises:
-        LedgerError: If it began with another one.
+        LedgerError: If it began with another one, in another precision, or under other rules of encoding.
     """
-    if (run / "manifest.json").is_file():
-        theirs, ours = read_manifest(run)["model"], language_model.fingerprint
-        if theirs["fingerprint"] != ours:
-            raise LedgerError(
-                f"{run}: began with another model ({theirs['source']}, {theirs['fingerprint'][:12]}) than the one "
-                f"loaded ({language_model.source}, {ours[:12]}); load that one"
-            )
-        if theirs.get("frame", []) != list(language_model.encoder.frame.texts):
-            raise LedgerError(
-                f"{run}: the chat template writes something else around prompts than it did when the run began (other "
-                "options of chat, or a date in it: fix that by chat.switches)"
-            )
+    if not (run / "manifest.json").exists():
+        return
+    theirs = read_manifest(run)["model"]
+    refuse_another_model(theirs, language_model, LedgerError, f"{run}: a run", "load the one that it began with")
+    dtype = str(next(language_model.model.parameters()).dtype)
+    if theirs["dtype"] != dtype:
+        raise LedgerError(f"{run}: began in {theirs['dtype']}, the model is loaded in {dtype}; load it in that one")
+    if theirs.get("encoding", 1) != ENCODING_VERSION:
+        raise LedgerError(
+            f"{run}: was begun by a version that joins prompts and targets by other rules (version "
+            f"{theirs.get('encoding', 1)}, now {ENCODING_VERSION}); make the run again, or resume it with that version"
+        )
+    if theirs.get("frame", []) != list(language_model.encoder.frame.texts):
+        raise LedgerError(
+            f"{run}: the chat template writes something else around prompts than it did when the run began (other "
+            "options of chat, or a date in it: fix that by chat.switches)"
+        )
+
+
+def check_records(run: Path, recorded: Collection[str], asked: Collection[str]) -> None:
+    """Refuse to resume a run with fewer records than it has edited: its model would not be what its ledger says.
+
+    Args:
+        run: Its folder.
+        recorded: The records that its ledger has, by ``case_id``.
+        asked: Those of the stream now.
+
+    Raises:
+        LedgerError: With what the stream lacks.
+    """
+    if missing := [name for name in recorded if name not in asked]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise LedgerError(
+            f"{run}: its ledger has {len(missing)} records that the stream lacks now ({', '.join(missing[:5])}{more}); "
+            "resume with all records of that run, more may follow. Nothing was changed"
+        )
 
 
 def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

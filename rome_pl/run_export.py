@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from rome_pl.adapter import AdapterPart, save_adapter
+from rome_pl.checksums import sealed
 from rome_pl.delta import ABOUT, VERSION, save_delta
 from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
@@ -113,7 +114,7 @@ def export_run(
         else:
             parts = save_adapter(work, layers, about["base"]["source"], rank)
             about["adapter"] = [asdict(part) for part in parts]
-        text = json.dumps(plain(about), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(sealed(plain(about)), indent=2, ensure_ascii=False, allow_nan=False)
         for name, content in ((ABOUT, text), ("README.md", model_card(about))):
             (work / name).write_text(content, encoding="utf-8", errors="replace", newline="")
         num_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
@@ -133,7 +134,7 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:
-        if type(error) is not Exception:
+        if type(error) is not Exception:  # the tokenizers library raises no class of its own
             raise
         raise OSError(errno.EIO, str(error)) from error  # how a full disk shows in the tokenizers library
     sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
@@ -158,7 +159,7 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
     """What an export is, as JSON can hold it."""
     manifest, edits = read_manifest(run), read_edits(run)
     model = manifest["model"]
-    base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "tokenizer", "chat")}
+    base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "config", "tokenizer", "chat")}
     base |= {"folder": model["folder"]} if "folder" in model else {}
     base["dtype"] = str(model["dtype"]).removeprefix("torch.")
     return {

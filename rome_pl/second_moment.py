@@ -1,22 +1,19 @@
 """The un-centred second moment of keys, ``C = E[k kᵀ]`` (Meng et al. 2022, Eq. 2 and App. A), and solves with it.
 
-An artefact is one safetensors file: the packed upper triangle in float32, and a JSON description in its header that
-ties it to the model, layer and corpus it was computed from.
+An artefact is one safetensors file (see :mod:`rome_pl.moment_file`), whose description ties it to the model, layer and
+corpus it was computed from.
 """
 
-import json
+import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rome_pl.errors import RomeError
-from rome_pl.files import whole_file
+from rome_pl.moment_file import StatisticsError, pack_upper, read_moment, unpack_upper, write_moment
 
 __all__ = [
     "NULL_SPACE",
@@ -38,8 +35,7 @@ NULL_SPACE = 2e-2
 """Eigenvalues of C below this count as its null space (Fang et al. 2025, AlphaEdit: ``nullspace_threshold``)."""
 
 
-class StatisticsError(RomeError):
-    """Statistics that are missing, damaged, or of another model or layer."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class MomentInfo:
 
     Args:
         weights: Fingerprint of the model's weights that the keys depend on.
-        tokenizer: Fingerprint of the tokenizer.
+        tokenizer: Fingerprint of the tokenizer's rules.
         layer: Index of the decoder layer.
         count: Number of keys summed.
         corpus: Fingerprint (or description) of the text.
@@ -58,6 +54,8 @@ class MomentInfo:
         date: When it was computed, ISO 8601, for a reader.
         source: Name of the corpus, for a reader.
         agreement: Mean cosine of ``C⁻¹k`` from two halves of the text over probe keys, where it was measured.
+        config: Fingerprint of the model's config; empty in files of earlier versions, whose ``tokenizer`` is a hash of
+            the vocabulary alone.
     """
 
     weights: str
@@ -71,6 +69,7 @@ class MomentInfo:
     date: str = ""
     source: str = ""
     agreement: float | None = None
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,14 +163,12 @@ class SecondMoment:
         Raises:
             OSError: If the disk is full or the folder cannot be written; nothing is changed then.
         """
-        packed = pack_upper(self.matrix).float().cpu()
-        with whole_file(path) as work:
-            save_file({"second_moment": packed}, work, metadata={"rome_pl": json.dumps(asdict(self.info))})
+        write_moment(path, pack_upper(self.matrix).float().cpu(), asdict(self.info))
 
     @classmethod
     def read_info(cls, path: Path) -> MomentInfo:
         """What an artefact says of itself, without its matrix; raises as :meth:`load` does."""
-        return _open(path)[0]
+        return MomentInfo(**read_moment(path, matrix=False)[0])
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoment":
@@ -180,14 +177,21 @@ class SecondMoment:
         Raises:
             StatisticsError: If the file is missing, truncated, or no artefact of this project.
         """
-        info, packed = _open(path, matrix=True)
+        about, packed = read_moment(path)
         try:
-            return cls(unpack_upper(packed), info)
+            return cls(unpack_upper(packed), MomentInfo(**about))
         except ValueError as error:
             raise StatisticsError(f"{path}: {error}; compute it again") from error
 
-    def check(self, *, weights: str, layer: int, where: str) -> None:
-        """Refuse statistics of another layer or model.
+    def check(self, *, weights: str, layer: int, where: str, config: str = "", tokenizer: str = "") -> None:
+        """Refuse statistics of another layer or model; say so if they do not tell all that is to be compared.
+
+        Args:
+            weights: Fingerprint of the weights that the keys depend on.
+            layer: The layer.
+            where: What to call them in messages.
+            config: Fingerprint of the config.
+            tokenizer: Fingerprint of the tokenizer's rules.
 
         Raises:
             StatisticsError: With what differs.
@@ -199,47 +203,22 @@ class SecondMoment:
                 f"{where}: computed from other weights ({self.info.model or 'unnamed'}, {self.info.weights[:12]}) than "
                 f"those loaded ({weights[:12]}); remove the setting, and statistics of this model are computed"
             )
-
-
-def _open(path: Path, matrix: bool = False) -> tuple[MomentInfo, Tensor]:
-    if not path.is_file():
-        raise StatisticsError(f"{path}: no such statistics file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            info = MomentInfo(**json.loads(file.metadata()["rome_pl"]))
-            return info, file.get_tensor("second_moment") if matrix else torch.empty(0)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise StatisticsError(
-            f"{path}: damaged, or no second moment of this project ({error}); compute it again"
-        ) from error
-
-
-def pack_upper(matrix: Tensor) -> Tensor:
-    """The upper triangle of ``[d, d]``, row after row, ``[d (d + 1) / 2]``."""
-    return torch.cat([row[index:] for index, row in enumerate(matrix)])
-
-
-def unpack_upper(packed: Tensor) -> Tensor:
-    """The symmetric float64 matrix whose upper triangle is ``packed``.
-
-    Raises:
-        ValueError: If its length is that of no triangle.
-    """
-    size = int((2 * packed.numel()) ** 0.5)
-    if size * (size + 1) // 2 != packed.numel():
-        raise ValueError(f"{packed.numel()} entries are no symmetric half")
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    start = 0
-    for index in range(size):
-        matrix[index, index:] = packed[start : start + size - index]
-        start += size - index
-    return symmetric(matrix)
-
-
-def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the upper triangle of ``upper``."""
-    matrix = upper.triu()
-    return matrix + matrix.triu(1).T
+        if not self.info.config:
+            log.warning(
+                "%s: does not tell the config and the tokenizer's rules it was computed with, as files of earlier "
+                "versions; they are not compared. Compute it again to be sure",
+                where,
+            )
+            return
+        for what, theirs, ours in (
+            ("config", self.info.config, config),
+            ("tokenizer", self.info.tokenizer, tokenizer),
+        ):
+            if ours and theirs != ours:
+                raise StatisticsError(
+                    f"{where}: computed from the same weights with another {what} ({theirs[:12]}) than the one loaded "
+                    f"({ours[:12]}); remove the setting, and statistics of this model are computed"
+                )
 
 
 def library_versions() -> dict[str, Any]:

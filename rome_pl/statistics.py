@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +21,8 @@ __all__ = [
     "compute",
     "kept_statistics",
     "resolve_second_moments",
+    "shipped_folder",
+    "shipped_statistics",
     "statistics_files",
     "statistics_folder",
     "unfinished_folder",
@@ -49,8 +52,7 @@ def artefact_path(
     Memory options change nothing but rounding and are left out.
     """
     key = content_key(
-        language_model.fingerprint_below(site),
-        language_model.tokenizer_fingerprint,
+        language_model.moment_identity(site),
         site.layer,
         corpus.fingerprint,
         [options.tokens or KEYS_PER_DIMENSION * site.d_key, options.block_length],
@@ -64,9 +66,26 @@ def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentIn
     """The artefacts in a folder with what they say of themselves; nothing for one that cannot be read."""
     for path in sorted((folder or statistics_folder()).glob("*.safetensors")):
         try:
-            yield path, SecondMoment.read_info(path)
-        except StatisticsError:
-            yield path, None
+            info = SecondMoment.read_info(path)
+        except StatisticsError as error:
+            log.warning("Passed over: %s", error)
+            info = None
+        yield path, info
+
+
+def shipped_statistics() -> list[tuple[Path, MomentInfo]]:
+    """The artefacts that come with the package, with what they say of themselves.
+
+    Raises:
+        StatisticsError: If one is damaged: another one in its place would give other edits.
+    """
+    paths = sorted(shipped_folder().glob("*.safetensors"))
+    return [(path, SecondMoment.read_info(path)) for path in paths]
+
+
+def shipped_folder() -> Path:
+    """Where the files are that come with the package."""
+    return Path(str(files("rome_pl") / "assets"))
 
 
 def resolve_second_moments(
@@ -101,8 +120,7 @@ def resolve_second_moments(
     moments = []
     for site in sites:
         moment = SecondMoment.load(found[site.layer])  # what every later run will read
-        weights = language_model.fingerprint_below(site)
-        moment.check(weights=weights, layer=site.layer, where=str(found[site.layer]))
+        moment.check(**language_model.moment_identity(site), layer=site.layer, where=str(found[site.layer]))
         moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
     return moments
 
@@ -124,7 +142,7 @@ def statistics_files(
         paths = [statistics] if isinstance(statistics, str) else list(statistics)
         found = _configured(paths, sites)
     elif corpus is None and wanted is None:
-        found = _at_hand(sites, {site.layer: language_model.fingerprint_below(site) for site in sites})
+        found = _at_hand(sites, {site.layer: language_model.moment_identity(site) for site in sites})
     else:
         found = {}
     if missing := [site for site in sites if site.layer not in found]:
@@ -144,13 +162,21 @@ def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int,
     return by_layer
 
 
-def _at_hand(sites: Sequence[RewriteSite], weights: Mapping[int, str]) -> dict[int, Path]:
+def _at_hand(sites: Sequence[RewriteSite], identities: Mapping[int, Mapping[str, str]]) -> dict[int, Path]:
     """Artefacts that were shipped or are in the cache, by layer."""
-    shipped = kept_statistics(Path(__file__).parent / "assets")
     kept = sorted(kept_statistics(), key=lambda pair: pair[1].count if pair[1] is not None else 0, reverse=True)
     found: dict[int, Path] = {}
-    for path, info in (*shipped, *kept):
-        if info is not None and info.layer not in found and info.weights == weights.get(info.layer):
+    for path, info in (*shipped_statistics(), *kept):
+        wanted = identities.get(info.layer) if info is not None else None
+        if info is None or wanted is None or info.layer in found or info.weights != wanted["weights"]:
+            continue
+        if not info.config:
+            log.warning(
+                "Passed over: %s, of an earlier version, does not tell the config and the tokenizer's rules that it "
+                "was computed with. To use it all the same, give it as statistics",
+                path,
+            )
+        elif (info.config, info.tokenizer) == (wanted["config"], wanted["tokenizer"]):
             log.info("Second moment of layer %d: %d keys, from %s", info.layer, info.count, path)
             found[info.layer] = path
     return {site.layer: found[site.layer] for site in sites if site.layer in found}

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from rome_pl.files import content_key
+from rome_pl.checksums import is_intact, sealed
+from rome_pl.files import content_key, read_regular
 from rome_pl.language_model import LanguageModel, cache_folder
+from rome_pl.run_schemas import TRACE
+from rome_pl.schemas import checked, parsed
 from rome_pl.tracing import KINDS, Fact, Trace
 
 __all__ = ["KnownTraces"]
@@ -26,13 +29,7 @@ class KnownTraces:
     """
 
     def __init__(self, language_model: LanguageModel, *settings: object) -> None:
-        key = content_key(
-            language_model.fingerprint,
-            language_model.tokenizer_fingerprint,
-            str(next(language_model.model.parameters()).dtype),
-            language_model.device.type,
-            [str(setting) for setting in settings],
-        )
+        key = language_model.measurement_key([str(setting) for setting in settings])
         self._usable = language_model.as_first_seen
         self.path: Path = cache_folder() / "traces" / f"{key}.jsonl"
         self._known = self._read() if self._usable else {}
@@ -50,21 +47,24 @@ class KnownTraces:
         line["restored"] = {kind: table.tolist() for kind, table in trace.restored.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")), self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(line))  # the line before may have been cut short
+            file.write("\n" + json.dumps(sealed(line)))  # the line before may have been cut short
 
     def _read(self) -> dict[str, Trace]:
         known: dict[str, Trace] = {}
         try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError):  # not there, or of no use
+            lines = read_regular(self.path).split(b"\n")
+        except OSError:  # not there
             return known
         for line in lines:
             try:
-                content: dict[str, Any] = json.loads(line)
+                content: dict[str, Any] = parsed(line)
+                checked(TRACE, content)
+                if not is_intact(content):
+                    continue
                 tables = {kind: content["restored"][kind] for kind in KINDS if kind in content["restored"]}
                 restored = {kind: torch.tensor(table, dtype=torch.float64) for kind, table in tables.items()}
                 known[content["fact"]] = Trace(float(content["clean"]), float(content["corrupted"]), restored)
-            except (ValueError, TypeError, KeyError):  # cut short, when a run was killed: it is traced again
+            except ValueError:  # cut short, when a run was killed, or damaged: it is traced again
                 continue
         return known
 

@@ -21,11 +21,12 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.layer_trial import trial_requests
+from rome_pl.ledger import read_lines
 from rome_pl.loading import load_encoder
 from rome_pl.preparation import check_limits
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.requests import RequestError
-from rome_pl.resume import check_model, check_settings, is_finished
+from rome_pl.resume import check_model, check_records, check_settings, is_finished
 from rome_pl.run_folder import RunFolderError, can_resume, check_save_folder, claim_run_folder
 from rome_pl.sampling import sample_requests
 from rome_pl.second_moment import SecondMoment
@@ -93,6 +94,8 @@ class RomeTrainer(Trainer):
             check_model(folder, model.language_model)
             if not force:
                 self._check_settings(folder)
+            recorded = [str(line.record["case_id"]) for line in read_lines(folder / "ledger" / "edits.jsonl")]
+            check_records(folder, dict.fromkeys(recorded), {str(request.case_id) for request in datamodule.requests})
             if is_finished(folder):
                 log.warning("The run in %s is finished: there is nothing to resume", folder)
                 return

@@ -18,10 +18,13 @@ from rome_pl.ledger import Ledger, LedgerError
 from rome_pl.metric import make_metric
 from rome_pl.replay import read_edits, read_manifest, read_writes
 from rome_pl.second_moment import SecondMoment, StatisticsError
-from rome_pl.statistics import kept_statistics
+from rome_pl.statistics import kept_statistics, shipped_statistics
 from rome_pl.weights import EditedWeight
 
 __all__ = ["Undone", "pick", "undo", "with_edits"]
+
+PATIENCE = 10.0
+"""Seconds that undoing waits for another process to let go of the ledger."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,19 @@ def undo(
         LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
         StatisticsError: If the run's second moment is not at hand.
     """
-    layers = with_edits(language_model, run, statistics)
-    writes = list(layers.written)
-    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
-    for name in names:
-        if name not in layers.names:
-            found = f"it is {edits[name]['status']}" if name in edits else "the ledger has no such record"
-            raise LedgerError(f"{run}: edit {name} is not in the weight ({found}); see rome-pl show --ledger {run}")
-    ledger = Ledger(run / "ledger", resume=True)
+    read_edits(run)  # whatever is wrong with the folder comes to light before anything is made in it
+    # Locked, read, written: another process may undo something of the same run.
+    ledger = Ledger(run / "ledger", resume=True, wait=PATIENCE)
     ledger.skip()
     try:
+        known = read_edits(run)
+        edits = {str(edit["case_id"]): edit for edit in known}
+        layers = with_edits(language_model, run, statistics, known)
+        writes = list(layers.written)
+        for name in names:
+            if name not in layers.names:
+                found = f"it is {edits[name]['status']}" if name in edits else "the ledger has no such record"
+                raise LedgerError(f"{run}: edit {name} is not in the weight ({found}); see rome-pl show --ledger {run}")
         layers.remove(names)
         before = {name: written for written in writes for name in written.names}
         anew = [written for written in layers.written if not written.same_as(before[written.names[0]])]
@@ -96,16 +102,25 @@ def undo(
     return Undone(layers, tuple(names), resolved, tuple(holding))
 
 
-def with_edits(language_model: LanguageModel, run: Path, statistics: Sequence[Path] = ()) -> EditedLayers:
+def with_edits(
+    language_model: LanguageModel,
+    run: Path,
+    statistics: Sequence[Path] = (),
+    edits: Sequence[dict[str, Any]] | None = None,
+) -> EditedLayers:
     """Put the edits of a sequential run into the unedited model; unlike :func:`replay`, edits can be taken out again.
 
-    Arguments as those of :func:`undo`.
+    Args:
+        language_model: The unedited model that the run began with.
+        run: The run's folder.
+        statistics: The second moments of the run, where they are neither shipped nor in the cache.
+        edits: What :func:`rome_pl.replay.read_edits` has given, if it was read already.
 
     Raises:
         LedgerError: As :func:`read_writes`.
         StatisticsError: If a second moment of the run is not at hand.
     """
-    numbers, writes = read_writes(language_model, run)
+    numbers, writes = read_writes(language_model, run, edits)
     manifest: dict[str, Any] = read_manifest(run)
     moments = [_moment(language_model, run, wanted, statistics) for wanted in manifest["second_moments"]]
     weights = [
@@ -134,12 +149,13 @@ def pick(
         StatisticsError: If the run's second moment is not at hand.
         DisablingEditError: If the update of an edit that remains would explode without those before it.
     """
-    edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
+    known = read_edits(run)  # once: another process may undo something meanwhile
+    edits = {str(edit["case_id"]): edit for edit in known}
     for name in names:
         if name not in edits or edits[name]["status"] != EditStatus.APPLIED:
             found = edits[name]["status"] if name in edits else "the ledger has no such record"
             raise LedgerError(f"{run}: edit {name} is not in the weights ({found})")
-    layers = with_edits(language_model, run, statistics)
+    layers = with_edits(language_model, run, statistics, known)
     try:
         layers.remove([name for name in layers.names if name not in names])
     except BaseException:
@@ -152,8 +168,10 @@ def _moment(
     language_model: LanguageModel, run: Path, wanted: Mapping[str, Any], statistics: Sequence[Path]
 ) -> SecondMoment:
     given = [(path, SecondMoment.read_info(path)) for path in statistics]
-    kept = [*given, *kept_statistics(Path(__file__).parent / "assets"), *kept_statistics()]
-    path = next((path for path, info in kept if info is not None and asdict(info) == wanted), None)
+    kept = [*given, *shipped_statistics(), *kept_statistics()]
+    # Of an earlier version's run the manifest does not tell the config, and the tokenizer by its vocabulary alone.
+    compared = {name: value for name, value in wanted.items() if "config" in wanted or name != "tokenizer"}
+    path = next((path for path, info in kept if info is not None and compared.items() <= asdict(info).items()), None)
     if path is None and given:
         raise StatisticsError(
             f"{', '.join(map(str, statistics))}: not the second moment of layer {wanted['layer']} that {run} was made "

@@ -6,13 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from rome_pl.convergence import Check
 from rome_pl.distributed import Peers
 from rome_pl.moment_sums import MomentSums, PartialSums
+from rome_pl.schemas import Count, Number, checked
 from rome_pl.second_moment import StatisticsError
 
 __all__ = ["BusyError", "UnfinishedJob"]
@@ -22,6 +25,25 @@ SAVING_SHARE = 0.05
 
 LEAST_PAUSE = 60.0
 """Seconds between saves at least, likewise."""
+
+
+class CheckNote(TypedDict):
+    """As :class:`rome_pl.convergence.Check`."""
+
+    blocks: Count
+    keys: Count
+    agreement: dict[str, Number]
+    enough: bool
+
+
+class Notes(TypedDict):
+    """What stands beside partial sums."""
+
+    absorbed: list[Annotated[str, Field(pattern=r"^process-[0-9a-z.-]+\.safetensors$")]]
+    history: list[CheckNote]
+
+
+NOTES: TypeAdapter[Any] = TypeAdapter(Notes)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +158,13 @@ class UnfinishedJob:
         run = 1 + max((int(path.stem.partition(".")[2] or 0) for path in paths), default=-1)
         self._name = f"process-{self._peers.rank}-of-{self._peers.world_size}{f'.{run}' * (run > 0)}.safetensors"
         partials = [PartialSums(path) for path in paths]
+        for partial in partials:
+            try:
+                checked(NOTES, partial.notes)
+            except ValueError as error:
+                raise StatisticsError(
+                    f"{partial.path}: damaged partial sums ({error}); delete the file and start again"
+                ) from error
         # A process that took over the sums of others may have been killed before it could delete their files.
         absorbed = {name for partial in partials for name in partial.notes["absorbed"]}
         partials = [partial for partial in partials if partial.path.name not in absorbed]

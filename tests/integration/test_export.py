@@ -1,7 +1,6 @@
 """A run's edits for use elsewhere: as a checkpoint, as the change alone, as a LoRA adapter."""
 
 import importlib.util
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -38,6 +37,7 @@ from tests.integration.helpers import (
     run_edits,
     snapshot,
 )
+from tests.recorded import rewrite_json, rewrite_ledger, sha256
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
 
 # What peft asks a model of transformers 5 for.
@@ -277,10 +277,9 @@ def test_the_card_lists_every_edit_and_survives_what_texts_hold(tmp_path):
         prompt="The *tower* | of <b>Korrin</b>\n`x` stands in", subject="Korrin", target_new="Oslo|$1", case_id="n|1"
     )
     made = Run(tmp_path, requests=[*REQUESTS[:2], nasty])
-    with (made.folder / "ledger" / "edits.jsonl").open("a", encoding="utf-8") as file:
-        rejected = {**read_edits(made.folder)[1], "index": 9, "case_id": "r", "status": "rejected", "reason": "no"}
-        del rejected["shard"]
-        file.write(json.dumps(rejected) + "\n")
+    rejected = {**read_edits(made.folder)[1], "index": 9, "case_id": "r", "status": "rejected", "reason": "no"}
+    del rejected["shard"]
+    rewrite_ledger(made.folder, lambda lines: [*lines, rejected])
     made.export(tmp_path / "out", "hf")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     rows = [line for line in card.splitlines() if line.startswith("| ") and "→" in line][1:]
@@ -398,8 +397,7 @@ def test_a_run_without_an_applied_edit(one_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(one_run.folder, folder)
     path = folder / "ledger" / "edits.jsonl"
-    lines = [json.loads(line) | {"status": "rejected"} for line in path.read_text(encoding="utf-8").splitlines()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rewrite_ledger(folder, lambda lines: [line | {"status": "rejected"} for line in lines])
     for form in FORMATS:
         with pytest.raises(LedgerError, match="no edit is in the weights"):
             export_run(one_run.base(), folder, tmp_path / "out", form)
@@ -454,12 +452,13 @@ def test_a_base_from_a_rounded_copy_is_told(one_run, delta_folder):
 
 
 def change_about(folder, **changes):
-    (folder / "rome_pl.json").write_text(json.dumps(about(folder) | changes), encoding="utf-8")
+    rewrite_json(folder / "rome_pl.json", lambda content: content | changes)
 
 
 def cut_tensors(folder):
     tensors = load_file(folder / "delta.safetensors")
     save_file({name: tensor[:, 1:].clone() for name, tensor in tensors.items()}, folder / "delta.safetensors")
+    change_about(folder, tensors=sha256(folder / "delta.safetensors"))
 
 
 DAMAGES = {
@@ -472,7 +471,8 @@ DAMAGES = {
         lambda folder: (folder / "delta.safetensors").write_bytes(b"abc"),
         r"delta\.safetensors: missing or damaged",
     ),
-    "other writes": (lambda folder: change_about(folder, writes=[1, 2]), r"delta\.safetensors: missing or damaged"),
+    "other writes": (lambda folder: change_about(folder, writes=[[1, 2]]), r"delta\.safetensors: missing or damaged"),
+    "writes of another form": (lambda folder: change_about(folder, writes=[1]), r"rome_pl\.json: .*'writes\.0'"),
     "no base": (lambda folder: change_about(folder, base={}), "missing or damaged"),
     "other sizes": (cut_tensors, r"are of sizes 31 and 47, those of the weight 32 and 48: it is damaged"),
 }

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rome_pl.cli import main
 from rome_pl.delta import read_delta
 from tests.integration.helpers import about, called, edited_by_command, nothing_left
+from tests.recorded import rewrite_json
 
 # What peft asks a model of transformers 5 for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -92,9 +93,8 @@ def test_mistakes_are_said_without_a_traceback(arguments, message, work, tmp_pat
 def test_a_base_model_that_has_changed_since(work, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(work / "run", copy)
-    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-    manifest["model"]["source"] = str(work / "edited")
-    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    edited = {"source": str(work / "edited")}
+    rewrite_json(copy / "manifest.json", lambda content: content | {"model": content["model"] | edited})
     assert called("export", "--ledger", copy, "--format", "delta", "--output", tmp_path / "out") == 2
     assert "a ledger of another model" in capsys.readouterr().err
 

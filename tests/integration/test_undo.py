@@ -152,12 +152,15 @@ def test_undoing_twice_equals_undoing_at_once(stream, tmp_path):
 def test_a_half_written_undo_is_none(stream, tmp_path):
     folder = copied(stream, tmp_path)
     path = folder / "ledger" / "edits.jsonl"
-    before = path.read_bytes()
+    before, end = path.read_bytes(), (path.parent / "end.json").read_bytes()
     undo(tiny_language_model("llama"), folder, ["2"])
     after = path.read_bytes()
     assert after.startswith(before)
     expected = tiny_language_model("llama")
     path.write_bytes(before)
+    with pytest.raises(LedgerError, match="lines are missing"):  # no undo that was killed: its lines were lost later
+        replay(expected, folder)
+    (path.parent / "end.json").write_bytes(end)  # written last of all
     replay(expected, folder)
     for cut in (len(before) + 1, len(after) - 1, (len(before) + len(after)) // 2):
         path.write_bytes(after[:cut])

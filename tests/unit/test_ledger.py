@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -23,8 +24,9 @@ def test_a_record_and_its_tensors_come_back(tmp_path, written):
     lines = [
         json.loads(line) for line in (tmp_path / "ledger" / "edits.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert lines == [
-        {"index": 0, "case_id": "a", "status": "applied", "shard": "000000.safetensors"},
+    sha256 = hashlib.sha256((tmp_path / "ledger" / "shards" / "000000.safetensors").read_bytes()).hexdigest()
+    assert [{name: value for name, value in line.items() if name != "check"} for line in lines] == [
+        {"index": 0, "case_id": "a", "status": "applied", "shard": "000000.safetensors", "shard_sha256": sha256},
         {"index": 1, "case_id": "ü", "status": "rejected"},
     ]
     tensors = load_file(tmp_path / "ledger" / "shards" / "000000.safetensors")

@@ -216,24 +216,37 @@ def test_what_is_missing_or_damaged_is_named(name, whole, tmp_path):
         replay(tiny_language_model(), folder)
 
 
-@pytest.mark.parametrize("end", ["half", "one byte", "garbage", "garbage that is a line"])
-def test_an_end_that_was_not_written_whole_is_left_out_and_said(end, whole, tmp_path, caplog):
+@pytest.mark.parametrize("end", ["half", "one byte", "garbage"])
+def test_what_a_killed_run_has_not_written_whole_is_left_out_and_said(end, whole, tmp_path, caplog):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
+    (folder / "ledger" / "end.json").unlink()  # a killed run does not write it
     path = folder / "ledger" / "edits.jsonl"
     complete = read_edits(folder)
     lines = path.read_bytes().splitlines(keepends=True)
     together = json.loads(lines[-1]).get("together", [1, 1])[1]
     kept = lines[: len(lines) - together]
-    garbage = {"garbage": b"\x00" * 50, "garbage that is a line": b"\xff\xfe\n"}
     cut = {"half": len(lines[-1]) // 2, "one byte": 1}
-    path.write_bytes(b"".join(lines) + garbage[end] if end in garbage else b"".join(lines)[: -cut[end]])
-    expected = complete if end in garbage else complete[: len(kept)]
+    path.write_bytes(b"".join(lines) + b"\x00" * 50 if end == "garbage" else b"".join(lines)[: -cut[end]])
+    expected = complete if end == "garbage" else complete[: len(kept)]
     assert read_edits(folder) == expected
     assert "are no complete record" in caplog.text
     assert replay(tiny_language_model(), folder).names == [
         str(edit["case_id"]) for edit in expected if edit["status"] == "applied"
     ]
+
+
+@pytest.mark.parametrize("lost", ["half a line", "one byte", "the last lines", "all lines"])
+def test_a_run_that_came_to_its_end_and_misses_it_is_refused(lost, whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    path = folder / "ledger" / "edits.jsonl"
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    left = {"half a line": content[:-200], "one byte": content[:-1], "the last lines": b"".join(lines[:2])}
+    path.write_bytes(left.get(lost, b""))
+    with pytest.raises(LedgerError, match=r"edits\.jsonl: holds [02] complete lines, but was closed with 4"):
+        replay(tiny_language_model(), folder)
 
 
 def test_a_damaged_ledger_leaves_the_model_as_it_was(whole, tmp_path):

@@ -49,14 +49,14 @@ def site(language_model):
 def shipped(tmp_path, monkeypatch):
     """A folder that stands in for what the package ships."""
     (tmp_path / "package" / "assets").mkdir(parents=True)
-    monkeypatch.setattr(statistics, "__file__", str(tmp_path / "package" / "statistics.py"))
+    monkeypatch.setattr(statistics, "shipped_folder", lambda: tmp_path / "package" / "assets")
     return tmp_path / "package" / "assets"
 
 
 def keep(folder, language_model, layer=1, count=100, name=None):
     """An artefact whose matrix tells its count."""
     site = find_site(language_model.model, layer)
-    info = MomentInfo(language_model.fingerprint_below(site), language_model.tokenizer_fingerprint, layer, count, "c")
+    info = MomentInfo(**language_model.moment_identity(site), layer=layer, count=count, corpus="c")
     path = folder / f"{name or count}.safetensors"
     SecondMoment(count * torch.eye(site.d_key, dtype=torch.float64), info).save(path)
     return path

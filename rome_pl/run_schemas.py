@@ -1,0 +1,243 @@
+"""The forms of what a run leaves in its folder and of what is exported from it, as a reader checks them.
+
+Fields that are not named here may be there too: later versions add some. A field that is marked ``NotRequired`` is
+missing in what earlier versions wrote.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
+from typing_extensions import TypedDict
+
+from rome_pl.edit import EditStatus
+from rome_pl.moment_file import MomentHeader
+from rome_pl.schemas import Count, Name, Number
+from rome_pl.value_search import Step
+
+__all__ = ["DELTA", "LEDGER_END", "LEDGER_LINE", "MANIFEST", "RESULTS", "SCORES", "TRACE"]
+
+ENDED = [str(status) for status in EditStatus if status is not EditStatus.PENDING]
+
+
+def _known_status(status: str) -> str:
+    if status not in ENDED:
+        raise ValueError(f"expected one of {', '.join(ENDED)}")
+    return status
+
+
+def _rising(layers: list[int]) -> list[int]:
+    if layers != sorted(set(layers)):
+        raise ValueError("expected layers by rising number, each once")
+    return layers
+
+
+Probability = Annotated[Number, Field(ge=0, le=1.000001)]
+Size = Annotated[Number, Field(ge=0)]
+Layers = Annotated[list[Count], AfterValidator(_rising)]
+Shard = Annotated[str, Field(pattern=r"^\d{6,12}(\.\d{1,9})?\.safetensors$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+CaseId = Annotated[int, Field(strict=True)] | Annotated[str, Field(strict=True)]
+Status = Annotated[str, AfterValidator(_known_status)]
+Measured = Annotated[float, Field(strict=True)]
+"""A number that a broken model may have made NaN."""
+Pair = Annotated[list[Measured | None], Field(min_length=2, max_length=2)]
+Texts = list[str]
+Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(bfloat16|float16|float32|float64)$")]
+
+
+class Answer(TypedDict):
+    """As :class:`rome_pl.metrics.probes.Answer`."""
+
+    log_prob: Measured | None
+    accuracy: Measured | None
+    predicted: list[Count]
+
+
+class Scores(TypedDict):
+    """As :class:`rome_pl.metrics.probes.ProbeScores`."""
+
+    rewrite: Pair
+    paraphrases: list[Pair]
+    neighbours: list[Pair]
+    answers: dict[str, list[Answer]]
+    touched: list[bool]
+
+
+class ProbeText(TypedDict):
+    """As :class:`rome_pl.requests.Probe`."""
+
+    prompt: str
+    answer: str
+    kind: str
+
+
+class Request(TypedDict):
+    """What an edit asks for and is measured on."""
+
+    prompt: Name
+    subject: Name
+    target_new: Name
+    target_true: str | None
+    paraphrases: NotRequired[Texts]
+    neighbours: NotRequired[Texts]
+    generation_prompts: NotRequired[Texts]
+    references: NotRequired[Texts]
+    locality: NotRequired[list[ProbeText]]
+    portability: NotRequired[list[ProbeText]]
+    subject_span: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    target_space: NotRequired[bool | None]
+    relation: NotRequired[str | None]
+
+
+class Probabilities(TypedDict):
+    """Of the target, before the edit and after it."""
+
+    before: Probability | None
+    after: Probability | None
+
+
+class _Line(TypedDict):
+    index: Count
+    case_id: CaseId
+    status: Status
+    shard: NotRequired[Shard]
+    shard_sha256: NotRequired[Sha256]
+    joint: NotRequired[list[Count] | None]
+    together: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+
+
+class FirstLine(_Line):
+    """The first line about an edit."""
+
+    reason: str | None
+    notes: Texts
+    request: Request
+    probability: Probabilities
+    layers: Layers
+    specificity: Number | None
+    num_steps: Count
+    loss: Number | None
+    value_norm: Size | None
+    update_norm: Size | None
+    realised: Number | None
+    failed: bool
+    steps: list[Annotated[list[Number | None], Field(min_length=5, max_length=len(fields(Step)))]]
+    measured: Scores | None
+
+
+class LaterLine(_Line):
+    """A later line about an edit: what has become of it."""
+
+    reason: NotRequired[str | None]
+    notes: NotRequired[Texts]
+    update_norm: NotRequired[Size | None]
+    realised: NotRequired[Number | None]
+
+
+class Model(TypedDict):
+    """The model that a run began with."""
+
+    source: Name
+    fingerprint: Name
+    config: NotRequired[Name]
+    tokenizer: Name
+    encoding: NotRequired[Count]
+    dtype: Dtype
+    device: str
+    chat: NotRequired[dict[str, Any] | None]
+    frame: NotRequired[Texts]
+
+
+class Rewrite(TypedDict):
+    """The weights that a run writes into."""
+
+    layers: Annotated[Layers, Field(min_length=1)]
+    weights: list[Name]
+    main: NotRequired[Layers]
+
+
+class Metric(TypedDict):
+    """Arguments of :func:`rome_pl.metric.make_metric`."""
+
+    name: Name
+    weight: Number
+    ridge: Number
+    threshold: Number
+
+
+class Manifest(TypedDict):
+    """``manifest.json`` of a run."""
+
+    versions: dict[str, str]
+    seed: NotRequired[int]
+    mode: NotRequired[Literal["sequential", "single"]]
+    model: Model
+    rewrite: Rewrite
+    metric: Metric
+    second_moments: list[MomentHeader]
+    contexts: NotRequired[Texts]
+    checksum: NotRequired[str]
+
+
+class Results(TypedDict):
+    """What is read again of ``results.json``."""
+
+    interrupted: bool
+
+
+class LedgerEnd(TypedDict):
+    """How far a ledger had come when it was last closed."""
+
+    lines: Annotated[Count, Field(ge=1)]
+    check: str
+
+
+class Base(TypedDict):
+    """The model that an export is made from."""
+
+    source: Name
+    fingerprint: Name
+    config: NotRequired[Name | None]
+    tokenizer: NotRequired[Name | None]
+    dtype: Dtype
+    chat: NotRequired[dict[str, Any] | None]
+
+
+class DeltaAbout(TypedDict):
+    """``rome_pl.json`` of a delta."""
+
+    format: Literal["delta"]
+    version: Count
+    base: Base
+    rewrite: Rewrite
+    num_edits: Count
+    writes: list[list[Annotated[Count, Field(ge=1)]]]
+    digests: list[Sha256]
+    edits: list[dict[str, Any]]
+    tensors: Sha256
+    checksum: str
+
+
+class TraceLine(TypedDict):
+    """A fact's trace in the cache."""
+
+    fact: Name
+    clean: Number
+    corrupted: Number
+    restored: dict[str, list[list[Number]]]
+
+
+def _which(line: Any) -> str:
+    return "first" if isinstance(line, dict) and "request" in line else "later"
+
+
+LEDGER_LINE: TypeAdapter[Any] = TypeAdapter(
+    Annotated[Annotated[FirstLine, Tag("first")] | Annotated[LaterLine, Tag("later")], Discriminator(_which)]
+)
+LEDGER_END: TypeAdapter[Any] = TypeAdapter(LedgerEnd)
+MANIFEST: TypeAdapter[Any] = TypeAdapter(Manifest)
+RESULTS: TypeAdapter[Any] = TypeAdapter(Results)
+DELTA: TypeAdapter[Any] = TypeAdapter(DeltaAbout)
+SCORES: TypeAdapter[Any] = TypeAdapter(Scores)
+TRACE: TypeAdapter[Any] = TypeAdapter(TraceLine)
