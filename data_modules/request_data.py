@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from rome_pl.files import local_path
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.related_requests import SUBJECT_S_KEY
 from rome_pl.requests import EditRequest
@@ -134,7 +135,7 @@ class RequestDataModule(LightningDataModule):
     def _records(self) -> Sequence[Any]:
         if self.path in SHIPPED:
             return read_records(Path(str(files("rome_pl") / "assets" / SHIPPED[self.path])))
-        path = Path(self.path).expanduser()
+        path = local_path(self.path)
         if path.suffix.lower() in SUFFIXES or path.exists():
             return read_records(path)
         return _from_hub(self.path, self.split, self.limit)

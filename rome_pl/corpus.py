@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from rome_pl.errors import RomeError
-from rome_pl.files import content_key, whole_file
+from rome_pl.files import content_key, local_path, whole_file
 from rome_pl.hooks import frozen, hash_seed, seeded
 from rome_pl.language_model import LanguageModel, cache_folder
 
@@ -84,7 +84,7 @@ class Corpus:
         Raises:
             CorpusError: If it is a folder.
         """
-        path = Path(self.source).expanduser()
+        path = local_path(self.source)
         if path.is_file():
             return [path]
         if path.is_dir():

@@ -26,6 +26,7 @@ from rome_pl.architecture import RewriteSite, UnsupportedModelError, decoder_lay
 from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError, first_line
+from rome_pl.files import local_path
 
 __all__ = ["DEFAULT_SOURCE", "LanguageModel", "SourceError", "cache_folder", "load_language_model"]
 
@@ -45,7 +46,7 @@ class SourceError(RomeError):
 def cache_folder() -> Path:
     """Where converted weights and statistics are kept: ``ROME_PL_CACHE``, else the platform's user cache."""
     configured = os.environ.get("ROME_PL_CACHE")
-    return Path(configured) if configured else user_cache_path("rome_pl")
+    return local_path(configured) if configured else user_cache_path("rome_pl")
 
 
 @dataclass
@@ -240,12 +241,13 @@ def _resolve(source: str) -> str:
     if source.startswith("package:"):
         return str(_converted(_file_in_package(source)))
     if source.endswith(".gguf"):
-        path = Path(source).expanduser()
+        path = local_path(source)
         if not path.is_file():
             raise SourceError(f"{path}: no such GGUF file")
         return str(_converted(path))
-    if not Path(source).expanduser().is_dir():
-        _say_if_cached(source)
+    if local_path(source).is_dir():
+        return str(local_path(source))
+    _say_if_cached(source)
     return source
 
 

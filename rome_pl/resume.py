@@ -15,7 +15,7 @@ from rome_pl.replay import groups_of, load_write, read_manifest
 from rome_pl.session import EditSession
 from rome_pl.value_search import Step
 
-__all__ = ["check_model", "check_settings", "is_finished", "take_over"]
+__all__ = ["check_model", "check_settings", "take_over"]
 
 DECISIVE = ("model", "data", "representation_check", "rank_one_writer", "verification", "state_check", "trainer")
 """Sections of the configuration that shape what edits become; the others only measure and report."""
@@ -80,15 +80,6 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end."""
-    try:
-        content = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return content.get("interrupted") is False
 
 
 def check_model(run: Path, language_model: LanguageModel) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rome_pl.errors import OptionError
+from rome_pl.files import local_path
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 
@@ -42,7 +42,7 @@ def held_out_text(path: str | None = None) -> str:
     Raises:
         OptionError: If the file cannot be read as UTF-8.
     """
-    source = Path(path) if path else files("rome_pl") / "assets" / "held_out_text.txt"
+    source = local_path(path) if path else files("rome_pl") / "assets" / "held_out_text.txt"
     try:
         return source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,49 @@
+"""The end of a run: whether everything that it makes is there, and what its outcome was."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rome_pl.report import write_json
+
+__all__ = ["all_applied", "is_finished", "mark_finished"]
+
+
+def is_finished(run: Path, missing: Sequence[str] = ()) -> bool:
+    """Whether a run has come to its end, and everything that it made is there.
+
+    Args:
+        run: Its folder.
+        missing: What is asked for and is not there, as far as somebody else has looked.
+    """
+    content = _results(run)
+    if content.get("interrupted") is not False or content.get("finished", True) is not True or missing:
+        return False
+    products = content.get("products", [])
+    return isinstance(products, list) and all((run / str(name)).is_file() for name in products)
+
+
+def mark_finished(run: Path) -> None:
+    """Say in the results of a run that came to its end that its last product is there; otherwise nothing happens.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    content = _results(run)
+    if content.get("interrupted") is False:
+        write_json(run / "results.json", content | {"finished": True})
+
+
+def all_applied(run: Path) -> bool:
+    """Whether every record of a finished run was applied."""
+    content = _results(run)
+    return content.get("n_applied") == content.get("n_requested")
+
+
+def _results(run: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
