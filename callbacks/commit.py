@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -28,12 +29,14 @@ class EditCommit(Callback):
 
     def __init__(self, ledger: bool = False, resume: bool = False) -> None:
         self.ledger, self.resume = ledger, resume
+        self.lock: BaseFileLock | None = None
+        """The lock of the ledger's folder, where whoever runs this holds it already."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ledger and trainer.is_global_zero:
             session, run = session_of(pl_module), Path(trainer.default_root_dir)
-            session.ledger = Ledger(run / "ledger", self.resume)
+            session.ledger = Ledger(run / "ledger", self.resume, lock=self.lock)
             if session.ledger.resuming:
                 stream = getattr(trainer.train_dataloader, "dataset", ())
                 try:

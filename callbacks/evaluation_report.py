@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from typing_extensions import override
 
+from rome_pl.console import console
 from rome_pl.exports import write_lines
 from rome_pl.figures import relation_bars
 from rome_pl.html_report import html_report
@@ -75,17 +75,18 @@ class EvaluationReport(Callback):
         if scalars:
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=0)
-        console = Console()
-        console.print(score_table(content))
+        out = console()
+        out.print(score_table(content))
         for error in module.refused:
-            console.print(f"skipped: {error}", style="red", markup=False)
-        console.print(
+            out.print(f"skipped: {error}", style="red", markup=False)
+        out.print(
             f"{content['n_requested']} requested, {content['n_skipped']} skipped, {module.seconds:.0f} s. "
             f"Results in {folder / 'results.json'}",
             soft_wrap=True,
+            markup=False,
         )
         if (folder / "report.html").exists():
-            console.print(f"To look at: {folder / 'report.html'}", soft_wrap=True)
+            out.print(f"To look at: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _results(module: Any, n_invalid: int) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from rome_pl.console import console
 from rome_pl.convergence import Check
 from rome_pl.moment_pass import Finished
 from rome_pl.report import write_json
@@ -92,10 +92,12 @@ class MomentReport(Callback):
                     logger.experiment.add_figure(name, figure, max(done.info.count for done in finished))
         write_json(folder / "results.json", _results(finished, spectra, history, seconds))
         write_json(folder / "manifest.json", _manifest(module))
-        Console().print(_table(finished, spectra))
+        console().print(_table(finished, spectra))
         where = ", ".join(sorted({str(done.path.parent) for done in finished}))
-        Console().print(
-            f"{len(finished)} second moments in {where}, {seconds:.0f} s. Report in {folder}", soft_wrap=True
+        console().print(
+            f"{len(finished)} second moments in {where}, {seconds:.0f} s. Report in {folder}",
+            soft_wrap=True,
+            markup=False,
         )
 
     def _spectra(self, finished: Sequence[Finished]) -> dict[int, Spectrum]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from typing_extensions import override
 
 from rome_pl.checksums import sealed
+from rome_pl.console import console
 from rome_pl.edit import EditBatch
 from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
 from rome_pl.figures import draw_figures
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 class RunReport(Callback):
     """Writes the files of a run under the Trainer's ``default_root_dir`` and prints the tables; it needs no logger.
 
-    ``manifest.json`` before the first edit; ``results.json``, ``records.jsonl``, ``table.md`` and ``table.csv`` at the
-    end; then ``figures/`` and ``report.html``, one page that opens without a server. After an exception or Ctrl-C they
-    hold what was done.
+    ``manifest.json`` before the first edit; at the end ``records.jsonl``, ``table.md`` and ``table.csv``, ``figures/``
+    and ``report.html``, one page that opens without a server; and last ``results.json``, which says whether the run is
+    finished. After an exception or Ctrl-C they hold what was done. What cannot be printed costs nothing.
 
     Args:
         largest_table: Most edits that are printed one by one; the files hold all.
@@ -65,7 +65,19 @@ class RunReport(Callback):
             raise ValueError(f"formats: expected some of {sorted(FORMATS)}, got {sorted(unknown)}")
         self.largest_table, self.figures, self.formats = largest_table, figures, tuple(formats or ())
         self.generations = generations if figures else 0
+        self.followed = False
+        """Whether something is still to be made after the report: then the run is not finished with it, and whoever
+        makes that calls :meth:`tell`."""
+        self.whole = False
+        """Whether the last report has everything that it is meant to have."""
         self._written = False
+        self._untold: tuple[EditSession, dict[str, Any], Path] | None = None
+
+    def missing(self, folder: Path) -> list[str]:
+        """What the report would write and a folder does not hold, of an earlier run that came to its end."""
+        wanted = ["manifest.json", "records.jsonl", "table.md", "table.csv", *(f"{name}.json" for name in self.formats)]
+        wanted += ["report.html"] if self.figures else []
+        return [name for name in wanted if not (folder / name).is_file()]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,37 +115,50 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.fit
         content = results(session, invalid, interrupted)
-        write_json(folder / "results.json", content)
-        self._written = True
+        self._untold = session, content, folder
         records = detailed_records(session, content["records"])
         write_lines(folder / "records.jsonl", records)
         write_text(folder / "table.md", markdown_table(content))
         write_text(folder / "table.csv", csv_table(content))
+        products = ["records.jsonl", "table.md", "table.csv"]
         for name in self.formats:
             write_json(folder / f"{name}.json", FORMATS[name](session))
+            products.append(f"{name}.json")
+        self.whole = True
         if self.figures:
             try:
                 if not interrupted:
                     note_continuations(session, self.generations, "final")
-                _write_page(folder, module, session, content, records, compared(session, self.generations))
+                samples = compared(session, self.generations)
+                products += _write_page(folder, module, session, content, records, samples)
             except Exception:  # the run is done and its numbers are written: a picture must not cost the saved model
+                self.whole = False
                 log.warning("The figures or report.html could not be made", exc_info=True)
-        self._print(session, content, folder)
+        content |= {"finished": self.whole and not interrupted and not self.followed, "products": products}
+        write_json(folder / "results.json", content)
+        self._written = True
+        if not self.followed:
+            self.tell()
 
-    def _print(self, session: EditSession, content: dict[str, Any], folder: Path) -> None:
-        console = Console()
+    def tell(self) -> None:
+        """Print the tables of what was written last; a second call prints nothing."""
+        if self._untold is None:
+            return
+        (session, content, folder), self._untold = self._untold, None
+        out = console()
         shown = sorted(session.edits, key=lambda edit: edit.index)[: self.largest_table]
-        console.print(edit_table(shown))
+        out.print(edit_table(shown))
         if len(shown) < len(session.edits):
-            console.print(f"({len(session.edits) - len(shown)} more edits in {folder / 'records.jsonl'})")
-        console.print(score_table(content))
+            out.print(f"({len(session.edits) - len(shown)} more edits in {folder / 'records.jsonl'})", markup=False)
+        out.print(score_table(content))
         counts = ", ".join(
             f"{content['n_' + name]} {name.replace('_', ' ')}"
             for name in ("applied", "rejected", "skipped", "rolled_back")
         )
-        console.print(f"{content['n_requested']} requested: {counts}. Results in {folder / 'results.json'}")
+        where = folder / "results.json"
+        out.print(f"{content['n_requested']} requested: {counts}. Results in {where}", markup=False)
         if (folder / "report.html").exists():
-            console.print(f"To look at: {folder / 'report.html'}", soft_wrap=True)
+            out.print(f"To look at: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _write_page(
@@ -143,10 +168,12 @@ def _write_page(
     content: dict[str, Any],
     records: list[dict[str, Any]],
     samples: Sequence[Sample],
-) -> None:
+) -> list[str]:
+    """Write the figures and the page; their names."""
     pictures = write_figures(folder, draw_figures(content, records, session.edits, session.changes))
     about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
     write_text(
         folder / "report.html",
         html_report(content, records, about, settings_of(folder, module.hparams), pictures, samples),
     )
+    return [*(f"figures/{name}.png" for name in pictures), "report.html"]

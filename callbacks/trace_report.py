@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from typing_extensions import override
 
+from rome_pl.console import console
 from rome_pl.drawing import Figure, pixels, png
 from rome_pl.exports import write_lines
 from rome_pl.files import whole_file
@@ -53,15 +53,16 @@ class TraceReport(Callback):
             for place, fact in enumerate(module.traced[: self.pictures], start=1)
         }
         _show(trainer, pictures)
-        console = Console()
-        console.print(effect_table(content))
+        out = console()
+        out.print(effect_table(content))
         for note in content["notes"]:
-            console.print(note, markup=False, soft_wrap=True)
-        console.print(
+            out.print(note, markup=False, soft_wrap=True)
+        out.print(
             f"{content['n_requested']} facts: {content['n_known']} known, {content['n_traced']} of them traced in "
             f"{content['seconds']:.0f} s; {content['n_unknown']} not known, {content['n_skipped']} skipped. Results in "
             f"{Path(trainer.default_root_dir) / 'results.json'}",
             soft_wrap=True,
+            markup=False,
         )
 
     def report_trial(self, trainer: Trainer, module: LightningModule) -> None:
@@ -75,10 +76,10 @@ class TraceReport(Callback):
         path = folder / "edit.yaml"
         command = f"rome-pl edit --config {shlex.quote(str(path))} --data.path FILE"
         write_text(path, edit_config(content, edit_options(module), command))
-        console = Console()
-        console.print(score_table(content))
-        console.print(verdict(content), markup=False, soft_wrap=True)
-        console.print(f"To edit there: {command}", markup=False, soft_wrap=True)
+        out = console()
+        out.print(score_table(content))
+        out.print(verdict(content), markup=False, soft_wrap=True)
+        out.print(f"To edit there: {command}", markup=False, soft_wrap=True)
 
     @staticmethod
     def _write(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from rome_pl.files import local_path
 from rome_pl.hub import is_kind_of_file
 from rome_pl.readable_files import is_there
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
@@ -136,7 +137,7 @@ class RequestDataModule(LightningDataModule):
     def _records(self) -> Sequence[Any]:
         if self.path in SHIPPED:
             return read_records(Path(str(files("rome_pl") / "assets" / SHIPPED[self.path])))
-        path = Path(self.path).expanduser()
+        path = local_path(self.path)
         if path.suffix.lower() in SUFFIXES or is_there(path):
             return read_records(path)
         if is_kind_of_file(self.path):

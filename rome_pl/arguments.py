@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rome_pl.errors import OptionError
+from rome_pl.files import local_path
 from rome_pl.suggestions import did_you_mean
 
 __all__ = ["named", "normalised"]
@@ -48,8 +49,8 @@ def _config_path(name: str) -> str:
     """Path of a shipped config, unless a file of that name is here."""
     folder = Path(str(files("rome_pl") / "configs"))
     shipped = folder / f"{name.removesuffix('.yaml').removeprefix('configs/')}.yaml"
-    if Path(name).is_file():
-        return name
+    if local_path(name).is_file():
+        return str(local_path(name))
     if not shipped.is_file() and re.fullmatch(r"[\w./-]+", name):  # and no options in place of a name
         names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
         raise OptionError(

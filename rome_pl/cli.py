@@ -2,11 +2,13 @@
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.commands import COMMANDS
+from rome_pl.console import VisibleFormatter, guarded, lenient_output, write_line
 from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule, FactDataModule, RequestDataModule
 from rome_pl.devices import check_trainer_devices
@@ -46,6 +49,7 @@ from rome_pl.distributed import check_strategy
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
+from rome_pl.files import local_path, whole_file
 from rome_pl.shell import SWITCHES, completion_script, overview, split_switches, unexpected, unknown
 from rome_pl.suggestions import SuggestingParser
 from rome_pl.trace_module import TraceModule
@@ -59,9 +63,8 @@ class _RunConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+        with whole_file(Path(trainer.default_root_dir) / "config.yaml") as work:
+            self.parser.save(self.config, str(work), skip_none=False, overwrite=True, multifile=False)
 
 
 class _Parser(SuggestingParser, LightningArgumentParser):
@@ -173,7 +176,7 @@ class RomeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, or print what completes these arguments: only here the parser is complete and nothing runs yet."""
         if isinstance(args, list) and args[:1] == ["completion"]:
-            print(completion_script(args[1] if len(args) == 2 else "", parser, COMMANDS))
+            write_line(completion_script(args[1] if len(args) == 2 else "", parser, COMMANDS))
             raise SystemExit(APPLIED)
         super().parse_arguments(parser, args)
 
@@ -183,9 +186,11 @@ class RomeCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """A run that is resumed by its path goes on in its own folder."""
+        """A run that is resumed by its path goes on in its own folder; ``~`` in the name of one is the user's home."""
+        options = self.config[self.subcommand]["trainer"]
         if (resume := self._get(self.config, "resume", default=None)) not in (None, "auto"):
-            self.config[self.subcommand]["trainer"]["default_root_dir"] = resume
+            options["default_root_dir"] = resume
+        options["default_root_dir"] = str(local_path(options["default_root_dir"]))
 
     @override
     def instantiate_classes(self) -> None:
@@ -226,17 +231,20 @@ def main(args: Sequence[str] | None = None) -> int:
     given, switches = split_switches(sys.argv[1:] if args is None else args)
     quiet = "--quiet" in switches
     _quieten()
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bar()  # of downloads and of loading weights
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return _run(given, quiet)
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in switches:
-            raise
-        code, message = _explained(error)
-    print(f"rome-pl: {message}", file=sys.stderr)
-    return code
+    handler = logging.StreamHandler(guarded(sys.stderr)) if sys.stderr is not None else logging.NullHandler()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
+    with lenient_output():
+        try:
+            return _run(given, quiet)
+        except (Exception, KeyboardInterrupt) as error:
+            if "--debug" in switches:
+                raise
+            code, message = _explained(error)
+        write_line(f"rome-pl: {message}", error=True)
+        return code
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
@@ -252,14 +260,14 @@ def _run(given: list[str], quiet: bool) -> int:
     """Do what a verb says; the exit code."""
     verbs = {verb: getattr(RomeTrainer, verb) for verb in VERBS} | COMMANDS | {"completion": completion_script}
     if not given:
-        print(overview(verbs), file=sys.stderr)
+        write_line(overview(verbs), error=True)
         return BAD_CONFIGURATION
     verb = given[0]
     if verb in ("-h", "--help", "--version") or (verb == "completion" and {"-h", "--help"} & set(given)):
-        print(f"rome-pl {version('rome_pl')}" if verb == "--version" else overview(verbs))
+        write_line(f"rome-pl {version('rome_pl')}" if verb == "--version" else overview(verbs))
         return APPLIED
     if verb not in verbs and not verb.startswith("-"):
-        print(f"rome-pl: {unknown(verb, verbs)}\n\n{overview(verbs)}", file=sys.stderr)
+        write_line(f"rome-pl: {unknown(verb, verbs)}\n\n{overview(verbs)}", error=True)
         return BAD_CONFIGURATION
     if verb in COMMANDS:
         auto_cli(
@@ -289,13 +297,21 @@ def _run(given: list[str], quiet: bool) -> int:
 
 def run() -> None:
     """Entry point of the ``rome-pl`` command."""
+    sys.excepthook = _show_exception
     sys.exit(main())
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write a traceback (``--debug``), whose messages name texts of users."""
+    write_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
 
 
 def _progress(verb: _Verb) -> Callback:
     """A bar on a terminal, else a line now and then; both on the standard error, where no table is."""
     bar, counted = verb.progress
-    return bar(leave=True, console_kwargs={"stderr": True}) if sys.stderr.isatty() else ProgressLines(counted)
+    if sys.stderr is None or not sys.stderr.isatty():
+        return ProgressLines(counted)
+    return bar(leave=True, console_kwargs={"stderr": True, "file": guarded(sys.stderr)})
 
 
 def _quieten() -> None:

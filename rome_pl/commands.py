@@ -4,22 +4,20 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.blame import blame as find_influences
+from rome_pl.checkpoint import save_model as save_checkpoint
+from rome_pl.console import console, escape
 from rome_pl.convert import convert_settings, shown, write_config
 from rome_pl.errors import OptionError
 from rome_pl.export_commands import apply, export
-from rome_pl.files import check_free, whole_folder
+from rome_pl.files import check_free, local_path
 from rome_pl.ledger import LedgerError
 from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import differences, read_edits, replay
-from rome_pl.run_export import save_checkpoint
 from rome_pl.undo import pick as keep
 from rome_pl.undo import undo as take_out
 
@@ -37,13 +35,13 @@ def show(ledger: str, cases: str | None = None) -> None:
     """
     run = run_folder(ledger)
     edits = read_edits(run)
-    console = Console()
+    out = console()
     if cases is not None:
         known = {str(edit["case_id"]): edit for edit in edits}
         for name in known_names(cases, known, run):
-            console.print(_details(known[name]))
+            out.print(_details(known[name]))
         return
-    table = Table(title=f"Edits of {run}")
+    table = Table(title=escape(f"Edits of {run}"))
     for name in ("#", "record", "prompt", "true → new", "before", "after", "norm", "status"):
         table.add_column(name, overflow="fold", justify="right" if name in ("#", "before", "after", "norm") else "left")
     for edit in edits:
@@ -58,9 +56,10 @@ def show(ledger: str, cases: str | None = None) -> None:
             _number(edit["update_norm"]),
             escape(edit["status"] + (f": {edit['reason']}" if edit["reason"] else "")),
         )
-    console.print(table)
+    out.print(table)
     counts = Counter(edit["status"].replace("_", " ") for edit in edits)
-    console.print(f"{len(edits)} edits: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    out.print(f"{len(edits)} edits: {told}", markup=False)
 
 
 def undo(
@@ -91,16 +90,15 @@ def undo(
     if not names:
         raise LedgerError(f"{run}: no edit is in the weight")
     if save_model is not None:
-        check_free(Path(save_model), "save_model")
+        check_free(local_path(save_model), "save_model")
     language_model = base_model(run, allow_pickle, pretrained)
 
     def save() -> None:
         if save_model is not None:
-            with whole_folder(Path(save_model)) as work:
-                save_checkpoint(language_model, work)
+            save_checkpoint(language_model, local_path(save_model))
 
-    undone = take_out(language_model, run, names, [Path(path) for path in statistics or []], save)
-    Console().print(
+    undone = take_out(language_model, run, names, [local_path(path) for path in statistics or []], save)
+    console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
         f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
         + (f". Saved to {save_model}" if save_model is not None else ""),
@@ -136,12 +134,11 @@ def pick(
     run = run_folder(ledger)
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     names = known_names(cases, edits, run)
-    check_free(Path(save_model), "save_model")
+    check_free(local_path(save_model), "save_model")
     language_model = base_model(run, allow_pickle, pretrained)
-    layers = keep(language_model, run, names, [Path(path) for path in statistics or []])
-    with whole_folder(Path(save_model)) as work:
-        save_checkpoint(language_model, work)
-    Console().print(
+    layers = keep(language_model, run, names, [local_path(path) for path in statistics or []])
+    save_checkpoint(language_model, local_path(save_model))
+    console().print(
         f"{len(layers.names)} edits; the weights are {layers.change:.3g} of their norm away from the original. Saved "
         f"to {save_model}",
         soft_wrap=True,
@@ -177,11 +174,9 @@ def blame(ledger: str, prompt: str, top: int = 10, allow_pickle: bool = False, p
             f"{one.share:.2f}",
             f"{one.size:.2f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        "share: of the edit's own change, 1 at its own key; size: against what the unedited layer gives there"
-    )
+    out = console()
+    out.print(table)
+    out.print("share: of the edit's own change, 1 at its own key; size: against what the unedited layer gives there")
 
 
 def diff(ledger: str, other: str) -> None:
@@ -194,17 +189,17 @@ def diff(ledger: str, other: str) -> None:
     runs = (run_folder(ledger), run_folder(other))
     one, two = ({str(edit["case_id"]): edit for edit in read_edits(run)} for run in runs)
     differing = differences(*runs)
-    table = Table(title=f"{runs[0]} against {runs[1]}")
+    table = Table(title=escape(f"{runs[0]} against {runs[1]}"))
     for name in ("record", "prompt", "here", "there"):
         table.add_column(name, overflow="fold")
     for name in differing.names:
         known = one.get(name) or two[name]
         cells = (_outcome(edits.get(name)) for edits in (one, two))
         table.add_row(escape(name), escape(known["request"]["prompt"]), *map(escape, cells))
-    console = Console()
+    out = console()
     if differing.names:
-        console.print(table)
-    console.print(
+        out.print(table)
+    out.print(
         f"{len(differing.names)} of {len(one.keys() | two.keys())} records differ; the weights differ by "
         f"{differing.norm:.4g} (Frobenius norm; the edits here change them by {differing.norms[0]:.4g}, those there by "
         f"{differing.norms[1]:.4g})",
@@ -221,11 +216,12 @@ def convert(file: str, output: str = "config.yaml", force: bool = False, overwri
         force: Whether unknown keys are left out.
         overwrite: Whether an older file of that name may go.
     """
-    if Path(output).exists() and not overwrite:
+    written = local_path(output)
+    if written.exists() and not overwrite:
         raise OptionError(f"output: {output} exists; choose another name, or give --overwrite")
     converted = convert_settings(file, force)
-    write_config(converted, Path(output))
-    table = Table(title=f"{file} ({converted.method})")
+    write_config(converted, written)
+    table = Table(title=escape(f"{file} ({converted.method})"))
     for name in ("key", "value", "here", "remark"):
         table.add_column(name, overflow="fold")
     for row in converted.rows:
@@ -235,12 +231,12 @@ def convert(file: str, output: str = "config.yaml", force: bool = False, overwri
         here = "\n".join(options) or ("" if differs else row.fate.kind)
         remark = f"differs: {row.fate.remark}" if differs else row.fate.remark
         table.add_row(*map(escape, (row.key, value, here, remark)), style="yellow" if differs else None)
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     differing = sum(row.fate.kind == "differs" for row in converted.rows)
-    console.print(
+    out.print(
         f"Wrote {output}; {differing} of {len(converted.rows)} settings differ. Run: rome-pl edit --config "
-        f"{shlex.quote(output)} --data.path FACTS",
+        f"{shlex.quote(str(written))} --data.path FACTS",
         soft_wrap=True,
         markup=False,
     )

@@ -7,10 +7,10 @@ their parameter classes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rome_pl.encoding import FactToken
+from rome_pl.files import local_path
 from rome_pl.foreign_settings import Settings
 from rome_pl.rank_one import PRESETS
 
@@ -90,7 +90,7 @@ def _model_name(settings: Settings, key: str) -> Fate:
     name = settings.text(key)
     options = {"model.pretrained": name}
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if local and not Path(name).expanduser().is_dir():
+    if local and not local_path(name).is_dir():
         return Fate(
             "differs",
             "no such folder here: set model.pretrained to your folder or to the model's name on the hub",

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rome_pl.conversion_rules import IMPLIED, REQUIRED, RULES, Fate
-from rome_pl.files import whole_file
+from rome_pl.files import local_path, whole_file
 from rome_pl.foreign_settings import ConversionError, read_settings
 from rome_pl.suggestions import did_you_mean
 
@@ -59,7 +59,7 @@ def convert_settings(path: str | Path, force: bool = False) -> Converted:
         ConversionError: If the file cannot be read, is of a method that is not here, lacks a key, holds one that is
             unknown, or a value of the wrong type.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     settings = read_settings(path)
     values = settings.values
     unknown = [key for key in values if key not in RULES]

@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from rome_pl.errors import RomeError
-from rome_pl.files import content_key, whole_file
+from rome_pl.files import content_key, local_path, whole_file
 from rome_pl.hooks import frozen, hash_seed, seeded
 from rome_pl.hub import is_kind_of_file
 from rome_pl.language_model import LanguageModel, cache_folder
@@ -87,7 +87,7 @@ class Corpus:
         Raises:
             CorpusError: If it is a folder, a pipe or a device, or only a kind of file.
         """
-        path = Path(self.source).expanduser()
+        path = local_path(self.source)
         if is_there(path):
             if path.is_dir():
                 raise CorpusError(

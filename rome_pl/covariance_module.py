@@ -1,6 +1,5 @@
 """The LightningModule that computes second moments: one batch is one block of text."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +10,7 @@ from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.defaults import default_layer
 from rome_pl.distributed import Peers, check_strategy, one_after_the_other
 from rome_pl.errors import OptionError
+from rome_pl.files import local_path
 from rome_pl.language_model import LanguageModel
 from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.moment_pass import KEYS_PER_DIMENSION, Finished, MomentPass, PassOptions
@@ -141,7 +141,7 @@ class CovarianceModule(LightningModule):
             with one_after_the_other(self.trainer):
                 text.write(language_model)
             corpus = text
-        folder = Path(hparams["folder"]).expanduser() if hparams["folder"] else statistics_folder()
+        folder = local_path(hparams["folder"]) if hparams["folder"] else statistics_folder()
         device = self.trainer.strategy.root_device
         self.moments = MomentPass(
             language_model,

@@ -21,7 +21,7 @@ from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import ProbeScores, TextMeasure, held_out_text, measure_text, probe_scores
 from rome_pl.metrics.generation import Fluency, measure_fluency
 from rome_pl.metrics.scores import record_values
-from rome_pl.recorded_run import chat_of
+from rome_pl.recorded_run import chat_of, run_folder
 from rome_pl.related_requests import touched_neighbours
 from rome_pl.replay import read_edits, read_manifest, read_writes, replay
 from rome_pl.requests import EditRequest, RequestError
@@ -210,7 +210,7 @@ class EvaluationModule(LightningModule):
 
     @property
     def _run(self) -> Path:
-        return Path(self.hparams["ledger"]).expanduser()
+        return run_folder(self.hparams["ledger"])
 
     @contextmanager
     def _unedited(self) -> Iterator[LanguageModel]:

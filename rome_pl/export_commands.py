@@ -1,18 +1,16 @@
 """The verbs of the command line that take a run's edits elsewhere."""
 
-from pathlib import Path
-
-from rich.console import Console
-
+from rome_pl.checkpoint import save_model
+from rome_pl.console import console
 from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import OptionError
-from rome_pl.files import check_free, whole_folder
+from rome_pl.files import check_free, local_path
 from rome_pl.hub import fault_of, push
 from rome_pl.loading import load_language_model
 from rome_pl.model_places import find_model
 from rome_pl.recorded_run import base_model, known_names, run_folder
 from rome_pl.replay import read_edits
-from rome_pl.run_export import check_export, export_run, save_checkpoint
+from rome_pl.run_export import check_export, export_run
 
 __all__ = ["apply", "export"]
 
@@ -44,24 +42,24 @@ def export(
         allow_pickle: Whether weights that do not come as safetensors may be read.
         pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.
     """
-    run, folder = run_folder(ledger), Path(output).expanduser()
+    run, folder = run_folder(ledger), local_path(output)
     check_export(format, folder, rank, max_shard_size)
     if push_to_hub is not None and (fault := fault_of(push_to_hub)):
         raise OptionError(f"push_to_hub: {fault}")
     edits = {str(edit["case_id"]): edit for edit in read_edits(run)}
     names = None if cases is None else known_names(cases, edits, run)
-    moments = [Path(path) for path in statistics or []]
+    moments = [local_path(path) for path in statistics or []]
     made = export_run(
         base_model(run, allow_pickle, pretrained), run, folder, format,
         rank=rank, max_shard_size=max_shard_size, cases=names, statistics=moments,
     )  # fmt: skip
-    console = Console(soft_wrap=True, markup=False)
+    out = console(soft_wrap=True, markup=False)
     for part in made.adapter:
         cut = f" of {part.full_rank}" if part.rank < part.full_rank else ""
-        console.print(f"{part.weight}: rank {part.rank}{cut}, relative error {part.error:.2e}")
-    console.print(f"{made.num_edits} edits as {format} in {folder} ({_size(made.num_bytes)})")
+        out.print(f"{part.weight}: rank {part.rank}{cut}, relative error {part.error:.2e}")
+    out.print(f"{made.num_edits} edits as {format} in {folder} ({_size(made.num_bytes)})")
     if push_to_hub is not None:
-        console.print(f"Uploaded to {push(folder, push_to_hub)}")
+        out.print(f"Uploaded to {push(folder, push_to_hub)}")
 
 
 def apply(delta: str, output: str, pretrained: str | None = None, allow_pickle: bool = False) -> None:
@@ -73,26 +71,25 @@ def apply(delta: str, output: str, pretrained: str | None = None, allow_pickle: 
         pretrained: The base model, where it lies elsewhere than at the time of the run.
         allow_pickle: Whether weights that do not come as safetensors may be read.
     """
-    folder = Path(output).expanduser()
+    folder = local_path(output)
     check_free(folder, "output")
-    found = read_delta(Path(delta).expanduser())
+    found = read_delta(local_path(delta))
     base = found.about["base"]
     language_model = find_model(
         base,
-        Path(delta).expanduser(),
+        local_path(delta),
         lambda source: load_language_model(source, base["dtype"], allow_pickle),
         pretrained,
     )
     same = apply_delta(language_model, found)
-    with whole_folder(folder) as work:
-        save_checkpoint(language_model, work)
+    save_model(language_model, folder, "output")
     told = (
         "bit for bit the weights of the run"
         if same
         else "not bit for bit the weights of the run: the base model was loaded from a copy in another precision, or "
         "this machine rounds in another way"
     )
-    Console(soft_wrap=True, markup=False).print(f"{found.num_edits} edits, {told}. Saved to {folder}")
+    console(soft_wrap=True, markup=False).print(f"{found.num_edits} edits, {told}. Saved to {folder}")
 
 
 def _size(num_bytes: int) -> str:

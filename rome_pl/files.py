@@ -7,16 +7,40 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from rome_pl.errors import OptionError
+from rome_pl.folder_swap import (
+    clear_leftovers,
+    filled_inside,
+    keep_others,
+    put_in_place,
+    sync_folder,
+    temporary_folder,
+)
 
-__all__ = ["check_free", "check_regular", "content_key", "read_regular", "whole_file", "whole_folder"]
+__all__ = [
+    "check_free",
+    "check_own",
+    "check_place",
+    "check_regular",
+    "check_room",
+    "content_key",
+    "local_path",
+    "open_own",
+    "read_regular",
+    "sync_folder",
+    "whole_file",
+    "whole_folder",
+]
+
+REPLACED_LAST = "config.json"
+"""The file without which a folder is no checkpoint."""
 
 
 def content_key(*parts: Any) -> str:
@@ -38,6 +62,46 @@ def read_regular(path: Path) -> bytes:
     """The content of a regular file; raises as :func:`check_regular` does."""
     check_regular(path)
     return path.read_bytes()
+
+
+def local_path(path: str | Path) -> Path:
+    """The path that an option or argument names: ``~`` is the user's home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises for a user who is not there
+
+
+def check_own(path: Path) -> None:
+    """Refuse what is neither a file nor a folder of its own where this project writes: a link would be followed out.
+
+    Args:
+        path: A file or folder; it need not exist.
+
+    Raises:
+        OptionError: If it is a link, a pipe, a device or a socket.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # not there
+        return
+    if stat.S_ISLNK(mode):
+        raise OptionError(f"{path}: a link, which is never followed when a run is written; put its file there instead")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OptionError(f"{path}: a pipe, device or socket, where a run has a file or folder; remove it")
+
+
+def open_own(path: Path, flags: int) -> BinaryIO:
+    """Open a file to write to; unlike ``open`` it follows no link, and waits for no pipe.
+
+    Args:
+        path: The file.
+        flags: Those of :func:`os.open`.
+
+    Raises:
+        OptionError: As :func:`check_own`.
+        OSError: If it cannot be opened.
+    """
+    check_own(path)
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags | safe, 0o666), "ab" if flags & os.O_APPEND else "r+b")
 
 
 @contextmanager
@@ -68,55 +132,129 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(errno.EIO, f"{error} (nothing was changed)", str(path)) from error
     finally:
         work.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def check_free(folder: Path, option: str) -> None:
-    """Refuse a folder to write to that holds something already.
+    """Refuse a folder to write to that holds something already, or that cannot be written.
 
     Args:
         folder: The folder; it need not exist.
         option: The option that names it.
 
     Raises:
-        OptionError: If it is a file, or not empty.
+        OptionError: If it is a file, not empty, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{option}: {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise OptionError(f"{option}: {folder} is not empty; choose another folder")
+    check_place(folder, option)
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, by making a temporary one where it would be made.
+
+    Args:
+        folder: The folder; it need not exist.
+        option: The option that names it.
+
+    Raises:
+        OptionError: If it cannot be written, or could not be replaced by a whole one.
+    """
+    folder = folder.resolve()
+    if filled_inside(folder) and (folder / REPLACED_LAST).exists():
+        raise OptionError(
+            f"{option}: {folder} holds a model, and cannot be replaced as a whole: it is a mount point, the working "
+            "folder, or in a folder that cannot be written; choose another, such as one below it"
+        )
+    above = _place(folder)
+    try:
+        Path(tempfile.mkdtemp(dir=above, prefix=f".{folder.name}.", suffix=".rome-pl")).rmdir()
+    except OSError as error:
+        raise OptionError(
+            f"{option}: {folder} cannot be written: {error.strerror or error} in {above} (nothing was written); "
+            "choose another folder"
+        ) from error
+
+
+def check_room(folder: Path, num_bytes: int, option: str) -> None:
+    """Refuse a folder on a disk that has no room.
+
+    Args:
+        folder: The folder; it need not exist.
+        num_bytes: What is to be written there, beside what is there.
+        option: The option that names it.
+
+    Raises:
+        OptionError: With both figures.
+    """
+    above = _place(folder.resolve())
+    free = shutil.disk_usage(above).free
+    if num_bytes > free:
+        raise OptionError(
+            f"{option}: the model takes at least {num_bytes / 1e6:,.1f} MB, and the disk of {above} has "
+            f"{free / 1e6:,.1f} MB free (an older folder goes only once the new one is whole); make room, or choose "
+            "another folder"
+        )
+
+
+def _place(folder: Path) -> Path:
+    """The folder that is there, and that one to be written goes into."""
+    wanted = folder if filled_inside(folder) else folder.parent
+    return next((above for above in (wanted, *wanted.parents) if above.exists()), wanted)
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, replaced: Callable[[str], bool] | None = None) -> Iterator[Path]:
     """A temporary folder to fill; synced and renamed to ``path`` afterwards, removed after an exception.
 
+    Whatever happens, also a full disk or a killed process, an older folder of that name stays whole until the new one
+    is. A mount point, which cannot be renamed, is filled instead, ``config.json`` last.
+
     Args:
-        path: The folder; it does not exist, or is empty. Folders above it are created if missing.
+        path: The folder. Folders above it are created if missing.
+        replaced: Of an older folder, whether an entry of that name goes; the others stay. ``None``: the folder has to
+            be empty, or not to exist.
 
     Raises:
         OSError: If it cannot be written, naming the folder.
     """
     path = path.resolve()  # what a link names is to be replaced, not the link
-    work = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        yield work
-        for written in work.rglob("*"):
-            if written.is_file():
-                with written.open("rb") as file:
-                    os.fsync(file.fileno())
-        work.chmod(0o777 & ~_umask())  # a temporary folder is private
-        if path.is_dir():
-            path.rmdir()  # not every system renames onto a folder
-        work.rename(path)
+        inside = filled_inside(path)
+        parent = path if inside else path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(parent)
+        with temporary_folder(path, parent) as work:
+            yield work
+            if replaced is not None and path.is_dir() and not inside:
+                keep_others(path, work, replaced)
+            for written in [*work.rglob("*"), work]:
+                if written.is_dir():
+                    sync_folder(written)
+                elif written.is_file():
+                    with written.open("rb") as file:
+                        os.fsync(file.fileno())
+            work.chmod(0o777 & ~_umask())  # a temporary folder is private
+            if inside:
+                _move_all(work, path)
+            else:
+                if replaced is None and path.is_dir() and any(path.iterdir()):  # it has filled meanwhile
+                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+                put_in_place(work, path)
+            sync_folder(parent)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error} (nothing was written)", str(path)) from error
     except SafetensorError as error:  # how a full disk shows there
         raise OSError(errno.EIO, f"{error} (nothing was written)", str(path)) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+
+
+def _move_all(work: Path, path: Path) -> None:
+    for entry in sorted(work.iterdir(), key=lambda entry: entry.name == REPLACED_LAST):
+        if (path / entry.name).is_dir():
+            shutil.rmtree(path / entry.name)
+        entry.replace(path / entry.name)
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 from rome_pl.architecture import RewriteSite, decoder_layers
 from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import ENCODING_VERSION, TextEncoder
-from rome_pl.files import content_key
+from rome_pl.files import content_key, local_path
 from rome_pl.fingerprints import combined, config_fingerprint, quick_sum, tokenizer_fingerprint, weight_digest
 from rome_pl.supported import check_supported
 
@@ -23,7 +23,7 @@ __all__ = ["LanguageModel", "cache_folder", "max_length"]
 def cache_folder() -> Path:
     """Where converted weights and statistics are kept: ``ROME_PL_CACHE``, else the platform's user cache."""
     configured = os.environ.get("ROME_PL_CACHE")
-    return Path(configured) if configured else user_cache_path("rome_pl")
+    return local_path(configured) if configured else user_cache_path("rome_pl")
 
 
 @dataclass

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import save_file
 
 from rome_pl.checksums import chained
 from rome_pl.edited_layers import Written
-from rome_pl.files import whole_file
+from rome_pl.files import check_own, open_own, sync_folder, whole_file
 from rome_pl.ledger_lines import END, LedgerError, Line, read_lines, read_with_chain
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
@@ -58,15 +58,18 @@ class Ledger:
         folder: Holds ``edits.jsonl`` and ``shards/``; created if missing.
         resume: Whether to go on with what is there. A half written end is cut off.
         wait: Seconds to wait for another process to let go of the folder.
+        lock: The folder's lock, where whoever runs this holds it already.
 
     Raises:
         LedgerError: If another run writes there, or a line is damaged.
     """
 
-    def __init__(self, folder: Path, resume: bool = False, wait: float = 0) -> None:
+    def __init__(self, folder: Path, resume: bool = False, wait: float = 0, lock: BaseFileLock | None = None) -> None:
         self.folder = folder
+        for place in (folder, folder / "shards", folder / ".lock", folder / "edits.jsonl"):
+            check_own(place)
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-        self._lock = lock_of(folder)
+        self._lock = lock or lock_of(folder)
         try:
             self._lock.acquire(timeout=wait)
         except Timeout as error:
@@ -192,10 +195,13 @@ class Ledger:
             body = json.dumps(plain(line | together), ensure_ascii=False, allow_nan=False)
             whole, check = chained(body, check)
             text += whole + "\n"
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        began = not self._path.exists()
+        with open_own(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
+        if began:
+            sync_folder(self.folder)
         self._written, self._check, self._appended = self._written + len(lines), check, True
         self._shards |= {line["shard"] for line in lines if "shard" in line}
 
@@ -211,7 +217,7 @@ class Ledger:
                 )
 
     def _cut(self, size: int) -> None:
-        with self._path.open("r+b") as file:
+        with open_own(self._path, os.O_RDWR) as file:
             file.truncate(size)
             os.fsync(file.fileno())
 

@@ -16,9 +16,10 @@ import torch
 
 from rome_pl.architecture import UnsupportedModelError
 from rome_pl.chat import ChatForm, frame_for
-from rome_pl.checkpoint import check_files, check_settings, check_weights
+from rome_pl.checkpoint_checks import check_files, check_settings, check_weights
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError, SourceError, first_line
+from rome_pl.files import local_path
 from rome_pl.gguf import converted
 from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.language_model import LanguageModel, max_length
@@ -94,7 +95,7 @@ def _explained(source: str, fault: str = "cannot load '{source}' as a language m
         wanted = "config.json, tokenizer.json and safetensors weights (allow_pickle also reads pytorch_model.bin)"
         raise SourceError(
             f"{said}The folder needs {wanted}, whole and of a kind that transformers knows"
-            if Path(source).expanduser().exists()
+            if local_path(source).exists()
             else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or "
             f"cannot be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
         ) from error
@@ -161,7 +162,7 @@ def _resolve(source: str) -> str:
     """The folder or hub name behind a source; converts a GGUF file on first use."""
     if source.startswith("package:"):
         return str(converted(_file_in_package(source)))
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source.endswith(".gguf"):
         if not path.is_file():
             raise SourceError(f"{path}: no such GGUF file")

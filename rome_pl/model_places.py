@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rome_pl.errors import RomeError, SourceError
+from rome_pl.files import local_path
 from rome_pl.language_model import LanguageModel
 
 __all__ = ["find_model", "noted_places"]
@@ -22,7 +23,7 @@ def noted_places(source: str, run: Path) -> dict[str, str]:
         ``folder``, the absolute path, and ``from_run``, the path from the run's folder on, which holds where both were
         moved together.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.exists():
         return {}
     absolute = path.resolve()
@@ -79,7 +80,7 @@ def _places(about: Mapping[str, Any], run: Path) -> list[str]:
     noted = [run / about["from_run"]] if about.get("from_run") else []
     noted += [Path(about["folder"])] if about.get("folder") else []
     places = [str(path.resolve()) for path in noted if path.exists()]
-    if source.startswith("package:") or Path(source).expanduser().is_absolute():
+    if source.startswith("package:") or local_path(source).is_absolute():
         return list(dict.fromkeys([*places, source]))
     here = Path(source)
     below = [folder / here for folder in (run, *run.parents) if (folder / here).exists()]

@@ -5,19 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from rome_pl.chat import ChatForm
+from rome_pl.files import local_path
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError
 from rome_pl.loading import load_language_model
 from rome_pl.model_places import find_model
 from rome_pl.replay import read_manifest
+from rome_pl.run_folder import check_files
 
 __all__ = ["base_model", "chat_of", "known_names", "run_folder"]
 
 
 def run_folder(ledger: str) -> Path:
-    """The folder of a run; its ``ledger/`` will do too."""
-    folder = Path(ledger).expanduser()
-    return folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
+    """The folder of a run; its ``ledger/`` will do too.
+
+    Raises:
+        RunFolderError: If it holds pipes, devices or sockets where files of a run belong.
+    """
+    folder = local_path(ledger)
+    run = folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
+    check_files(run)
+    return run
 
 
 def base_model(run: Path, allow_pickle: bool, pretrained: str | None = None) -> LanguageModel:

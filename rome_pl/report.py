@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from rome_pl.console import escape
 from rome_pl.drawing import Figure, png
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.figures import CAPTIONS
@@ -58,6 +58,8 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     return {
         "mode": "sequential" if session.sequential else "single",
         "interrupted": interrupted,
+        "finished": False,  # who writes the last product says otherwise
+        "products": [],
         "base": summarise(session.base_scores, session.base_scores),
         "immediate": summarise(immediate, session.base_scores),
         "final": summarise(session.final_scores, session.base_scores) if session.final_scores else None,

@@ -10,17 +10,14 @@ from typing import Any
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.encoding import ENCODING_VERSION
 from rome_pl.evaluation import scores_from_json
-from rome_pl.files import read_regular
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_check import refuse_another_model
 from rome_pl.replay import groups_of, load_write, read_manifest
-from rome_pl.run_schemas import RESULTS
-from rome_pl.schemas import checked, parsed, refuse
 from rome_pl.session import EditSession
 from rome_pl.value_search import Step
 
-__all__ = ["check_model", "check_records", "check_settings", "is_finished", "take_over"]
+__all__ = ["check_model", "check_records", "check_settings", "take_over"]
 
 DECISIVE = ("model", "data", "representation_check", "rank_one_writer", "verification", "state_check", "trainer")
 """Sections of the configuration that shape what edits become; the others only measure and report."""
@@ -85,23 +82,6 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end.
-
-    Raises:
-        LedgerError: If its ``results.json`` is of no use.
-    """
-    path = run / "results.json"
-    if not path.exists():
-        return False
-    try:
-        content = parsed(read_regular(path))
-        checked(RESULTS, content)
-    except (OSError, ValueError) as error:
-        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it anew")
-    return content["interrupted"] is False
 
 
 def check_model(run: Path, language_model: LanguageModel) -> None:

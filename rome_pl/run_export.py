@@ -4,7 +4,6 @@ Nothing is optimised. The edits are put into the base model from the ledger, wri
 out again.
 """
 
-import errno
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from rome_pl.adapter import AdapterPart, save_adapter
+from rome_pl.checkpoint import save_checkpoint
 from rome_pl.checksums import sealed
 from rome_pl.delta import ABOUT, VERSION, save_delta
 from rome_pl.edited_layers import EditedLayers
@@ -26,10 +26,9 @@ from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_card import model_card
 from rome_pl.replay import read_edits, read_manifest, replay
 from rome_pl.suggestions import did_you_mean
-from rome_pl.supported import check_saves_whole
 from rome_pl.undo import pick
 
-__all__ = ["FORMATS", "Exported", "check_export", "export_run", "save_checkpoint"]
+__all__ = ["FORMATS", "Exported", "check_export", "export_run"]
 
 FORMATS = ("hf", "delta", "peft")
 """Forms of an export: a merged Hugging Face checkpoint, the change alone, a LoRA adapter."""
@@ -100,6 +99,7 @@ def export_run(
         OptionError: As :func:`check_export`.
         LedgerError: If no edit is in the weights, or the ledger cannot be used; see :func:`rome_pl.replay.read_writes`.
         OSError: If the folder cannot be written.
+        SavedModelError: If a checkpoint does not hold the model; see :func:`rome_pl.checkpoint.save_checkpoint`.
     """
     check_export(form, folder, rank, max_shard_size)
     about = _about(run, form, cases)
@@ -120,25 +120,6 @@ def export_run(
         num_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
         num_edits = len(layers.names)
     return Exported(folder, num_edits, num_bytes, tuple(parts))
-
-
-def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors in the model's dtype, configurations, tokenizer.
-
-    Raises:
-        OSError: If the folder cannot be written.
-        SafetensorError: The same, for the weights.
-        UnsupportedModelError: If what would be saved lacks the edits.
-    """
-    check_saves_whole(language_model.model)
-    try:
-        language_model.tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers library raises no class of its own
-            raise
-        raise OSError(errno.EIO, str(error)) from error  # how a full disk shows in the tokenizers library
-    sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
-    language_model.model.save_pretrained(folder, **sizes)
 
 
 @contextmanager

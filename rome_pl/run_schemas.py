@@ -184,6 +184,10 @@ class Results(TypedDict):
     """What is read again of ``results.json``."""
 
     interrupted: bool
+    finished: NotRequired[bool]
+    products: NotRequired[Texts]
+    n_applied: NotRequired[Count]
+    n_requested: NotRequired[Count]
 
 
 class LedgerEnd(TypedDict):

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rome_pl.architecture import RewriteSite
+from rome_pl.console import console
 from rome_pl.corpus import Corpus, GeneratedCorpus
-from rome_pl.files import content_key
+from rome_pl.files import content_key, local_path
 from rome_pl.language_model import LanguageModel, cache_folder
 from rome_pl.moment_pass import KEYS_PER_DIMENSION, MomentPass, PassOptions
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
@@ -153,8 +154,8 @@ def statistics_files(
 def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int, Path]:
     """The configured artefacts, by layer."""
     if len(paths) == len(sites) == 1:  # a wrong layer is said by the check
-        return {sites[0].layer: Path(paths[0])}
-    by_layer = {SecondMoment.read_info(Path(path)).layer: Path(path) for path in paths}
+        return {sites[0].layer: local_path(paths[0])}
+    by_layer = {SecondMoment.read_info(path).layer: path for path in map(local_path, paths)}
     if missing := [site.layer for site in sites if site.layer not in by_layer]:
         raise StatisticsError(
             f"statistics: none of {', '.join(paths)} is of layer {missing[0]}; give one file for each rewrite layer"
@@ -258,7 +259,7 @@ def compute(
     )
     columns = (TextColumn("second moment"), BarColumn(), TextColumn("{task.completed}/{task.total} keys"))
     try:
-        with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        with Progress(*columns, TimeRemainingColumn(), transient=True, console=console(error=True)) as progress:
             task = progress.add_task("", total=moments.wanted * len(moments.groups))
             for block in moments.blocks():
                 moments.step(block.to(language_model.device))

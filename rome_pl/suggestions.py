@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
+from rome_pl.console import visible
+
 __all__ = ["SuggestingParser", "did_you_mean"]
 
 _ENOUGH = 0.6
@@ -57,7 +59,8 @@ class SuggestingParser(ArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message and the nearest name."""
-        super().error(message + self._suggestion(message, getattr(ex, "subcommand_parser", None)), ex)
+        suggestion = self._suggestion(message, getattr(ex, "subcommand_parser", None))
+        super().error(visible(message) + suggestion, ex)
 
     def _suggestion(self, message: str, parser: ArgumentParser | None) -> str:
         subcommands = _subcommands(self)

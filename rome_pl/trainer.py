@@ -8,29 +8,43 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from rome_pl.architecture import RewriteSite
-from rome_pl.callbacks import EditCommit, TraceReport
+from rome_pl.callbacks import EditCommit, RunReport, TraceReport
+from rome_pl.checkpoint import difference, model_bytes, save_model
+from rome_pl.console import console, escape
 from rome_pl.covariance_module import CovarianceModule, check_trainer
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.evaluation_module import EvaluationModule
+from rome_pl.files import check_room, local_path
+from rome_pl.language_model import LanguageModel
 from rome_pl.layer_trial import trial_requests
 from rome_pl.ledger import read_lines
 from rome_pl.loading import load_encoder
 from rome_pl.preparation import check_limits
 from rome_pl.published_statistics import export_npz, import_npz
+from rome_pl.recorded_run import run_folder
+from rome_pl.replay import replay
 from rome_pl.requests import RequestError
-from rome_pl.resume import check_model, check_records, check_settings, is_finished
-from rome_pl.run_folder import RunFolderError, can_resume, check_save_folder, claim_run_folder
+from rome_pl.resume import check_model, check_records, check_settings
+from rome_pl.run_end import all_applied, is_finished, mark_finished
+from rome_pl.run_folder import (
+    RunFolderError,
+    can_resume,
+    check_links,
+    check_save_folder,
+    claim_run_folder,
+    held_run_folder,
+    read_config,
+)
 from rome_pl.sampling import sample_requests
 from rome_pl.second_moment import SecondMoment
-from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
+from rome_pl.statistics import statistics_folder
+from rome_pl.statistics_table import show_statistics
 from rome_pl.trace_module import TraceModule
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
@@ -81,49 +95,84 @@ class RomeTrainer(Trainer):
             return
         check_limits(self)
         folder = Path(self.default_root_dir)
+        check_links(folder)
         resuming = can_resume(folder, resume, overwrite)
-        if save_model is not None:
-            check_save_folder(Path(save_model), model.hparams["sequential_edit"], overwrite or resuming)
+        target = None if save_model is None else local_path(save_model)
+        if target is not None:
+            sequential, source = model.hparams["sequential_edit"], model.hparams["pretrained"]
+            check_save_folder(target, sequential, overwrite or resuming, folder, source)
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         model.configure_model()
+        assert model.language_model is not None
+        if target is not None:
+            check_room(target, model_bytes(model.language_model), "save_model")
         if resuming:
             if self.world_size > 1:
                 raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
-            assert model.language_model is not None
             check_model(folder, model.language_model)
             if not force:
                 self._check_settings(folder)
             recorded = [str(line.record["case_id"]) for line in read_lines(folder / "ledger" / "edits.jsonl")]
             check_records(folder, dict.fromkeys(recorded), {str(request.case_id) for request in datamodule.requests})
-            if is_finished(folder):
-                log.warning("The run in %s is finished: there is nothing to resume", folder)
+        if self.world_size > 1:  # its processes may be others than this one, which could not pass on a lock
+            if self.is_global_zero:
+                claim_run_folder(folder, overwrite)
+            self._edit(model, datamodule, folder, target)
+            return
+        with held_run_folder(folder, overwrite, resuming) as lock:
+            report, commit = self._callback(RunReport), self._callback(EditCommit)
+            if resuming and is_finished(folder, report.missing(folder) if report is not None else ()):
+                self._save_finished(model.language_model, folder, target)
                 return
-            commit = self._callback(EditCommit)
-            if commit is None:
+            if commit is not None:
+                commit.resume, commit.lock = resuming, lock
+            elif resuming:
                 raise OptionError("resume: the Trainer has no EditCommit, which keeps the ledger")
-            commit.resume = True
-        elif self.is_global_zero:
-            claim_run_folder(folder, overwrite)
-        interrupted = False
+            self._edit(model, datamodule, folder, target)
+
+    def _edit(self, model: RomeModule, datamodule: RequestDataModule, folder: Path, target: Path | None) -> None:
+        """Make the edits, save the model, and print what came of it last."""
+        report, interrupted = self._callback(RunReport), False
+        if report is not None:
+            report.followed = True
         try:
-            self.fit(model, datamodule=datamodule)
-        except SystemExit:  # how Lightning leaves after Ctrl-C
-            if self.state.status is not TrainerStatus.INTERRUPTED:
-                raise
-            interrupted = True
-        except EditError as error:
-            log.error("%s", error)
-        if not interrupted and not (model.session and model.session.edits):
-            log.error("The stream ended before its first edit (trainer.max_time): nothing was edited")
-        applied = sum(edit.status is EditStatus.APPLIED for edit in model.session.edits) if model.session else 0
-        if save_model is not None and (applied or not interrupted):
-            assert model.language_model is not None
-            model.language_model.model.save_pretrained(save_model)
-            model.language_model.tokenizer.save_pretrained(save_model)
-            log.info("Saved the model with %d edits to %s", applied, save_model)
+            try:
+                self.fit(model, datamodule=datamodule)
+            except SystemExit:  # how Lightning leaves after Ctrl-C
+                if self.state.status is not TrainerStatus.INTERRUPTED:
+                    raise
+                interrupted = True
+            except EditError as error:
+                log.error("%s", error)
+            if not interrupted and not (model.session and model.session.edits):
+                log.error("The stream ended before its first edit (trainer.max_time): nothing was edited")
+            applied = sum(edit.status is EditStatus.APPLIED for edit in model.session.edits) if model.session else 0
+            if target is not None and (applied or not interrupted):
+                assert model.language_model is not None
+                save_model(model.language_model, target, replace=True)
+                log.info("Saved the model with %d edits to %s", applied, target)
+            if self.is_global_zero and report is not None and report.whole:
+                mark_finished(folder)
+        finally:
+            if report is not None:
+                report.tell()
         complete = applied == len(datamodule.requests) + len(datamodule.invalid)
         self.exit_code = INTERRUPTED if interrupted else APPLIED if complete else SOME_FAILED
+
+    def _save_finished(self, language_model: LanguageModel, folder: Path, target: Path | None) -> None:
+        """Save the model of a run that is finished, from its ledger, unless it is saved."""
+        self.exit_code = APPLIED if all_applied(folder) else SOME_FAILED
+        if target is None:
+            log.warning("The run in %s is finished: there is nothing to resume", folder)
+            return
+        language_model.model.to(self.strategy.root_device)  # where the run made its edits: devices round differently
+        layers = replay(language_model, folder)
+        if difference(language_model, target) is None:
+            log.warning("The run in %s is finished and saved to %s: there is nothing to resume", folder, target)
+            return
+        save_model(language_model, target, replace=True)
+        log.info("The run in %s is finished. Saved its model with %d edits to %s", folder, len(layers.names), target)
 
     def covariance(
         self,
@@ -149,12 +198,12 @@ class RomeTrainer(Trainer):
         """
         if not isinstance(model, CovarianceModule):
             raise TypeError(f"expected a CovarianceModule, got {type(model).__name__}")
-        folder = Path(model.hparams["folder"]).expanduser() if model.hparams["folder"] else statistics_folder()
+        folder = local_path(model.hparams["folder"]) if model.hparams["folder"] else statistics_folder()
         if list:
-            _show_statistics(folder)
+            show_statistics(folder)
             return
         if import_npz is not None:
-            _import(model, Path(import_npz), folder)
+            _import(model, local_path(import_npz), folder)
             return
         if self.is_global_zero:
             # Whatever may be wrong comes to light before an earlier report is replaced.
@@ -167,7 +216,7 @@ class RomeTrainer(Trainer):
         if not self._ran_to_its_end(model, datamodule):
             return
         if export_npz is not None and self.is_global_zero:
-            _export(model, Path(export_npz))
+            _export(model, local_path(export_npz))
 
     def evaluate(self, model: LightningModule, datamodule: RequestDataModule, overwrite: bool = False) -> None:
         """Measure requests on a model: an unedited one, one with a ledger's edits, or a saved one.
@@ -183,7 +232,7 @@ class RomeTrainer(Trainer):
         if not isinstance(model, EvaluationModule):
             raise TypeError(f"expected an EvaluationModule, got {type(model).__name__}")
         folder, ledger = Path(self.default_root_dir), model.hparams["ledger"]
-        if ledger is not None and Path(ledger).expanduser().resolve() == folder.resolve():
+        if ledger is not None and run_folder(ledger).resolve() == folder.resolve():
             raise RunFolderError(f"{folder} holds the ledger itself; choose another --trainer.default_root_dir")
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
@@ -247,16 +296,14 @@ class RomeTrainer(Trainer):
 
     def _check_settings(self, folder: Path) -> None:
         """Refuse to resume a run under other settings, as far as the command line knows those of both."""
-        path = folder / "config.yaml"
-        now = self._callback(SaveConfigCallback)
-        if now is not None and path.is_file():
-            settings = now.parser.dump(now.config, skip_none=False)
-            check_settings(folder, yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(settings))
+        now, then = self._callback(SaveConfigCallback), read_config(folder)
+        if now is not None and then is not None:
+            check_settings(folder, then, yaml.safe_load(now.parser.dump(now.config, skip_none=False)))
 
     def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
         datamodule.setup()
         encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
-        console = Console()
+        out = console()
         table = Table(title="Dry run: lookup token and target span of each request")
         noted = any(request.notes for request in datamodule.requests)
         for name in ("record", "prompt", "lookup token", "target tokens", *(["notes"] if noted else [])):
@@ -271,29 +318,11 @@ class RomeTrainer(Trainer):
                 continue
             cells = (request.case_id, request.prompt, repr(lookup), repr(target), "; ".join(request.notes))
             table.add_row(*(escape(str(cell)) for cell in cells[: len(table.columns)]))
-        console.print(table)
+        out.print(table)
         for message in refused:
-            console.print(message, style="red", markup=False)
-        console.print(f"{table.row_count} requests are valid, {len(refused)} are not; nothing was edited")
+            out.print(message, style="red", markup=False)
+        out.print(f"{table.row_count} requests are valid, {len(refused)} are not; nothing was edited")
         self.exit_code = SOME_FAILED if refused else APPLIED
-
-
-def _show_statistics(folder: Path) -> None:
-    table = Table(title=f"Second moments in {folder}")
-    for name in ("model", "layer", "keys", "halves agree", "corpus", "date", "file"):
-        table.add_column(name, overflow="fold")
-    for path, info in kept_statistics(folder):
-        if info is None:
-            table.add_row(*("?",) * 6, f"{path.name} (damaged: delete it)")
-            continue
-        agreement = f"{info.agreement:.3f}" if info.agreement is not None else ""
-        cells = (info.model, str(info.layer), str(info.count), agreement, info.source or info.corpus, info.date)
-        table.add_row(*(escape(cell) for cell in (*cells, path.name)))
-    console = Console()
-    console.print(table)
-    unfinished = sorted(unfinished_folder(folder).glob("*/process-*.safetensors"))
-    if unfinished:
-        console.print(f"{len({path.parent for path in unfinished})} unfinished; the same command goes on with them")
 
 
 def _loaded_sites(model: CovarianceModule) -> list[RewriteSite]:

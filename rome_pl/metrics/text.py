@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rome_pl.errors import OptionError
+from rome_pl.files import local_path
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 from rome_pl.readable_files import FileError, read_text
@@ -45,7 +45,7 @@ def held_out_text(path: str | None = None) -> str:
     """
     if not path:
         return (files("rome_pl") / "assets" / "held_out_text.txt").read_text(encoding="utf-8")
-    source = Path(path).expanduser()
+    source = local_path(path)
     try:
         return read_text(source, "give a text file")
     except FileError as error:
