@@ -93,7 +93,7 @@ def measure_text(
             divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
     if not count:
         raise ValueError(
-            "the text for perplexity needs at least two tokens, or one where the tokenizer puts BOS or the like before it"
+            "the text for perplexity needs at least two tokens, or one token if the tokenizer puts BOS before it"
         )
     mean = torch.tensor(surprise / count, dtype=torch.float64)
     return TextMeasure(float(mean.exp()), divergence / count if unedited is not None else None, count)

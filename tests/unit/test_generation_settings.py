@@ -84,9 +84,11 @@ SHIPPED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def float64_everywhere():
-    with KeepFloat64():
+@pytest.fixture(scope="module", autouse=True)
+def float64_and_short_texts():
+    with KeepFloat64(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rome_pl.corpus.GENERATED_ROWS", 3)
+        patch.setattr("rome_pl.corpus.GENERATED_LENGTH", 12)
         yield
 
 
@@ -97,7 +99,7 @@ def written(language_model):
         generate(language_model, PROMPTS, 6, seed=3),
         measure_fluency(language_model, [RECORD], 6, seed=2).texts,
         generate_contexts(language_model, [[6, 10]], seed=1),
-        list(generated_texts(language_model, 100, seed=1)),
+        list(generated_texts(language_model, 40, seed=1)),
     )
 
 
@@ -111,8 +113,7 @@ def with_settings(settings):
 
 @pytest.fixture(scope="module")
 def bare():
-    with KeepFloat64():
-        return written(tiny_language_model())
+    return written(tiny_language_model())
 
 
 @pytest.mark.parametrize("settings", SHIPPED, ids=lambda settings: " ".join(settings))
