@@ -226,7 +226,7 @@ def _forward(language_model: LanguageModel, corpus: str, tokens: int) -> float:
     """Tokens per second of the bare model over the same blocks, logits included."""
     encoder = language_model.encoder
     length = PassOptions().block_length
-    packer = Packer(language_model.tokenizer, 1024 // length, length, encoder.pad_id)
+    packer = Packer(language_model.tokenizer, 1024 // length, length, encoder.pad_id, encoder.opening)
     blocks = [ids for ids, _, _ in islice(packer.blocks(Corpus(corpus).texts()), tokens // packer.size)]
     with torch.inference_mode():
         language_model.model(input_ids=blocks[0], use_cache=False)

@@ -5,9 +5,8 @@ Meng et al. 2022, Eq. 3.
 
 from collections.abc import Sequence
 
-import torch
-
-from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.generation import Sampling, write_ids
+from rome_pl.hooks import hash_seed
 from rome_pl.language_model import LanguageModel
 
 __all__ = ["DEFAULT_LENGTH_PARAMS", "OPENERS", "generate_contexts", "join_contexts"]
@@ -33,7 +32,7 @@ def generate_contexts(language_model: LanguageModel, length_params: Sequence[Seq
     Raises:
         ValueError: If a pair is malformed.
     """
-    model, tokenizer = language_model.model, language_model.tokenizer
+    tokenizer = language_model.tokenizer
     contexts: list[str] = []
     for pair in length_params:
         if len(pair) != 2 or min(pair) < 1:
@@ -45,22 +44,18 @@ def generate_contexts(language_model: LanguageModel, length_params: Sequence[Seq
             rows = len(range(index, number, len(OPENERS)))
             if not rows:
                 continue
-            ids = torch.tensor([tokenizer(opener, add_special_tokens=False)["input_ids"]], device=language_model.device)
-            ids = ids.expand(rows, -1)
-            with seeded(hash_seed(seed, length, opener), language_model.device), frozen(model), torch.no_grad():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    top_k=5,  # contexts should read like text, as published; plain sampling drifts within ten tokens
-                    min_new_tokens=max(1, length - ids.shape[1]),
-                    max_new_tokens=max(1, length - ids.shape[1]),
-                    pad_token_id=language_model.encoder.pad_id,
-                )
-            contexts += [" ".join(text.split()) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+            words = tokenizer(opener, add_special_tokens=False)["input_ids"]
+            written = write_ids(
+                language_model,
+                [(*language_model.encoder.opening, *words)] * rows,
+                max(1, length - len(words)),
+                # Contexts should read like text, as published; plain sampling drifts within ten tokens.
+                Sampling(hash_seed(seed, length, opener), top_k=5),
+                full_length=True,
+            )
+            # What stands before a text is left out: it will stand before the context and the prompt together.
+            texts = tokenizer.batch_decode([words + more for more in written.rows], skip_special_tokens=True)
+            contexts += [" ".join(text.split()) for text in texts]
     return contexts
 
 

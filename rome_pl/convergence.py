@@ -16,7 +16,6 @@ from rome_pl.distributed import Peers
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
 from rome_pl.moment_sums import MomentSums, keys_of
-from rome_pl.packing import leading_tokens
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import RequestError
 from rome_pl.second_moment import MomentInfo, SecondMoment, StatisticsError
@@ -162,7 +161,7 @@ def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> b
         language_model: The model.
         site: The deepest projection whose keys are wanted.
     """
-    lead = leading_tokens(language_model.tokenizer)
+    lead = language_model.encoder.opening
     pieces = [[*lead, *language_model.tokenizer(text, add_special_tokens=False)["input_ids"]] for text in DOCUMENTS]
     alone = [list(range(len(piece))) for piece in pieces]
     rows = [(pieces[1], alone[1]), (pieces[0] + pieces[1], alone[0] + alone[1])]

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
 from typing_extensions import override
 
 from rome_pl.errors import RomeError
 from rome_pl.files import content_key, local_path, whole_file
-from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.generation import Sampling, write_ids
+from rome_pl.hooks import hash_seed
 from rome_pl.hub import is_kind_of_file
 from rome_pl.language_model import LanguageModel, cache_folder
 from rome_pl.readable_files import FileError, check_file, check_text, is_there, read_text
@@ -53,9 +52,6 @@ OPENERS = (
     "At",
 )
 """What generated texts open with: common openings of English sentences."""
-
-OWN_DISTRIBUTION = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Sampling options that undo what a model's generation config may set."""
 
 
 class CorpusError(RomeError):
@@ -284,35 +280,20 @@ class GeneratedCorpus(Corpus):
 
 def generated_texts(language_model: LanguageModel, tokens: int, seed: int) -> Iterator[str]:
     """Texts that the model samples from its own distribution, seeded; at least ``tokens`` tokens of them."""
-    tokenizer, model = language_model.tokenizer, language_model.model
-    length = min(GENERATED_LENGTH, language_model.encoder.max_length)
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
+    tokenizer, encoder = language_model.tokenizer, language_model.encoder
+    length = min(GENERATED_LENGTH, encoder.max_length)
     produced = sampled = 0
     for batch in itertools.count():
-        ids = torch.tensor(_opening(tokenizer, batch), device=language_model.device).expand(GENERATED_ROWS, -1)
-        with seeded(hash_seed(seed, batch), language_model.device), frozen(model), torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                **OWN_DISTRIBUTION,
-                max_new_tokens=max(1, length - ids.shape[1]),
-                pad_token_id=language_model.encoder.pad_id,
-            )
-        rows = [_until(row, ends) for row in out.tolist()]
-        sampled += out.numel()
-        produced += sum(len(row) for row in rows)
+        words = list(tokenizer(OPENERS[batch % len(OPENERS)], add_special_tokens=False)["input_ids"])
+        row = [*encoder.opening, *words]
+        # From the model's own distribution, whatever its generation settings say.
+        written = write_ids(
+            language_model, [row] * GENERATED_ROWS, max(1, length - len(row)), Sampling(hash_seed(seed, batch))
+        )
+        rows = [words + more for more in written.rows]
+        sampled += GENERATED_ROWS * (len(row) + written.steps)
+        produced += sum(map(len, rows))
         yield from (text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip())
         # A model that ends every text at once would never get there.
         if produced >= tokens or sampled >= 20 * tokens:
             return
-
-
-def _opening(tokenizer: Any, batch: int) -> list[int]:
-    return list(tokenizer(OPENERS[batch % len(OPENERS)])["input_ids"])
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    """Ids before the first end of text after the opening: what ``generate`` fills a finished row with is no text."""
-    return ids[: next((i for i, token in enumerate(ids) if i and token in ends), len(ids))]

@@ -16,10 +16,10 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.exports import easyedit_case
 from rome_pl.global_state import differentiable, undisturbed
-from rome_pl.hooks import frozen
 from rome_pl.inner_trainer import fit_inside
 from rome_pl.language_model import LanguageModel
 from rome_pl.loading import load_language_model
+from rome_pl.metrics.generation import generate
 from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
 from rome_pl.requests import EditRequest
 from rome_pl.session import session_of
@@ -296,18 +296,7 @@ class KnowledgeEditor:
             for target in (request.target_new, request.target_true)
         ]
         assert probabilities[0] is not None
-        row = language_model.encoder.prompt(request.prompt.rstrip(" "))
-        ids = torch.tensor([row.ids], device=language_model.device)
-        with frozen(language_model.model), torch.no_grad():
-            out = language_model.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                repetition_penalty=1.0,
-                max_new_tokens=8,
-                pad_token_id=language_model.encoder.pad_id,
-            )
-        text = language_model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        (text,) = generate(language_model, [request.prompt.rstrip(" ")], 8)
         return Measured(probabilities[0], probabilities[1], text)
 
 

@@ -59,6 +59,15 @@ class TextEncoder:
         self.max_length, self.frame, self.embedded = max_length, frame or PlainFrame(), embedded
         self.pad_id: int = tokenizer.pad_token_id or 0
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts before a text, such as BOS; what it puts after a text is no part of them.
+
+        Models are trained on texts that open so. A row of :meth:`prompt` or :meth:`continuation` has them already,
+        unless a chat template writes its own.
+        """
+        return leading_tokens(self.tokenizer)
+
     def edit(
         self,
         request: EditRequest,
@@ -265,3 +274,14 @@ class TextEncoder:
         # does not expect it there, unless a word or number follows.
         separate = any(end == 2 for _, end in self._encode(f"a {target}", special=False)[1])
         return not separate or target[0].isalnum()
+
+
+def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that a tokenizer puts before any text."""
+    # A vocabulary may lack letters; without a token of the text there is no telling before from after.
+    for text in ("a", "1", "."):
+        encoded = tokenizer(text, return_special_tokens_mask=True)
+        flags = encoded["special_tokens_mask"]
+        if not all(flags):
+            return tuple(encoded["input_ids"][: flags.index(0)])
+    return ()

@@ -116,8 +116,9 @@ class MomentPass:
         self._jobs: list[UnfinishedJob] = []
         self._target, self._unfinished = target, unfinished
         self._halves = 2 if options.split_half else 1
-        length = min(options.block_length, language_model.encoder.max_length)
-        self.packer = Packer(language_model.tokenizer, max(1, 1024 // length), length, language_model.encoder.pad_id)
+        encoder = language_model.encoder
+        length = min(options.block_length, encoder.max_length)
+        self.packer = Packer(language_model.tokenizer, max(1, 1024 // length), length, encoder.pad_id, encoder.opening)
         sites = sorted(sites, key=lambda site: site.layer)
         kept = None
         while kept != (kept := self._kept(sites)):  # another run may have finished some before this one held the job

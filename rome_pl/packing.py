@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rome_pl.errors import OptionError, RomeError
 
-__all__ = ["Block", "BlockStream", "Packer", "Plan", "leading_tokens"]
+__all__ = ["Block", "BlockStream", "Packer", "Plan"]
 
 TEXTS_AT_ONCE = 64
 """Texts handed to the tokenizer together."""
@@ -70,12 +70,14 @@ class Packer:
         rows: Rows of a block.
         length: Tokens of a row.
         pad_id: Id that fills what is left of the last block.
+        opening: Ids that every piece begins with, see :attr:`rome_pl.encoding.TextEncoder.opening`.
     """
 
     tokenizer: Any
     rows: int
     length: int
     pad_id: int
+    opening: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -90,7 +92,7 @@ class Packer:
         Raises:
             OptionError: If a row has no room for text.
         """
-        lead = leading_tokens(self.tokenizer)
+        lead = self.opening
         if self.length <= len(lead):
             raise OptionError(
                 f"block_length: {self.length} leaves no room for text; the tokenizer puts {len(lead)} tokens before it"
@@ -137,13 +139,6 @@ class Packer:
     def _block(self, *columns: list[int] | list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         ids, positions, counted = (torch.tensor(column).reshape(self.rows, self.length) for column in columns)
         return ids, positions, counted
-
-
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    return [token for token, special in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
 @dataclass

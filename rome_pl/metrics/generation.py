@@ -5,15 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from rome_pl.hooks import clean_padding, frozen, hash_seed, seeded
+from rome_pl.generation import Sampling, write_ids
+from rome_pl.hooks import hash_seed
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry
 from rome_pl.requests import EditRequest
-from rome_pl.rows import align
 
 __all__ = ["Fluency", "consistency", "generate", "measure_fluency", "n_gram_entropy"]
 
@@ -43,7 +42,6 @@ class Fluency:
     texts: dict[str, list[str]]
 
 
-@torch.no_grad()
 def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int, seed: int | None = None) -> list[str]:
     """Continuations of prompts, without them.
 
@@ -53,12 +51,8 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
         tokens: Most tokens of a continuation; where the context ends earlier, so does it.
         seed: Seed of the sampling; ``None`` takes the likeliest token each time.
     """
-    model: Any = language_model.model
     encoder = language_model.encoder
     texts = [""] * len(prompts)
-    how: dict[str, Any] = {"do_sample": False}
-    if seed is not None:
-        how = {"do_sample": True, "top_k": TOP_K, "top_p": 1.0, "temperature": 1.0}
     rows = [encoder.prompt(prompt) for prompt in prompts]
     # Where the context ends early there is room for fewer tokens, or none: that is no matter of the other prompts.
     rooms: dict[int, list[int]] = {}
@@ -71,22 +65,9 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
         if room > 0
     ]
     for room, places in batches:
-        # The last tokens stand in one column.
-        aligned = align([rows[place] for place in places], encoder.pad_id, language_model.device)
-        with (
-            seeded(hash_seed(seed, places[0]), language_model.device),
-            frozen(model),
-            clean_padding(model, aligned.attention_mask),
-        ):
-            out = model.generate(
-                input_ids=aligned.input_ids,
-                attention_mask=aligned.attention_mask,
-                max_new_tokens=room,
-                repetition_penalty=1.0,
-                pad_token_id=encoder.pad_id,
-                **how,
-            )
-        written = language_model.tokenizer.batch_decode(out[:, aligned.input_ids.shape[1] :], skip_special_tokens=True)
+        how = None if seed is None else Sampling(hash_seed(seed, places[0]), TOP_K)
+        ids = write_ids(language_model, [rows[place].ids for place in places], room, how)
+        written = language_model.tokenizer.batch_decode(ids.rows, skip_special_tokens=True)
         for place, text in zip(places, written, strict=True):
             texts[place] = text
     return texts

@@ -18,7 +18,7 @@ from rome_pl.readable_files import FileError, read_text
 __all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
 
 WINDOW = 256
-"""Tokens that are read together."""
+"""Tokens that are read together, those that the tokenizer puts before a text among them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TextMeasure:
     """What was found on a text.
 
     Args:
-        perplexity: Per token.
+        perplexity: Per token of the text.
         divergence: ``KL(unedited ‖ model)`` of the next token, in nats, mean over positions; ``None`` if the unedited
             model was not at hand.
         n: Number of tokens predicted.
@@ -55,8 +55,10 @@ def held_out_text(path: str | None = None) -> str:
 def perplexity(language_model: LanguageModel, text: str, window: int = WINDOW) -> float:
     """Perplexity per token of a text, read in windows of ``window`` tokens without overlap.
 
+    Every window begins with what the tokenizer puts before a text (BOS), which is not predicted itself.
+
     Raises:
-        ValueError: If the text has fewer than two tokens.
+        ValueError: If there is no token to predict.
     """
     return measure_text(language_model, text, window=window).perplexity
 
@@ -75,36 +77,45 @@ def measure_text(
         text: Ordinary text.
         unedited: Gives the unedited model for as long as the context lasts; it may be the same one with its original
             weight put back.
-        window: Tokens that are read together, without overlap.
+        window: Tokens that are read together, without overlap. Each window begins with what the tokenizer puts before
+            a text, as the model was trained; those tokens are among the window's, and are not predicted.
 
     Raises:
-        ValueError: If the text has fewer than two tokens.
+        ValueError: If there is no token to predict.
     """
     surprise, divergence, count = 0.0, 0.0, 0
+    # The first token of a window is predicted only where something stands before it.
+    first = max(1, len(language_model.encoder.opening))
     for row in _windows(language_model, text, window):
-        now = _log_probs(language_model, row)
-        surprise -= float(now.gather(1, row[0, 1:].unsqueeze(1)).double().sum())
+        now = _log_probs(language_model, row, first)
+        surprise -= float(now.gather(1, row[0, first:].unsqueeze(1)).double().sum())
         count += len(now)
         if unedited is not None:
             with unedited() as other:
-                then = _log_probs(other, row)
+                then = _log_probs(other, row, first)
             divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
     if not count:
-        raise ValueError("the text for perplexity needs at least two tokens")
+        raise ValueError(
+            "the text for perplexity needs at least two tokens, or one token if the tokenizer puts BOS before it"
+        )
     mean = torch.tensor(surprise / count, dtype=torch.float64)
     return TextMeasure(float(mean.exp()), divergence / count if unedited is not None else None, count)
 
 
 def _windows(language_model: LanguageModel, text: str, window: int) -> Iterator[Tensor]:
+    """The text's tokens in rows ``[1, length]``, each opened as the model has seen texts opened."""
+    encoder = language_model.encoder
     ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    for piece in torch.split(ids.long(), min(window, language_model.encoder.max_length)):
-        if len(piece) > 1:
-            yield piece.unsqueeze(0).to(language_model.device)
+    opening = torch.tensor(encoder.opening, dtype=torch.long)
+    for piece in torch.split(ids.long(), max(1, min(window, encoder.max_length) - len(opening))):
+        row = torch.cat([opening, piece])
+        if len(row) > max(1, len(opening)):
+            yield row.unsqueeze(0).to(language_model.device)
 
 
-def _log_probs(language_model: LanguageModel, row: Tensor) -> Tensor:
-    """Log-probabilities of the next token at every position but the last, ``[length - 1, vocabulary]``."""
+def _log_probs(language_model: LanguageModel, row: Tensor, first: int) -> Tensor:
+    """Log-probabilities of each token from ``first`` on, given those before it, ``[length - first, vocabulary]``."""
     model: Any = language_model.model
     with frozen(model):
-        logits: Tensor = model(input_ids=row.to(language_model.device), use_cache=False).logits[0, :-1]
+        logits: Tensor = model(input_ids=row.to(language_model.device), use_cache=False).logits[0, first - 1 : -1]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rome_pl.corpus import Corpus, CorpusError
+from rome_pl.encoding import leading_tokens
 from rome_pl.errors import OptionError
-from rome_pl.packing import Block, BlockStream, Packer, Plan, leading_tokens
+from rome_pl.packing import Block, BlockStream, Packer, Plan
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = {
@@ -33,8 +34,12 @@ texts = st.lists(st.text("ab cé.🙂\n", max_size=60), max_size=8)
 names = st.sampled_from(list(TOKENIZERS))
 
 
+def packer(name, rows, length):
+    return Packer(tokenizer(name), rows, length, PAD, leading_tokens(tokenizer(name)))
+
+
 def packed(name, some, rows, length):
-    return list(Packer(tokenizer(name), rows, length, PAD).blocks(some))
+    return list(packer(name, rows, length).blocks(some))
 
 
 def tokens_of(name, some):
@@ -50,14 +55,14 @@ def lines(blocks):
 
 
 def test_leading_tokens_are_what_a_tokenizer_puts_before_a_text():
-    assert [leading_tokens(tokenizer(name)) for name in TOKENIZERS] == [[], [1], [1]]
+    assert [leading_tokens(tokenizer(name)) for name in TOKENIZERS] == [(), (1,), (1,)]
 
 
 def test_tokens_put_after_a_text_do_not_lead():
     def closes(text, return_special_tokens_mask):
         return {"input_ids": [1, 5, 4, 2], "special_tokens_mask": [1, 1, 0, 1]}
 
-    assert leading_tokens(closes) == [1, 5]
+    assert leading_tokens(closes) == (1, 5)
 
 
 # ---- packing
@@ -77,7 +82,7 @@ def test_every_token_of_the_text_is_counted_once_and_in_order(name, some, rows, 
 @property_test()
 def test_only_the_end_is_padded(name, some, rows, length):
     """A row may lack what is too little for what opens a piece and one token more."""
-    lead = leading_tokens(tokenizer(name))
+    lead = list(leading_tokens(tokenizer(name)))
     blocks = lines(packed(name, some, rows, length))
     last = max((number for number, (_, _, counts) in enumerate(blocks) if any(counts)), default=-1)
     assert len(blocks) - last - 1 < rows
@@ -92,7 +97,7 @@ def test_only_the_end_is_padded(name, some, rows, length):
 @given(name=names, some=texts, rows=st.integers(1, 3), length=st.integers(2, 40))
 @property_test()
 def test_every_piece_opens_as_the_tokenizer_opens_a_text_and_counts_positions_from_there(name, some, rows, length):
-    lead = leading_tokens(tokenizer(name))
+    lead = list(leading_tokens(tokenizer(name)))
     tokens = [len(tokens_of(name, [text])) for text in some]
     ends = set(accumulate(tokens))
     seen = 0
@@ -116,7 +121,7 @@ def test_every_piece_opens_as_the_tokenizer_opens_a_text_and_counts_positions_fr
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_document_longer_than_many_rows_goes_on_from_row_to_row(name):
     text = "The tide comes in twice a day. " * 40
-    lead, tokens = leading_tokens(tokenizer(name)), tokens_of(name, [text])
+    lead, tokens = list(leading_tokens(tokenizer(name))), tokens_of(name, [text])
     blocks = packed(name, [text, "End."], 2, 16)
     assert len(blocks) > 10
     room = 16 - len(lead)
@@ -145,7 +150,7 @@ def test_many_texts_are_tokenised_in_small_lots_and_read_as_late_as_possible():
             read.append(number)
             yield "word " * 30
 
-    blocks = Packer(tokenizer("byte level"), 1, 16, PAD).blocks(source())
+    blocks = packer("byte level", 1, 16).blocks(source())
     next(blocks)
     assert len(read) < 200
 
@@ -158,7 +163,7 @@ def test_a_row_too_short_for_one_token_is_refused():
 
 
 def test_size_is_what_a_block_holds():
-    assert Packer(None, 3, 5, 0).size == 15
+    assert Packer(None, 3, 5, 0, ()).size == 15
 
 
 # ---- blocks
@@ -347,7 +352,7 @@ def test_workers_of_a_loader_give_the_same_steps_in_the_same_order(method, tmp_p
     path = tmp_path / "a.txt"
     path.write_text("The tide comes in twice a day.\n" * 30, encoding="utf-8")
     plan = Plan([[3, 7, 50], [4]], [{1, 2, 5}, set()], [0, 0])
-    blocks = BlockStream(Corpus(str(path)).texts, Packer(tokenizer("byte level, BOS"), 2, 16, PAD), plan, 1, 2)
+    blocks = BlockStream(Corpus(str(path)).texts, packer("byte level, BOS", 2, 16), plan, 1, 2)
     alone = loaded(blocks)
     assert alone == [content(step) for step in blocks]
     assert len(alone) > 8
@@ -361,7 +366,7 @@ def test_an_error_of_the_text_comes_out_of_a_worker_as_it_is(workers, tmp_path, 
     path = tmp_path / "a.txt"
     path.write_bytes(b"The tide comes in twice a day.\n\n" * 3000 + "Élan".encode("latin-1"))
     plan = Plan([[10**6]], [set()], [0])
-    blocks = BlockStream(Corpus(str(path)).texts, Packer(tokenizer("byte level"), 8, 128, PAD), plan)
+    blocks = BlockStream(Corpus(str(path)).texts, packer("byte level", 8, 128), plan)
     with pytest.raises(CorpusError, match="not UTF-8"):
         list(blocks)
     loader = DataLoader(blocks, batch_size=None, num_workers=workers, generator=torch.Generator())
