@@ -10,7 +10,7 @@ from typing import Any
 from rome_pl.checksums import unchained
 from rome_pl.errors import RomeError
 from rome_pl.files import read_regular
-from rome_pl.run_schemas import LEDGER_END, LEDGER_LINE
+from rome_pl.run_schemas import LEDGER_END, ledger_line
 from rome_pl.schemas import checked, parsed, refuse
 
 __all__ = ["END", "LedgerError", "Line", "check_end", "read_lines", "read_with_chain"]
@@ -65,7 +65,7 @@ def read_with_chain(path: Path) -> tuple[list[Line], str]:
         try:
             body, check, right = unchained(content[start : end - 1], before)
             record: dict[str, Any] = parsed(body)
-            checked(LEDGER_LINE, record)
+            checked(ledger_line(record), record)
             if not right:
                 raise ValueError(
                     "its checksum does not fit: it was changed, or lines before it are missing, doubled or moved"

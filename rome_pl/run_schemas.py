@@ -7,7 +7,7 @@ missing in what earlier versions wrote.
 from dataclasses import fields
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from rome_pl.edit import EditStatus
@@ -15,7 +15,7 @@ from rome_pl.moment_file import MomentHeader
 from rome_pl.schemas import Count, Name, Number
 from rome_pl.value_search import Step
 
-__all__ = ["DELTA", "LEDGER_END", "LEDGER_LINE", "MANIFEST", "RESULTS", "SCORES", "TRACE"]
+__all__ = ["DELTA", "LEDGER_END", "MANIFEST", "RESULTS", "SCORES", "TRACE", "ledger_line"]
 
 ENDED = [str(status) for status in EditStatus if status is not EditStatus.PENDING]
 
@@ -24,6 +24,12 @@ def _known_status(status: str) -> str:
     if status not in ENDED:
         raise ValueError(f"expected one of {', '.join(ENDED)}")
     return status
+
+
+def _name_of_record(name: object) -> object:
+    if not isinstance(name, int | str) or isinstance(name, bool):
+        raise ValueError("expected a number or a text")
+    return name
 
 
 def _rising(layers: list[int]) -> list[int]:
@@ -37,7 +43,7 @@ Size = Annotated[Number, Field(ge=0)]
 Layers = Annotated[list[Count], AfterValidator(_rising)]
 Shard = Annotated[str, Field(pattern=r"^\d{6,12}(\.\d{1,9})?\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-CaseId = Annotated[int, Field(strict=True)] | Annotated[str, Field(strict=True)]
+CaseId = Annotated[Any, AfterValidator(_name_of_record)]
 Status = Annotated[str, AfterValidator(_known_status)]
 Measured = Annotated[float, Field(strict=True)]
 """A number that a broken model may have made NaN."""
@@ -232,13 +238,15 @@ class TraceLine(TypedDict):
     restored: dict[str, list[list[Number]]]
 
 
-def _which(line: Any) -> str:
-    return "first" if isinstance(line, dict) and "request" in line else "later"
+_FIRST_LINE: TypeAdapter[Any] = TypeAdapter(FirstLine)
+_LATER_LINE: TypeAdapter[Any] = TypeAdapter(LaterLine)
 
 
-LEDGER_LINE: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Annotated[FirstLine, Tag("first")] | Annotated[LaterLine, Tag("later")], Discriminator(_which)]
-)
+def ledger_line(line: Any) -> TypeAdapter[Any]:
+    """The form that a line of a ledger has to have: the first about an edit says what was asked for."""
+    return _FIRST_LINE if isinstance(line, dict) and "request" in line else _LATER_LINE
+
+
 LEDGER_END: TypeAdapter[Any] = TypeAdapter(LedgerEnd)
 MANIFEST: TypeAdapter[Any] = TypeAdapter(Manifest)
 RESULTS: TypeAdapter[Any] = TypeAdapter(Results)

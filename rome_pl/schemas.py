@@ -58,9 +58,8 @@ def refuse(error: type[RomeError], where: str, reason: object, advice: str) -> N
 
 
 def _field(place: Iterable[int | str]) -> str:
-    # Names of the alternatives that a schema has tried stand in brackets or capitals; a reader needs the field.
-    named = [str(part) for part in place if isinstance(part, int) or not any(sign in part for sign in "[]()")]
-    return f"field '{'.'.join(named)}': " if named else ""
+    named = ".".join(map(str, place))
+    return f"field '{named}': " if named else ""
 
 
 def _said(found: Any) -> str:
