@@ -77,6 +77,10 @@ def meaning(fact: Fact, form: str) -> Meaning:
         for name in ("paraphrases", "neighbours", "generation_prompts", "references")
     }
     probes = {name: _probes(getattr(fact, name)) for name in ("locality", "portability")}
+    if form in ("knowedit", "easyedit"):  # these hold them by kind
+        for name, given in probes.items():
+            order = list(dict.fromkeys(probe.kind for probe in getattr(fact, name)))
+            probes[name] = tuple(sorted(given, key=lambda probe: order.index(probe.kind)))
     whole = Meaning(
         prompt, start, start + len(subject), bare(fact.target_new), truth, space, **texts, **probes
     )  # fmt: skip
@@ -100,8 +104,7 @@ def _as_far_as(form: str, whole: Meaning, fact: Fact) -> Meaning:
     no_probes: tuple[Answer, ...] = ()
     match form:
         case "flat":
-            shares = whole.target_true is not None and whole.neighbours
-            kept = whole.neighbours if shares else ()
+            kept = whole.neighbours if whole.target_true is not None else ()
             return replace(
                 whole, paraphrases=none, neighbours=kept, generation_prompts=none, references=none, locality=no_probes,
                 portability=no_probes,
@@ -154,7 +157,8 @@ def spaced(prompt: str, target: str, asked: bool | None, vocabulary: Vocabulary)
 
 def _space_stands_alone(target: str, vocabulary: Vocabulary) -> bool:
     """Whether the tokenizer makes a token of nothing but the space before a target."""
-    return (1, 2) in vocabulary.spans(f"a {target}")
+    border = len(vocabulary.seen("a").encode())
+    return (border, border + 1) in vocabulary.spans(f"a {target}")
 
 
 # ---- tokens

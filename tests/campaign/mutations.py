@@ -70,6 +70,11 @@ def listed(part: str, form: str) -> bool:
     return part in PARTS[form]
 
 
+def attached(fact: Fact) -> bool:
+    """Whether the subject is part of a longer word in the prompt, as where Korean puts a particle after a name."""
+    return "HANGUL" in unicodedata.name(fact.after[:1] or " ")
+
+
 # ---- white space
 
 
@@ -182,13 +187,17 @@ def span_is_wrong(random: Random, fact: Fact, form: str) -> Mutated:
 
 
 @mutation()
-def several_subjects(random: Random, fact: Fact, form: str) -> Mutated:
+def several_subjects(random: Random, fact: Fact, form: str) -> Mutated | None:
+    if attached(fact):
+        return None
     word = random.choice(["and", "near", "—"])
     return Mutated(replace(fact, before=f"{fact.subject} {word} {fact.before}"), notes=False)
 
 
 @mutation()
 def subject_inside_a_word_after(random: Random, fact: Fact, form: str) -> Mutated | None:
+    if attached(fact):
+        return None
     subject = random.choice(["Korrin", "Gödel", "Москва", "سليم", "김민수", "मीरा"])
     tail = random.choice(["ville", "7", "_x", "ов", "s"])
     return Mutated(replace(fact.respelled(subject), after=f"{fact.after} or {subject}{tail} is"), notes=False)
@@ -294,8 +303,10 @@ def several_differences(random: Random, fact: Fact, form: str) -> Mutated | None
 
 
 @mutation(SEARCHED)
-def look_alike_twice(random: Random, fact: Fact, form: str) -> Mutated:
+def look_alike_twice(random: Random, fact: Fact, form: str) -> Mutated | None:
     """Both spelled in the same way: the last one counts, as where it is spelled as named."""
+    if attached(fact):
+        return None
     written = random.choice(["Zoe\u0308 Vane", "Miss\xa0Vane", "O’Neil", "KORRIN"])
     named = {"Z": "Zoë Vane", "M": "Miss Vane", "O": "O'Neil", "K": "Korrin"}[written[0]]
     fact = replace(fact, subject=named, written=written, before=f"{written} and {fact.before}")

@@ -105,8 +105,7 @@ def another_encoding(random: Random, fact: Fact, form: str, folder: Path) -> Odd
     content = text.encode("latin-1", "replace") if how == "latin-1" else text.encode()[:-1] + b"\xe4\xb8"
     if how.startswith("utf"):
         content = text.encode(how)
-    verdict: Verdict = "safe" if "\\" in text and how == "latin-1" else "refused"
-    return OddFile(_write(folder, f"facts{suffix}", content), verdict, ("facts",), fact=replace(fact, target_new="Évian"))
+    return OddFile(_write(folder, f"facts{suffix}", content), "refused", ("facts",))
 
 
 @maker
