@@ -94,7 +94,9 @@ def _answer(text: str | None) -> str | None:
 
 def _probes(probes: tuple[Answer, ...]) -> tuple[Answer, ...]:
     return tuple(
-        replace(probe, prompt=bare(probe.prompt), answer=bare(probe.answer)) for probe in probes if _answer(probe.answer)
+        replace(probe, prompt=bare(probe.prompt), answer=bare(probe.answer))
+        for probe in probes
+        if _answer(probe.answer)
     )
 
 

@@ -61,8 +61,8 @@ def mutation(forms: tuple[str, ...] = FORMS) -> Callable[[Mutation], Mutation]:
 def around(random: Random, text: str) -> str:
     """A text with something at its edges that is none of it."""
     side, what = random.choice(["front", "back", "both"]), random.choice(EDGES)
-    return (what if side != "back" else "") + text + (random.choice(EDGES) if side == "both" else what) * (
-        side != "front"
+    return (
+        (what if side != "back" else "") + text + (random.choice(EDGES) if side == "both" else what) * (side != "front")
     )
 
 
@@ -114,7 +114,7 @@ def truth_edges(random: Random, fact: Fact, form: str) -> Mutated | None:
 @mutation()
 def side_prompt_edges(random: Random, fact: Fact, form: str) -> Mutated | None:
     names = [name for name in ("paraphrases", "neighbours", "generation_prompts", "references") if listed(name, form)]
-    if not names or form == "flat" and fact.target_true is None:
+    if not names or (form == "flat" and fact.target_true is None):
         return None
     name = random.choice(names)
     texts = ("The harp plays", around(random, "The violin plays"), *getattr(fact, name))
@@ -168,7 +168,7 @@ def span(random: Random, fact: Fact, form: str) -> Mutated:
 @mutation(FREE)
 def span_with_white_space(random: Random, fact: Fact, form: str) -> Mutated | None:
     front, back = random.choice([(" ", ""), ("", " "), (" ", " ")])
-    if front and not fact.before.endswith(" ") or back and not fact.after.startswith(" "):
+    if (front and not fact.before.endswith(" ")) or (back and not fact.after.startswith(" ")):
         return None
     start = len(fact.before) - len(front)
     place = (start, start + len(front + fact.subject + back))
@@ -438,7 +438,7 @@ def empty_text(random: Random, fact: Fact, form: str) -> Mutated | None:
         return Mutated(fact, "refused", ("prompt", "subject"))
     if part in ("subject", "target_new"):
         return Mutated(replace(fact, **{part: blank}), "refused", (part,))
-    if not listed(part, form) or form == "flat" and fact.target_true is None:
+    if not listed(part, form) or (form == "flat" and fact.target_true is None):
         return None
     return Mutated(replace(fact, **{part: ("It is", blank)}), "refused", (part,))
 
@@ -461,11 +461,11 @@ def half_a_character_or_nul(random: Random, fact: Fact, form: str) -> Mutated | 
             fact = fact.respelled(bad)
             named = ("subject", "prompt")
         case "paraphrases" | "neighbours":
-            if not listed(part, form) or form == "flat" and fact.target_true is None:
+            if not listed(part, form) or (form == "flat" and fact.target_true is None):
                 return None
             fact = replace(fact, **{part: (bad,)})
         case "kind" | "locality":
-            if not listed("locality", form) or form == "zsre" and part == "kind":
+            if not listed("locality", form) or (form == "zsre" and part == "kind"):
                 return None
             probe = Answer("It is", "good", bad) if part == "kind" else Answer("It is", bad, "K")
             fact, named = replace(fact, locality=(probe,)), ("locality",)

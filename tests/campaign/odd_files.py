@@ -195,7 +195,9 @@ def inner_field_twice(random: Random, fact: Fact, form: str, folder: Path) -> Od
         text = _json(fact, form).replace('"subject":', '"subject": "Nobody", "subject":', 1)
         name = "subject"
     else:
-        text = _json(fact, form)[:-2] + ', "locality": {"K": [{"prompt": "It is", "prompt": "x", "ground_truth": "y"}]}}]'
+        text = (
+            _json(fact, form)[:-2] + ', "locality": {"K": [{"prompt": "It is", "prompt": "x", "ground_truth": "y"}]}}]'
+        )
         text = text.replace('"locality": ', '"was": ', 1) if text.count('"locality": ') > 1 else text
         name = "prompt"
     suffix = random.choice([".json", ".jsonl", ".yaml"])
@@ -249,8 +251,8 @@ def values_of_yaml(random: Random, fact: Fact, form: str, folder: Path) -> OddFi
         ["no", "yes", "1990", "2024-01-02", "2024-01-02 03:04:05", "3.14", "1_000", "0x1F", "12:30:45", "~", "null", ".nan",
          ".inf", "!!binary aGVsbG8=", "!!set {a, b}", "{a, b}", "[a]", "!!omap [a: 1]", "!!pairs [a: 1]", "off", "1e5", "0o17"]
     )  # fmt: skip
-    quoted = json.dumps(fact.target_new)
-    text = json.dumps([record(fact, form)]).replace(f'"{name}": {quoted}', f'"{name}": {value}', 1)
+    quoted = json.dumps(fact.target_new, ensure_ascii=False)
+    text = _json(fact, form).replace(f'"{name}": {quoted}', f'"{name}": {value}', 1)
     verdict: Verdict = "safe" if value in ("1e5", "0o17", "12:30:45") else "refused"  # YAML 1.1 and 1.2 differ
     return OddFile(
         _write(folder, "facts.yaml", text), verdict, (name, "target_new"),
@@ -357,13 +359,15 @@ def many_fields(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
 @maker
 def no_file(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     path = folder / random.choice(["missing.json", "facts.yaml/x.json", "x" * 300 + ".json", "a\nb.json"])
-    return OddFile(path, "refused", ("json",), alone=True)
+    return OddFile(path, "refused", ("x" * 20, "missing", "facts", "a"), alone=True)
 
 
 @maker
 def pipe_or_device(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     path = folder / f"facts{random.choice(['.json', '.jsonl', '.yaml'])}"
-    match random.choice(["fifo", "socket", "folder", "zero", "null", "link to nothing", "link to itself", "link to fifo"]):
+    match random.choice(
+        ["fifo", "socket", "folder", "zero", "null", "link to nothing", "link to itself", "link to fifo"]
+    ):
         case "fifo":
             os.mkfifo(path)
         case "socket":

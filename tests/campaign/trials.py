@@ -22,7 +22,6 @@ from tests.campaign.facts import (
     GOOD,
     PARTS,
     SUFFIXES,
-    Fact,
     file_content,
     ordinary,
     record,
@@ -143,7 +142,9 @@ def _try_file(name: str, odd: OddFile, form: str, made: Vocabulary) -> Outcome:
     if odd.alone:
         answer = read_apart(odd.path)
         if "fault" in answer:
-            return Outcome(name, odd.verdict, "hang" if "no end" in answer["fault"] else "crash", (answer["fault"],), shown)
+            return Outcome(
+                name, odd.verdict, "hang" if "no end" in answer["fault"] else "crash", (answer["fault"],), shown
+            )
         got = "refused" if answer["refused"] else "right"
         for message in answer["refused"]:
             faults += _message(message, mutated, form, odd.path)
@@ -223,9 +224,10 @@ def _message(message: str, mutated: Mutated, form: str, path: Path | None) -> li
         message.encode()
     except UnicodeEncodeError:
         faults.append("the message cannot be printed as UTF-8")
-    known = [written_name(part, form) for part in mutated.named]
+    # What is refused only when it becomes tokens has lost how its file called it.
+    known = [name for part in mutated.named for name in (part, written_name(part, form))]
     if known and not any(name in message for name in known):
-        faults.append(f"the message names none of {known}: {message[:300]}")
+        faults.append(f"the message names none of {sorted(set(known))}: {message[:300]}")
     if mutated.shown not in message:
         faults.append(f"the message does not show {mutated.shown}: {message[:300]}")
     return faults
@@ -304,12 +306,14 @@ def _texts(request: EditRequest, mutated: Mutated, form: str, said: Meaning) -> 
     for name in ("locality", "portability"):
         expected[name] = [(probe.prompt, probe.answer, probe.kind) for probe in getattr(said, name)]
         got[name] = [(probe.prompt, probe.answer, probe.kind) for probe in getattr(request, name)]
-    if said.target_new[0].isalnum() and said.target_space is not None or form in ("short", "api"):
+    if (said.target_new[0].isalnum() and said.target_space is not None) or form in ("short", "api"):
         expected["target_space"], got["target_space"] = said.target_space, request.target_space
     if "case_id" in PARTS[form] and mutated.fact.case_id is not None:
         expected["case_id"] = mutated.fact.case_id if mutated.case_id is None else mutated.case_id
         got["case_id"] = request.case_id
-    faults = [f"{name}: {got[name]!r:.200}, judge {expected[name]!r:.200}" for name in expected if got[name] != expected[name]]
+    faults = [
+        f"{name}: {got[name]!r:.200}, judge {expected[name]!r:.200}" for name in expected if got[name] != expected[name]
+    ]
     notes = getattr(request, "notes", ())
     if mutated.notes is not None and bool(notes) is not mutated.notes:
         faults.append(f"notes: {notes!r:.300}, though {'something' if mutated.notes else 'nothing'} was changed")

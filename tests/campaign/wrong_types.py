@@ -1,6 +1,7 @@
 """Records whose fields hold what they cannot hold, or are missing, or are called otherwise."""
 
 import datetime
+import math
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -58,7 +59,12 @@ def text_of_a_wrong_type(random: Random, fact: Fact, form: str) -> Mutated:
         value = 5
     if form == "easyedit":  # a list of one entry for each fact
         value = [value]
-    return Mutated(fact, "refused", (_last(path),), changes={path: value})
+    return Mutated(fact, "refused", _named(path, value[0] if form == "easyedit" else value), changes={path: value})
+
+
+def _named(path: str, value: Any) -> tuple[str, ...]:
+    """What a refusal names: the field, or the line of what no JSON can hold."""
+    return (_last(path), "line") if isinstance(value, float) and not math.isfinite(value) else (_last(path),)
 
 
 def _last(path: str) -> str:
@@ -109,13 +115,16 @@ def case_id(random: Random, fact: Fact, form: str) -> Mutated:
 def case_id_is_none(random: Random, fact: Fact, form: str) -> Mutated:
     bad: list[Any] = [True, False, 1.5, float("nan"), "", " ", "\u200b", "all", " all", "1,2", ",", [1], {"a": 1}]
     bad += OF_YAML if form in FILE_FORMS else OF_PYTHON
-    return Mutated(replace(fact, case_id=None), "refused", ("case_id",), changes={"case_id": random.choice(bad)})
+    value = random.choice(bad)
+    return Mutated(replace(fact, case_id=None), "refused", _named("case_id", value), changes={"case_id": value})
 
 
 @mutation(FILE_FORMS)
 def case_id_twice(random: Random, fact: Fact, form: str) -> Mutated:
     """Each of these is what the record before it is called."""
-    return Mutated(replace(fact, case_id=random.choice(["good", " good", "good\n", "\ufeffgood"])), "refused", ("case_id",))
+    return Mutated(
+        replace(fact, case_id=random.choice(["good", " good", "good\n", "\ufeffgood"])), "refused", ("case_id",)
+    )
 
 
 @mutation(("short", "counterfact", "api", "editor"))
@@ -198,7 +207,7 @@ def template(random: Random, fact: Fact, form: str) -> Mutated:
 def record_is_none(random: Random, fact: Fact, form: str) -> Mutated:
     """Not a field, but the whole record is something else."""
     bad = random.choice([None, 5, "text", ["prompt"], True, [], float("nan"), ""])
-    return Mutated(fact, "refused", ("record",), changes={WHOLE: bad})
+    return Mutated(fact, "refused", ("record", "line"), changes={WHOLE: bad})
 
 
 def changed(record: dict[str, Any], changes: dict[str, Any]) -> Any:
