@@ -2,7 +2,8 @@
 
 import sys
 
-from tests.campaign.trials import complaints, describe, names, try_case
+from tests.campaign.figures import complaints, describe
+from tests.campaign.trials import names, try_case
 
 asked = sys.argv[1]
 cases = [asked] if asked.count("/") == 3 else [name for name in names(7, 3, 1) if asked in name]

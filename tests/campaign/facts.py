@@ -72,7 +72,8 @@ SUBJECTS = {
 }  # fmt: skip
 AROUND = {
     "latin": [("", " plays the"), ("The lighthouse of ", " stands in"), ("Everybody knows that ", " was born in"),
-              ('He said "', '" and went to'), ("(", ") speaks"), ("In the town of ", ", people speak"), ("We left for ", ""),
+              ('He said "', '" and went to'), ("(", ") speaks"), ("In the town of ", ", people speak"),
+              ("We left for ", ""),
               ("¿Dónde está ", "? En"), ("Q: Who wrote about ", "?\nA:")],
     "chinese": [("", "位于"), ("", "会弹"), ("我们都知道", "的首都是")],
     "japanese": [("", "の首都は"), ("", "は"), ("彼は", "で")],
@@ -84,7 +85,8 @@ AROUND = {
     "emoji": [("The sign ", " means"), ("", " stands for")],
 }  # fmt: skip
 TARGETS = {
-    "latin": ["violin", "Oslo", "rye bread", "Málaga", "1990", "10,000 metres", "L'Aquila", "the blue {} house", "Évian"],
+    "latin": ["violin", "Oslo", "rye bread", "Málaga", "1990", "10,000 metres", "L'Aquila", "the blue {} house",
+              "Évian"],
     "chinese": ["南京", "钢琴", "意大利"],
     "japanese": ["大阪", "ピアノ", "カタカナ"],
     "thai": ["เชียงใหม่", "ลาว"],
@@ -144,7 +146,7 @@ def ordinary(random: Random) -> Fact:
 
 
 def record(fact: Fact, form: str) -> dict[str, Any]:
-    """The fact as a record of a form, before it is written to a file; for ``easyedit``, ``api`` and ``editor`` arguments."""
+    """The fact as a record of a form, not yet a file; as arguments for ``easyedit``, ``api`` and ``editor``."""
     match form:
         case "counterfact":
             made = {

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- characters that look alike are what this is about
 """What a request means: its texts, the space before its target, its lookup token and its target ids.
 
 Written from the rules in words (docs/data.md), for the cases that the campaign makes: where the subject stands is

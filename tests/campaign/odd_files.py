@@ -52,15 +52,15 @@ def maker(function: Maker) -> Maker:
     return function
 
 
-def _json(fact: Fact, form: str) -> str:
+def as_json(fact: Fact, form: str) -> str:
     return json.dumps([record(fact, form)], ensure_ascii=False)
 
 
-def _yaml(fact: Fact, form: str) -> str:
+def as_yaml(fact: Fact, form: str) -> str:
     return yaml.safe_dump([record(fact, form)], allow_unicode=True, sort_keys=False)
 
 
-def _write(folder: Path, name: str, content: str | bytes) -> Path:
+def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     return path
@@ -69,8 +69,8 @@ def _write(folder: Path, name: str, content: str | bytes) -> Path:
 def _any(random: Random, fact: Fact, form: str) -> tuple[str, str]:
     suffix = random.choice([".json", ".jsonl", ".yaml", ".yml"])
     if suffix == ".json":
-        return _json(fact, form), suffix
-    return (_json(fact, form)[1:-1], suffix) if suffix == ".jsonl" else (_yaml(fact, form), suffix)
+        return as_json(fact, form), suffix
+    return (as_json(fact, form)[1:-1], suffix) if suffix == ".jsonl" else (as_yaml(fact, form), suffix)
 
 
 def _name(form: str) -> str:
@@ -83,7 +83,7 @@ def _name(form: str) -> str:
 @maker
 def byte_order_mark(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     text, suffix = _any(random, fact, form)
-    return OddFile(_write(folder, f"facts{suffix}", "\ufeff" + text), "right", fact=fact, notes=False)
+    return OddFile(write(folder, f"facts{suffix}", "\ufeff" + text), "right", fact=fact, notes=False)
 
 
 @maker
@@ -95,7 +95,7 @@ def windows_line_ends(random: Random, fact: Fact, form: str, folder: Path) -> Od
         ".jsonl": lambda: "\n".join(json.dumps(one) for one in records) + "\n\n",
     }.get(suffix, lambda: yaml.safe_dump(records, allow_unicode=True))()
     mark = random.choice(["", "\ufeff"])
-    return OddFile(_write(folder, f"facts{suffix}", mark + text.replace("\n", "\r\n")), "right", fact=fact, notes=False)
+    return OddFile(write(folder, f"facts{suffix}", mark + text.replace("\n", "\r\n")), "right", fact=fact, notes=False)
 
 
 @maker
@@ -105,7 +105,7 @@ def another_encoding(random: Random, fact: Fact, form: str, folder: Path) -> Odd
     content = text.encode("latin-1", "replace") if how == "latin-1" else text.encode()[:-1] + b"\xe4\xb8"
     if how.startswith("utf"):
         content = text.encode(how)
-    return OddFile(_write(folder, f"facts{suffix}", content), "refused", ("facts",))
+    return OddFile(write(folder, f"facts{suffix}", content), "refused", ("facts",))
 
 
 @maker
@@ -113,52 +113,55 @@ def compressed_or_of_another_kind(random: Random, fact: Fact, form: str, folder:
     text, suffix = _any(random, fact, form)
     name = random.choice([f"facts{suffix}.gz", f"facts{suffix}", "facts.csv", "facts.txt", "facts", "facts.parquet"])
     content = gzip.compress(text.encode()) if suffix in name else text.encode()
-    return OddFile(_write(folder, name, content), "refused", ("facts",))
+    return OddFile(write(folder, name, content), "refused", ("facts",))
 
 
 @maker
 def cut_short(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    text = _json(fact, form)
+    text = as_json(fact, form)
     place = random.randint(1, len(text) - 2)
-    return OddFile(_write(folder, "facts.json", text[:place]), "refused", ("facts.json",))
+    return OddFile(write(folder, "facts.json", text[:place]), "refused", ("facts.json",))
 
 
 @maker
 def malformed(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    good = _json(fact, form)
+    good = as_json(fact, form)
     text, name = random.choice(
         [(good[:-1] + ",]", "a.json"), (good + good, "a.json"), (good.replace('"', "'", 2), "a.json"),
-         (good[1:-1] + "\n" + good[1:-1], "a.json"), ("{", "a.jsonl"), ("- prompt: [", "a.yaml"), ("\t- a: b", "a.yaml"),
+         (good[1:-1] + "\n" + good[1:-1], "a.json"), ("{", "a.jsonl"), ("- prompt: [", "a.yaml"),
+         ("\t- a: b", "a.yaml"),
          ("- {a: b", "a.yaml"), ("- a: 'b", "a.yaml"), ("- !!python/object/apply:os.getcwd []", "a.yaml"),
-         ("- !custom {a: b}", "a.yaml"), ("- *nothing", "a.yaml"), (_yaml(fact, form) + "---\n" + _yaml(fact, form), "a.yaml"),
+         ("- !custom {a: b}", "a.yaml"), ("- *nothing", "a.yaml"),
+         (as_yaml(fact, form) + "---\n" + as_yaml(fact, form), "a.yaml"),
          ("%YAML 9.9\n---\n- a", "a.yaml"), ("// comment\n" + good, "a.json"), ("\x00" + good, "a.json"),
          ("- a: \x07", "a.yaml"), ("- target_new: 2024-13-45", "a.yaml"), ("- a: !!int x", "a.yaml"),
          ("- a: !!timestamp x", "a.yaml"), ("- a: !!binary é", "a.yaml"), ("- {[a, b]: c}", "a.yaml"),
          ("- a: !!float x", "a.yaml"), ("- {{a: b}: c}", "a.yaml"), ("- ? !!set {a}\n  : x", "a.yaml"),
          ("- &a [*b]", "a.yaml"), ("- <<: 5", "a.yaml"), ("- a: !!bool maybe", "a.yaml")]
     )  # fmt: skip
-    return OddFile(_write(folder, name, text), "refused", ("a.",))
+    return OddFile(write(folder, name, text), "refused", ("a.",))
 
 
 @maker
 def no_list_of_records(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     text, name = random.choice(
         [("", "a.json"), ("", "a.jsonl"), ("", "a.yaml"), ("[]", "a.json"), ("{}", "a.json"), ("5", "a.json"),
-         ('"text"', "a.json"), ("null", "a.json"), ("true", "a.yaml"), ("5", "a.jsonl"), ('"text"', "a.jsonl"), ("NaN", "a.json"),
+         ('"text"', "a.json"), ("null", "a.json"), ("true", "a.yaml"), ("5", "a.jsonl"), ('"text"', "a.jsonl"),
+         ("NaN", "a.json"),
          ("\n \n", "a.jsonl"), ("# nothing", "a.yaml"), ("text", "a.yaml"), ("2024-01-02", "a.yaml"),
          ("!!set {a, b}", "a.yaml"), ("!!binary aGk=", "a.yaml"), ("!!omap [a: 1]", "a.yaml"), ("[[]]", "a.json"),
          (json.dumps({"data": [record(fact, form)]}), "a.json"), ("[1, 2]", "a.json"), ("[null]", "a.json"),
          ("\ufeff", "a.json"), ("---\n...\n", "a.yaml")]
     )  # fmt: skip
-    return OddFile(_write(folder, name, text), "refused", ("a.",))
+    return OddFile(write(folder, name, text), "refused", ("a.",))
 
 
 @maker
 def a_lone_record(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     text, name = random.choice(
-        [(_json(fact, form)[1:-1], "a.json"), (yaml.safe_dump(record(fact, form), allow_unicode=True), "a.yaml")]
+        [(as_json(fact, form)[1:-1], "a.json"), (yaml.safe_dump(record(fact, form), allow_unicode=True), "a.yaml")]
     )
-    return OddFile(_write(folder, name, text), "refused", ("a.",))
+    return OddFile(write(folder, name, text), "refused", ("a.",))
 
 
 # ---- a field twice
@@ -170,135 +173,48 @@ def field_twice(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     name = _name(form)
     kind = random.choice([".json", ".jsonl", ".yaml", "flow.yaml"])
     if kind == ".yaml":
-        lines = _yaml(fact, form).splitlines()
+        lines = as_yaml(fact, form).splitlines()
         text = "\n".join([*lines, f"  {name}: Another one is"])
     else:
-        text = _json(fact, form)
+        text = as_json(fact, form)
         text = text[:-2] + f', "{name}": "Another one is"}}]'
         text = text[1:-1] if kind == ".jsonl" else text
-    return OddFile(_write(folder, f"facts{kind}", text), "refused", (name,))
+    return OddFile(write(folder, f"facts{kind}", text), "refused", (name,))
 
 
 @maker
 def forgotten_dash(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     other = yaml.safe_dump(record(replace(fact, case_id="second"), form), allow_unicode=True, sort_keys=False)
     indented = "\n".join("  " + line for line in other.splitlines())
-    text = _yaml(fact, form) + "\n" + indented + "\n"
+    text = as_yaml(fact, form) + "\n" + indented + "\n"
     names = ("requested_rewrite",) if form == "counterfact" else (_name(form), "subject")
-    return OddFile(_write(folder, "facts.yaml", text), "refused", names)
+    return OddFile(write(folder, "facts.yaml", text), "refused", names)
 
 
 @maker
 def inner_field_twice(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     """Twice within a field, whatever the form makes of it."""
     if form == "counterfact":
-        text = _json(fact, form).replace('"subject":', '"subject": "Nobody", "subject":', 1)
+        text = as_json(fact, form).replace('"subject":', '"subject": "Nobody", "subject":', 1)
         name = "subject"
     else:
         text = (
-            _json(fact, form)[:-2] + ', "locality": {"K": [{"prompt": "It is", "prompt": "x", "ground_truth": "y"}]}}]'
+            as_json(fact, form)[:-2]
+            + ', "locality": {"K": [{"prompt": "It is", "prompt": "x", "ground_truth": "y"}]}}]'
         )
         text = text.replace('"locality": ', '"was": ', 1) if text.count('"locality": ') > 1 else text
         name = "prompt"
     suffix = random.choice([".json", ".jsonl", ".yaml"])
-    return OddFile(_write(folder, f"facts{suffix}", text[1:-1] if suffix == ".jsonl" else text), "refused", (name,))
+    return OddFile(write(folder, f"facts{suffix}", text[1:-1] if suffix == ".jsonl" else text), "refused", (name,))
 
 
 @maker
 def field_twice_spelled_in_two_ways(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     name = _name(form)
     escaped = f'"\\u{ord(name[0]):04x}{name[1:]}"'
-    text = _json(fact, form)[:-2] + f', {escaped}: "Another one is"}}]'
+    text = as_json(fact, form)[:-2] + f', {escaped}: "Another one is"}}]'
     suffix = random.choice([".json", ".jsonl", ".yaml"])
-    return OddFile(_write(folder, f"facts{suffix}", text[1:-1] if suffix == ".jsonl" else text), "refused", (name,))
-
-
-# ---- what only YAML has
-
-
-@maker
-def block_scalars(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    """They end in a line break, which is none of the text."""
-    style = random.choice([">", "|", "|+", ">+"])
-    sources = {"zsre": ("src", "alt")}.get(form, ("prompt", "target_new"))
-    lines = [f"- subject: {json.dumps(fact.subject, ensure_ascii=False)}"]
-    texts = (fact.prompt.replace("\n", " "), fact.target_new)
-    if form == "counterfact":
-        lines = ["- requested_rewrite:", f"    subject: {style}", f"      {fact.subject}", f"    prompt: {style}"]
-        lines += [f"      {fact.before}{{}}{fact.after}".replace("\n", " ").rstrip()]
-        lines += ["    target_new:", f"      str: {style}", f"        {fact.target_new}"]
-    else:
-        for name, text in zip(sources, texts, strict=True):
-            lines += [f"  {name}: {style}", f"    {text}"]
-    lines += ["", ""]
-    if form == "flat":
-        lines.insert(1, "  ground_truth: null")
-    if form == "knowedit":
-        lines.insert(1, "  locality: {}")
-    before, after = (text.replace("\n", " ") for text in (fact.before, fact.after))
-    plain = Fact(before, fact.written, after, fact.subject, fact.target_new)
-    if form == "counterfact":
-        plain = replace(plain, subject=fact.subject + "\n" * (1 + style.endswith("+") * 0))
-    odd = any(text != text.strip() or text[:1] in "\"'" for text in (*texts, fact.subject))
-    return OddFile(_write(folder, "facts.yaml", "\n".join(lines)), "safe" if odd else "right", fact=plain, notes=True)
-
-
-@maker
-def values_of_yaml(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    """What YAML makes of words without quotes is no text, and is not made one."""
-    name = {"zsre": "alt", "counterfact": "str"}.get(form, "target_new")
-    value = random.choice(
-        ["no", "yes", "1990", "2024-01-02", "2024-01-02 03:04:05", "3.14", "1_000", "0x1F", "12:30:45", "~", "null", ".nan",
-         ".inf", "!!binary aGVsbG8=", "!!set {a, b}", "{a, b}", "[a]", "!!omap [a: 1]", "!!pairs [a: 1]", "off", "1e5", "0o17"]
-    )  # fmt: skip
-    quoted = json.dumps(fact.target_new, ensure_ascii=False)
-    text = _json(fact, form).replace(f'"{name}": {quoted}', f'"{name}": {value}', 1)
-    verdict: Verdict = "safe" if value in ("1e5", "0o17", "12:30:45") else "refused"  # YAML 1.1 and 1.2 differ
-    return OddFile(
-        _write(folder, "facts.yaml", text), verdict, (name, "target_new"),
-        fact=replace(fact, target_new=value) if verdict == "safe" else None,
-    )  # fmt: skip
-
-
-@maker
-def anchors(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    """A text given once and named twice is an ordinary text."""
-    made = record(replace(fact, paraphrases=(), case_id=fact.case_id), form)
-    text = json.dumps([made], ensure_ascii=False)
-    subject = json.dumps(fact.subject, ensure_ascii=False)
-    text = text.replace(f'"subject": {subject}', f'"subject": &a {subject}, "note": *a', 1)
-    verdict: Verdict = "refused" if form == "short" else "right"  # the short form knows its fields
-    return OddFile(
-        _write(folder, "facts.yaml", text), verdict, ("note",), fact=replace(fact, paraphrases=()), notes=False
-    )
-
-
-@maker
-def merged_keys(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    text = "- &base " + json.dumps(record(fact, form), ensure_ascii=False) + "\n- {<<: *base, case_id: second}\n"
-    return OddFile(_write(folder, "facts.yaml", text), "safe", ("<<",), fact=fact)
-
-
-@maker
-def an_anchor_in_itself(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    name = random.choice(["locality", "portability", "paraphrases", "ground_truth", "answers", "case_id", "target_new"])
-    value = random.choice(["&a [*a]", "&a {K: *a}", "{K: [{prompt: x, ground_truth: &a [*a]}]}", "&a {prompt: *a}"])
-    made = record(fact, form)
-    made.pop(name, None)
-    text = "- " + json.dumps(made, ensure_ascii=False)[:-1] + f', "{name}": {value}}}\n'
-    return OddFile(_write(folder, "facts.yaml", text), "safe", (), fact=None, alone=True)
-
-
-@maker
-def aliases_without_end(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
-    """A few hundred bytes that stand for more than any memory holds."""
-    width, depth = random.choice([(9, 9), (10, 12), (2, 40)])
-    lines = ["- &a0 [x, x]"] + [f"- &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
-    name = random.choice(["target_new", "case_id", "paraphrases", "relation", "unknown", "locality", "subject_span"])
-    made = record(replace(fact, case_id=None), form)
-    made.pop(name, None)
-    last = "- " + json.dumps(made, ensure_ascii=False)[:-1] + f', "{name}": *a{depth - 1}}}\n'
-    return OddFile(_write(folder, "facts.yaml", "\n".join(lines) + "\n" + last), "safe", (), alone=True)
+    return OddFile(write(folder, f"facts{suffix}", text[1:-1] if suffix == ".jsonl" else text), "refused", (name,))
 
 
 # ---- depth and size
@@ -320,7 +236,7 @@ def deep(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     if suffix == ".yaml":
         text = text.replace('{"a":', '{"a": ')
     content = text if suffix == ".jsonl" else f"[{text}]"
-    return OddFile(_write(folder, f"facts{suffix}", content), "safe", (), alone=True)
+    return OddFile(write(folder, f"facts{suffix}", content), "safe", (), alone=True)
 
 
 @maker
@@ -333,7 +249,7 @@ def long_numbers(random: Random, fact: Fact, form: str, folder: Path) -> OddFile
     text = json.dumps(made)[:-1] + f', "{name}": {number}}}'
     content = text if suffix == ".jsonl" else f"[{text}]"
     # Where the form has no such field, a number that is not read does no harm.
-    return OddFile(_write(folder, f"facts{suffix}", content), "safe", ("facts",), alone=True)
+    return OddFile(write(folder, f"facts{suffix}", content), "safe", ("facts",), alone=True)
 
 
 @maker
@@ -344,13 +260,13 @@ def long_values(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     )
     path = {"counterfact": "requested_rewrite.target_new", "zsre": "alt"}.get(form, "target_new")
     made = changed(record(fact, form), {path: value})
-    return OddFile(_write(folder, "facts.json", json.dumps([made])), "refused", (path.split(".")[-1],))
+    return OddFile(write(folder, "facts.json", json.dumps([made])), "refused", (path.split(".")[-1], "digits"))
 
 
 @maker
 def many_fields(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     names = {f"{name}{place}": 1 for place in range(5000) for name in ("field",)}
-    return OddFile(_write(folder, "facts.json", json.dumps([names])), "refused", ("facts.json",))
+    return OddFile(write(folder, "facts.json", json.dumps([names])), "refused", ("facts.json",))
 
 
 # ---- no file at all
@@ -398,7 +314,7 @@ def pipe_or_device(random: Random, fact: Fact, form: str, folder: Path) -> OddFi
 @maker
 def a_link_to_a_file(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     text, suffix = _any(random, fact, form)
-    target = _write(folder, "elsewhere", text)
+    target = write(folder, "elsewhere", text)
     path = folder / f"facts{suffix}"
     path.symlink_to(target)
     return OddFile(path, "right", fact=fact, notes=False)
@@ -407,7 +323,7 @@ def a_link_to_a_file(random: Random, fact: Fact, form: str, folder: Path) -> Odd
 @maker
 def no_bytes_of_text(random: Random, fact: Fact, form: str, folder: Path) -> OddFile:
     noise = randoms.Random(random.random()).randbytes(random.choice([1, 30, 4000]))
-    return OddFile(_write(folder, f"facts{random.choice(['.json', '.jsonl', '.yaml'])}", noise), "refused", ("facts",))
+    return OddFile(write(folder, f"facts{random.choice(['.json', '.jsonl', '.yaml'])}", noise), "refused", ("facts",))
 
 
 __all__ = ["ODD_FILES", "OddFile"]

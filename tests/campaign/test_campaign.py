@@ -1,7 +1,9 @@
+# ruff: noqa: RUF001 -- characters that look alike are what this is about
 """The campaign itself: a seeded part of it always, all of it with ``-m slow``."""
 
 import json
 import time
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -11,8 +13,9 @@ from rome_pl import KnowledgeEditor
 from rome_pl.errors import RomeError
 from tests.campaign import judge, models
 from tests.campaign.facts import ordinary, record
+from tests.campaign.figures import complaints, describe
 from tests.campaign.mutations import MUTATIONS
-from tests.campaign.trials import complaints, describe, names, try_case
+from tests.campaign.trials import names, try_case
 from tests.campaign.vocabularies import NAMES, TEXT, vocabulary
 from tests.integration.helpers import called
 
@@ -56,7 +59,7 @@ def test_the_judge_reads_every_token(name):
         spans, seen = made.spans(text), made.seen(text).encode()
         assert len(spans) == len(made.own_ids(text))
         assert spans[-1][1] == len(seen.rstrip() if made.read == "words" else seen)
-        for (_, past), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, past), (start, _) in pairwise(spans):
             assert not seen[past:start].strip()
 
 

@@ -2,41 +2,26 @@
 
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rome_pl.easyedit import easyedit_requests
-from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import EditRequest
-from tests.campaign import judge, models, wrong_types
-from tests.campaign.facts import (
-    FILE_FORMS,
-    FORMS,
-    GOOD,
-    PARTS,
-    SUFFIXES,
-    file_content,
-    ordinary,
-    record,
-    written_name,
-)
-from tests.campaign.judge import Meaning
+from tests.campaign import odd_yaml, subjects, texts, wrong_types  # noqa: F401 -- these enter their mutations
+from tests.campaign.comparison import edit_faults, message_faults, request_faults
+from tests.campaign.facts import FILE_FORMS, GOOD, SUFFIXES, file_content, ordinary, record
 from tests.campaign.mutations import MUTATIONS, Mutated, Verdict
 from tests.campaign.odd_files import ODD_FILES, OddFile
 from tests.campaign.reader import read_apart
 from tests.campaign.vocabularies import NAMES, Vocabulary, vocabulary
 
 SECONDS = 10
-LONGEST_MESSAGE = 600
-LENGTH = 512
-CONTEXT = "It rains. "
 
 
 class HangError(BaseException):
@@ -111,14 +96,14 @@ def _try_mutated(name: str, mutated: Mutated, form: str, folder: Path, random: R
                 elif form == "api":
                     request = EditRequest(**raw)
                 else:
-                    faults += _edit(raw, mutated, made)
+                    faults += edit_faults(raw, mutated, made)
                     request = None
                 if request is not None:
-                    faults += _compare(request, mutated, form, made)
+                    faults += request_faults(request, mutated, form, made)
                 got = "right"
             except RomeError as error:
                 got = "refused"
-                faults += _message(str(error), mutated, form, path)
+                faults += message_faults(str(error), mutated, form, path)
             except TypeError as error:
                 # Python's own words for an argument that a function does not have, or lacks.
                 if form != "api" or "__init__()" not in str(error):
@@ -147,7 +132,7 @@ def _try_file(name: str, odd: OddFile, form: str, made: Vocabulary) -> Outcome:
             )
         got = "refused" if answer["refused"] else "right"
         for message in answer["refused"]:
-            faults += _message(message, mutated, form, odd.path)
+            faults += message_faults(message, mutated, form, odd.path)
         return Outcome(name, odd.verdict, got, (*faults, *_against(odd.verdict, got)), shown)
     got = "crash"
     try:
@@ -156,12 +141,12 @@ def _try_file(name: str, odd: OddFile, form: str, made: Vocabulary) -> Outcome:
                 requests, invalid = parse_records(read_records(odd.path), str(odd.path))
                 got = "refused" if invalid else "right"
                 for one in invalid:
-                    faults += _message(one.message, mutated, form, odd.path)
+                    faults += message_faults(one.message, mutated, form, odd.path)
                 if odd.fact is not None and requests and not invalid:
-                    faults += _compare(requests[0], mutated, form, made)
+                    faults += request_faults(requests[0], mutated, form, made)
             except RomeError as error:
                 got = "refused"
-                faults += _message(str(error), mutated, form, odd.path)
+                faults += message_faults(str(error), mutated, form, odd.path)
     except HangError:
         got, faults = "hang", [f"no end within {SECONDS} s"]
     except Exception as error:
@@ -210,170 +195,3 @@ def clock() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, kept)
-
-
-# ---- refusals
-
-
-def _message(message: str, mutated: Mutated, form: str, path: Path | None) -> list[str]:
-    faults = []
-    own = message.replace(str(path), "") if path is not None else message
-    if len(own) > LONGEST_MESSAGE:
-        faults.append(f"the message has {len(own)} characters: {own[:200]}")
-    try:
-        message.encode()
-    except UnicodeEncodeError:
-        faults.append("the message cannot be printed as UTF-8")
-    # What is refused only when it becomes tokens has lost how its file called it.
-    known = [name for part in mutated.named for name in (part, written_name(part, form))]
-    if known and not any(name in message for name in known):
-        faults.append(f"the message names none of {sorted(set(known))}: {message[:300]}")
-    if mutated.shown not in message:
-        faults.append(f"the message does not show {mutated.shown}: {message[:300]}")
-    return faults
-
-
-# ---- requests
-
-
-@cache
-def encoder(name: str) -> TextEncoder:
-    return TextEncoder(vocabulary(name).tokenizer, LENGTH)
-
-
-def _compare(request: EditRequest, mutated: Mutated, form: str, made: Vocabulary) -> list[str]:
-    """What is wrong with a request and its tokens; a refusal by the encoder is raised."""
-    said = judge.meaning(mutated.fact, form)
-    faults = _texts(request, mutated, form, said)
-    rows = judge.rows(made, said)
-    apart = all(rows.values())
-    encode = encoder(made.name)
-    try:
-        edit = encode.edit(request, ("", CONTEXT))
-        encode.check_probes(request)
-    except RomeError:
-        if apart:
-            raise
-        return faults  # the judge cannot tell prompt and target apart either
-    rewrite = rows["rewrite"]
-    if rewrite is not None:
-        faults += _row("rewrite prompt", edit.rows[0], rewrite)
-    shifted = judge.row(made, CONTEXT + said.prompt, len(CONTEXT) + said.end, said.target_new, said.target_space)
-    if shifted is not None:
-        faults += _row("rewrite prompt after a context", edit.rows[1], shifted)
-    ids, lookup = judge.divergence_ids(made, said.subject)
-    if (list(edit.kl_row.ids), edit.kl_row.lookup) != (ids, lookup):
-        faults.append(f"divergence: {edit.kl_row.ids} at {edit.kl_row.lookup}, judge {ids} at {lookup}")
-    for target in filter(None, (said.target_new, said.target_true)):
-        for prompt in (said.prompt, *said.paraphrases, *said.neighbours):
-            faults += _continuation(encode, request, made, said, prompt, target)
-    for probe in (*said.locality, *said.portability):
-        faults += _continuation(encode, request, made, said, probe.prompt, probe.answer)
-    return faults
-
-
-def _continuation(
-    encode: TextEncoder, request: EditRequest, made: Vocabulary, said: Meaning, prompt: str, target: str
-) -> list[str]:
-    expected = judge.row(made, prompt, None, target, said.target_space)
-    if expected is None:
-        return []
-    return _row(f"{target!r} after {prompt!r}", encode.continuation(prompt, target, request), expected)
-
-
-def _row(what: str, got: Any, expected: judge.Row) -> list[str]:
-    ids = [*got.ids, *got.target[-1:]]
-    faults = []
-    if list(got.target) != expected.target:
-        faults.append(f"{what}: target ids {list(got.target)}, judge {expected.target}")
-    if ids != expected.ids:
-        faults.append(f"{what}: ids {ids}, judge {expected.ids}")
-    if got.lookup != expected.lookup:
-        faults.append(f"{what}: lookup token {got.lookup}, judge {expected.lookup}")
-    if got.first != len(ids) - len(got.target) - 1:
-        faults.append(f"{what}: predicts from {got.first} of {len(ids)} with {len(got.target)} target tokens")
-    return faults
-
-
-def _texts(request: EditRequest, mutated: Mutated, form: str, said: Meaning) -> list[str]:
-    """What of a request is not what was meant."""
-    expected: dict[str, Any] = {
-        "prompt": said.prompt, "subject": said.subject, "span": (said.start, said.end), "target_new": said.target_new,
-        "target_true": said.target_true, "paraphrases": said.paraphrases, "neighbours": said.neighbours,
-        "generation_prompts": said.generation_prompts, "references": said.references,
-    }  # fmt: skip
-    got = {name: getattr(request, name) for name in expected}
-    for name in ("locality", "portability"):
-        expected[name] = [(probe.prompt, probe.answer, probe.kind) for probe in getattr(said, name)]
-        got[name] = [(probe.prompt, probe.answer, probe.kind) for probe in getattr(request, name)]
-    if (said.target_new[0].isalnum() and said.target_space is not None) or form in ("short", "api"):
-        expected["target_space"], got["target_space"] = said.target_space, request.target_space
-    if "case_id" in PARTS[form] and mutated.fact.case_id is not None:
-        expected["case_id"] = mutated.fact.case_id if mutated.case_id is None else mutated.case_id
-        got["case_id"] = request.case_id
-    faults = [
-        f"{name}: {got[name]!r:.200}, judge {expected[name]!r:.200}" for name in expected if got[name] != expected[name]
-    ]
-    notes = getattr(request, "notes", ())
-    if mutated.notes is not None and bool(notes) is not mutated.notes:
-        faults.append(f"notes: {notes!r:.300}, though {'something' if mutated.notes else 'nothing'} was changed")
-    if any(not isinstance(note, str) or len(note) > LONGEST_MESSAGE for note in notes):
-        faults.append(f"notes are no short texts: {notes!r:.300}")
-    if replace(request) != request or "notes" in request.content():
-        faults.append("it is another one when it is made again, or its content holds its notes")
-    return faults
-
-
-# ---- edits
-
-
-def _edit(raw: dict[str, Any], mutated: Mutated, made: Vocabulary) -> list[str]:
-    """Make an edit, look at what was written and asked for, and undo it."""
-    faults = []
-    editor = models.editor(made.name)
-    before = models.weight(editor.model)
-    outcome = editor.edit(**raw, verify=False)
-    change = models.weight(editor.model) - before
-    editor.undo(outcome)
-    if not models.weight(editor.model).equal(before):
-        faults.append("the weight is not what it was after the undo")
-    request = outcome.edit.request
-    faults += _compare(request, mutated, "editor", made)
-    row = judge.rows(made, judge.meaning(mutated.fact, "editor"))["rewrite"]
-    if row is None:
-        return faults
-    token, cosine = models.looked_up(change, models.keys(editor.model, row.ids))
-    if token != row.lookup or cosine < 1 - 1e-9:
-        faults.append(f"the key of token {token} was written (cosine {cosine}), judge {row.lookup}")
-    expected = models.probability(editor.model, row)
-    if abs(outcome.before.target_new - expected) > 1e-9:
-        faults.append(f"probability before: {outcome.before.target_new}, judge {expected}")
-    if missing := set(getattr(request, "notes", ())) - set(outcome.edit.notes):
-        faults.append(f"notes of the request are not among the edit's: {missing}")
-    return faults
-
-
-def describe(outcomes: Sequence[Outcome]) -> str:
-    """One line for each form, and one for each mutation that anything is wrong with."""
-    lines = [f"{len(outcomes)} cases, {sum(bool(outcome.faults) for outcome in outcomes)} with faults"]
-    forms = {form: [one for one in outcomes if one.name.split("/")[1] == form] for form in FORMS}
-    kinds = ("right", "refused", "crash", "hang")
-    for form, own in forms.items():
-        counts = ", ".join(f"{kind} {sum(one.got == kind for one in own)}" for kind in kinds)
-        lines.append(f"{form:12} {len(own):5} cases: {counts}, faults {sum(bool(one.faults) for one in own)}")
-    by_mutation: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        by_mutation.setdefault(one.name.split("/")[2], []).append(one)
-    for name, own in sorted(by_mutation.items()):
-        counts = ", ".join(f"{kind} {number}" for kind in kinds if (number := sum(one.got == kind for one in own)))
-        lines.append(f"  {name:40} {len(own):4}: {counts}, faults {sum(bool(one.faults) for one in own)}")
-    return "\n".join(lines)
-
-
-def complaints(outcomes: Sequence[Outcome], most: int = 20) -> str:
-    """The first cases with faults, each with what it takes to repeat it."""
-    bad = [outcome for outcome in outcomes if outcome.faults]
-    return "\n".join(
-        f"{one.name} (expected {one.verdict}, got {one.got})\n  " + "\n  ".join(one.faults) + f"\n  {one.case}"
-        for one in bad[:most]
-    )

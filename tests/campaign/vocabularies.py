@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- characters that look alike are what this is about
 """Tokenizers of every make, trained on the spot, and what each of their tokens covers.
 
 What a token covers is found from the token itself (its bytes, or its place among the words), never from the offsets
@@ -208,7 +209,9 @@ _MAKERS: dict[str, Callable[[], tuple[Any, str, int, int]]] = {
     "byte level": lambda: (byte_level_tokenizer(), "bytes", 0, 0),
     "byte level, BOS": lambda: (byte_level_tokenizer(bos=True), "bytes", 1, 0),
     "marks by a normaliser, BOS": lambda: (sentencepiece_tokenizer(), "marks", 1, 0),
-    "byte level, opening space, BOS and EOS": lambda: (_byte_level(prefix=True, before=True, after=True), "bytes", 1, 1),
+    "byte level, opening space, BOS and EOS": lambda: (
+        _byte_level(prefix=True, before=True, after=True), "bytes", 1, 1,
+    ),
     "byte level, NFC": lambda: (_byte_level(normalizers.NFC()), "bytes", 0, 0),
     "byte level, small letters, EOS": lambda: (
         _byte_level(normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), after=True), "bytes", 0, 1,
