@@ -134,6 +134,27 @@ def _texts(request: EditRequest, mutated: Mutated, form: str, said: Meaning) -> 
 # ---- edits
 
 
+def edits_faults(raw: dict[str, Any], mutated: Mutated, made: Vocabulary) -> list[str]:
+    """Make an edit by EasyEdit's arguments, look at what was written, and undo it."""
+    editor = models.editor(made.name)
+    before = models.weight(editor.model)
+    result = editor.edit(**raw, verify=False)
+    change = models.weight(editor.model) - before
+    result.undo()
+    if not models.weight(editor.model).equal(before):
+        return ["the weight is not what it was after the undo"]
+    row = judge.rows(made, judge.meaning(mutated.fact, "easyedit"))["rewrite"]
+    return [] if row is None else _key_faults(editor.model, change, row)
+
+
+def _key_faults(model: Any, change: Any, row: judge.Row) -> list[str]:
+    """Whether the key that was written is that of the judge's lookup token, by a forward pass of its own."""
+    token, cosine = models.looked_up(change, models.keys(model, row.ids))
+    if token == row.lookup and cosine > 1 - 1e-9:
+        return []
+    return [f"the key of token {token} was written (cosine {cosine}), judge {row.lookup}"]
+
+
 def edit_faults(raw: dict[str, Any], mutated: Mutated, made: Vocabulary) -> list[str]:
     """Make an edit, look at what was written and asked for, and undo it."""
     faults = []
@@ -149,9 +170,7 @@ def edit_faults(raw: dict[str, Any], mutated: Mutated, made: Vocabulary) -> list
     row = judge.rows(made, judge.meaning(mutated.fact, "editor"))["rewrite"]
     if row is None:
         return faults
-    token, cosine = models.looked_up(change, models.keys(editor.model, row.ids))
-    if token != row.lookup or cosine < 1 - 1e-9:
-        faults.append(f"the key of token {token} was written (cosine {cosine}), judge {row.lookup}")
+    faults += _key_faults(editor.model, change, row)
     expected = models.probability(editor.model, row)
     if abs(outcome.before.target_new - expected) > 1e-9:
         faults.append(f"probability before: {outcome.before.target_new}, judge {expected}")

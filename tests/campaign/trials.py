@@ -14,7 +14,7 @@ from rome_pl.errors import RomeError
 from rome_pl.records import parse_records, read_records
 from rome_pl.requests import EditRequest
 from tests.campaign import odd_yaml, subjects, texts, wrong_types  # noqa: F401 -- these enter their mutations
-from tests.campaign.comparison import edit_faults, message_faults, request_faults
+from tests.campaign.comparison import edit_faults, edits_faults, message_faults, request_faults
 from tests.campaign.facts import FILE_FORMS, GOOD, SUFFIXES, file_content, ordinary, record
 from tests.campaign.mutations import MUTATIONS, Mutated, Verdict
 from tests.campaign.odd_files import ODD_FILES, OddFile
@@ -92,6 +92,8 @@ def _try_mutated(name: str, mutated: Mutated, form: str, folder: Path, random: R
                 if path is not None:
                     request = _second(path, faults)
                 elif form == "easyedit":
+                    if name.endswith("/0"):  # an edit costs more than all the rest
+                        faults += edits_faults(raw, mutated, made)
                     (request,) = easyedit_requests(**raw)
                 elif form == "api":
                     request = EditRequest(**raw)
