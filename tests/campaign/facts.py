@@ -1,6 +1,7 @@
 """Facts in several scripts, and the forms and files that they are written in."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -243,14 +244,15 @@ GOOD = Fact("The bakery of ", "Ashmere", " sells", "Ashmere", "rolls", "cakes", 
 
 def file_content(records: list[Any], suffix: str, random: Random) -> bytes:
     """Records as the bytes of a file, in one of the ways in which programs write them."""
-    ascii_only = random.random() < 0.5
+    halves = re.search("[\ud800-\udfff]", json.dumps(records, ensure_ascii=False, default=str))
+    ascii_only = random.random() < 0.5 or halves is not None  # halves of characters need escapes
     if suffix == ".json":
         text = json.dumps(records, ensure_ascii=ascii_only, indent=random.choice([None, 1]))
     elif suffix == ".jsonl":
         text = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records) + "\n"
     else:
         text = yaml.safe_dump(records, allow_unicode=not ascii_only, width=random.choice([40, 1000]), sort_keys=False)
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode()
 
 
 WRITTEN = {

@@ -45,7 +45,7 @@ def test_a_part_of_the_campaign_finds_nothing():
 
 @pytest.mark.slow
 def test_the_campaign_finds_nothing():
-    cases = names(SEED, 5, 1)
+    cases = names(SEED, 4, 1)
     assert len(cases) >= 1500
     outcomes = check(cases)
     got = [outcome.got for outcome in outcomes]

@@ -230,7 +230,7 @@ def half_a_character_or_nul(random: Random, fact: Fact, form: str) -> Mutated | 
 @mutation()
 def texts_that_are_long(random: Random, fact: Fact, form: str) -> Mutated:
     part = random.choice(["before", "target_new", "subject"])
-    long = random.choice(["word " * 900, "x" * 5000, "東京" * 2000, "\n".join("abcdefgh" * 90)]).strip()
+    long = random.choice(["word " * 900, "x y " * 1500, "東京" * 2000, "\n".join("abcdefgh" * 90)]).strip()
     if part == "subject":
         return Mutated(fact.respelled(long), "refused", ("subject", "prompt", "target_new"))
     fact = replace(fact, **{part: long + " " * (part == "before") + getattr(fact, part)})

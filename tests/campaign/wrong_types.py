@@ -148,7 +148,7 @@ def probes_of_a_wrong_type(random: Random, fact: Fact, form: str) -> Mutated:
     good = {"prompt": "It is", "answer": "good", "kind": "K"}
     bad: Any = random.choice(
         [5, "text", True, ["text"], [5], [None], [good, 5], [good | {"kind": 5}], [good | {"kind": ["K"]}],
-         [good | {"kind": None}], [good | {"prompt": 5}], [good | {"answer": ["good"]}], [good | {"other": 1}],
+ [good | {"prompt": 5}], [good | {"answer": ["good"]}], [good | {"other": 1}],
          [{"prompt": "It is"}], [{"answer": "good", "kind": "K"}], [good | {"answer": {"a": 1}}], [[good]],
          [good | {"kind": datetime.date(2024, 1, 2)}], [good | {"answer": 5}], [good | {"prompt": " "}], [{}]]
     )  # fmt: skip
