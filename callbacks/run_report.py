@@ -25,7 +25,7 @@ from rome_pl.report import (
     write_text,
 )
 from rome_pl.samples import Sample, compared, note_continuations
-from rome_pl.score_tables import csv_table, markdown_table
+from rome_pl.score_tables import csv_table, markdown_table, outcome_counts
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["RunReport"]
@@ -124,11 +124,9 @@ class RunReport(Callback):
         if len(shown) < len(session.edits):
             console.print(f"({len(session.edits) - len(shown)} more edits in {folder / 'records.jsonl'})")
         console.print(score_table(content))
-        counts = ", ".join(
-            f"{content['n_' + name]} {name.replace('_', ' ')}"
-            for name in ("applied", "rejected", "skipped", "rolled_back")
+        console.print(
+            f"{content['n_requested']} requested: {outcome_counts(content)}. Results in {folder / 'results.json'}"
         )
-        console.print(f"{content['n_requested']} requested: {counts}. Results in {folder / 'results.json'}")
         if (folder / "report.html").exists():
             console.print(f"To look at: {folder / 'report.html'}", soft_wrap=True)
 

@@ -38,11 +38,13 @@ class Measured:
         target_new: Probability of the new answer (geometric mean over its tokens).
         target_true: Probability of the old answer, if the request names it.
         continuation: What greedy decoding continues the prompt with.
+        says_target: Whether that begins with the new answer. Before an edit: whether it held already.
     """
 
     target_new: float
     target_true: float | None
     continuation: str
+    says_target: bool
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class KnowledgeEditor:
             subject: The entity whose fact changes, exactly as in the prompt.
             target_new: The answer the model shall give.
             target_true: The answer before; only measured.
-            verify: Whether an edit whose target stays unlikely is taken back.
+            verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: Further fields of :class:`EditRequest`, such as ``subject_span`` or ``target_space``.
 
         Raises:
@@ -192,7 +194,7 @@ class KnowledgeEditor:
 
         What is measured before stands under ``pre``; ``post`` is measured with all of them in the model, or with its
         own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` says so, and
-        ``reason`` why.
+        ``reason`` why. ``held_already`` says whether a fact was applied that the model gave before.
 
         Args:
             prompts: Texts that end right before the answers; a text is a list of one, here and in the others.
@@ -201,7 +203,7 @@ class KnowledgeEditor:
             sequential_edit: Whether edits accumulate and stay, which they do unless this is ``False``: then each is
                 made on the model as it is now, measured, and taken back.
             keep_original_weight: The opposite of it, by its older name.
-            verify: Whether an edit whose target stays unlikely is taken back.
+            verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: ``ground_truth``, ``rephrase_prompts``, ``locality_inputs`` and ``portability_inputs``; see
                 :func:`rome_pl.easyedit.easyedit_requests`.
 
@@ -229,7 +231,13 @@ class KnowledgeEditor:
             self._take_out(own)
             raise
         metrics = [
-            easyedit_case(edit, then, now) | {"case_id": place, "status": str(edit.status), "reason": edit.reason}
+            easyedit_case(edit, then, now)
+            | {
+                "case_id": place,
+                "status": str(edit.status),
+                "reason": edit.reason,
+                "held_already": edit.held_already,
+            }
             for place, (edit, then, now) in enumerate(zip(edits, before, after, strict=True))
         ]
         return EasyEditResult(metrics, self.model, lambda: self._take_out(own))
@@ -276,15 +284,13 @@ class KnowledgeEditor:
 
     def _measure(self, request: EditRequest) -> Measured:
         language_model = self._language_model
-        probabilities = [
+        new, true = (
             None
             if target is None
-            else measure_target(
-                language_model, language_model.encoder.continuation(request.prompt, target, request)
-            ).probability
+            else measure_target(language_model, language_model.encoder.continuation(request.prompt, target, request))
             for target in (request.target_new, request.target_true)
-        ]
-        assert probabilities[0] is not None
+        )
+        assert new is not None
         row = language_model.encoder.prompt(request.prompt.rstrip(" "))
         ids = torch.tensor([row.ids], device=language_model.device)
         with frozen(language_model.model), torch.no_grad():
@@ -297,7 +303,7 @@ class KnowledgeEditor:
                 pad_token_id=language_model.encoder.pad_id,
             )
         text = language_model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return Measured(probabilities[0], probabilities[1], text)
+        return Measured(new.probability, true.probability if true is not None else None, text, new.greedy)
 
 
 _FIELDS = {field.name for field in fields(EditRequest)} - {"source"}

@@ -183,7 +183,9 @@ def _asset(name: str) -> str:
 def _tiles(content: Content, records: Records) -> Iterator[str]:
     moment = measured_moments(content)[-1]
     if "n_applied" in content:
-        yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}")
+        held = content.get("n_held_already")
+        applied = f"{content['n_applied']} of {content['n_requested']}"
+        yield _tile("Edits applied", applied, f"{held} of them held already" if held else "")
     else:
         measured = content["n_requested"] - content["n_skipped"]
         edits = f"{content['n_edits']} edits in the model" if content["n_edits"] else ""
