@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rome_pl.metrics.probes import Answer, ProbeScores, TargetMeasure
 
-__all__ = ["HELD_ALREADY", "Requirement", "instead", "says_target"]
+__all__ = ["HELD_ALREADY", "Requirement", "held_already", "instead", "says_target"]
 
 HELD_ALREADY = "the model gives this target already"
 """The note of an edit whose target greedy decoding gives before anything is written for it."""
@@ -96,3 +97,12 @@ def says_target(scores: ProbeScores | None) -> bool:
     """Whether measured scores say that greedy decoding gives the new answer after the rewrite prompt."""
     answers: Sequence[Answer] = scores.answers.get("rewrite", ()) if scores is not None else ()
     return bool(answers) and all(answer.generated for answer in answers)
+
+
+def held_already(content: Mapping[str, Any]) -> str:
+    """How many of a run's applied edits the model gave already, in words; empty if none.
+
+    Args:
+        content: What results.json holds.
+    """
+    return f"{content['n_held_already']} of them held already" if content.get("n_held_already") else ""

@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from rome_pl.outcome import held_already
+
 __all__ = [
     "COUNTERFACT",
     "MEANINGS",
@@ -72,9 +74,8 @@ def outcome_counts(content: Mapping[str, Any], zeros: bool = True) -> str:
     counts = []
     for name in OUTCOMES:
         if zeros or content.get(f"n_{name}"):
-            held = content.get("n_held_already") if name == "applied" else 0
-            among = f" ({held} of them held already)" if held else ""
-            counts.append(f"{content[f'n_{name}']} {name.replace('_', ' ')}{among}")
+            held = held_already(content) if name == "applied" else ""
+            counts.append(f"{content[f'n_{name}']} {name.replace('_', ' ')}" + (f" ({held})" if held else ""))
     return ", ".join(counts)
 
 
