@@ -17,8 +17,8 @@ from typing import Any
 
 from rome_pl.figures import CAPTIONS, PANELS
 from rome_pl.ledger import plain
-from rome_pl.samples import Sample
 from rome_pl.outcome import held_already
+from rome_pl.samples import Sample
 from rome_pl.score_tables import COUNTERFACT, MEANINGS, MOMENTS, interval_text, measured_moments, measured_scores
 
 __all__ = ["embedded", "html_report", "remarks"]
