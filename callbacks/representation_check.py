@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus
 from rome_pl.metrics.probes import TargetMeasure
+from rome_pl.outcome import HELD_ALREADY
 from rome_pl.related_requests import conflicts
 from rome_pl.session import EditSession, session_of
 
@@ -87,12 +88,10 @@ class RepresentationCheck(Callback):
         if not bool(key.isfinite().all()):
             edit.decide(EditStatus.REJECTED, "the key is not finite: load the model in float32 or bfloat16")
             return
-        edit.before = before.probability
-        if before.greedy:
-            if self.on_known == "skip":
-                edit.decide(EditStatus.SKIPPED, "the model gives this target already (on_known: skip)")
-                return
-            edit.notes.append("the model gave this target already")
+        edit.note_before(before.greedy, before.probability)
+        if before.greedy and self.on_known == "skip":
+            edit.decide(EditStatus.SKIPPED, f"{HELD_ALREADY} (on_known: skip)")
+            return
         if (conflict := self._conflicts.get(edit.name)) is not None:
             if self.on_conflict == "reject":
                 edit.decide(EditStatus.REJECTED, conflict)

@@ -27,7 +27,7 @@ from rome_pl.report import (
     write_text,
 )
 from rome_pl.samples import Sample, compared, note_continuations
-from rome_pl.score_tables import csv_table, markdown_table
+from rome_pl.score_tables import csv_table, markdown_table, outcome_counts
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["RunReport"]
@@ -151,12 +151,8 @@ class RunReport(Callback):
         if len(shown) < len(session.edits):
             out.print(f"({len(session.edits) - len(shown)} more edits in {folder / 'records.jsonl'})", markup=False)
         out.print(score_table(content))
-        counts = ", ".join(
-            f"{content['n_' + name]} {name.replace('_', ' ')}"
-            for name in ("applied", "rejected", "skipped", "rolled_back")
-        )
         where = folder / "results.json"
-        out.print(f"{content['n_requested']} requested: {counts}. Results in {where}", markup=False)
+        out.print(f"{content['n_requested']} requested: {outcome_counts(content)}. Results in {where}", markup=False)
         if (folder / "report.html").exists():
             out.print(f"To look at: {folder / 'report.html'}", soft_wrap=True, markup=False)
 

@@ -231,7 +231,7 @@ class StateCheck(Callback):
     def _roll_back(self, session: EditSession, finding: str) -> None:
         log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
         session.layers.remove([edit.name for edit in self._since_good])
-        self._record(session, self._since_good, [], finding)
+        self._record(session, [(edit, finding) for edit in self._since_good], [])
         self._since_good = []
 
     def _recover(self, session: EditSession, finding: str) -> None:
@@ -241,7 +241,7 @@ class StateCheck(Callback):
         before = {name: written for written in layers.written for name in written.names}
         layers.remove([edit.name for edit in edits])
         try:
-            dropped, anew = self._write_again(session, edits, before)
+            dropped, anew = self._write_again(session, edits, finding, before)
         except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
             layers.revert()
             layers.remove([edit.name for edit in edits if edit.name in layers.names])
@@ -249,27 +249,28 @@ class StateCheck(Callback):
                 session.write_again(edit)
                 layers.commit()
             raise
-        self._record(session, dropped, anew, finding)
+        self._record(session, dropped, anew)
         self._dropped += len(dropped)
         self._since_good = []
 
     def _write_again(
-        self, session: EditSession, edits: Sequence[Edit], before: Mapping[str, Written]
-    ) -> tuple[list[Edit], list[Edit]]:
-        """Write edits one by one; those that the check fails after, and those whose write is another than before.
+        self, session: EditSession, edits: Sequence[Edit], finding: str, before: Mapping[str, Written]
+    ) -> tuple[list[tuple[Edit, str]], list[Edit]]:
+        """Write edits one by one; those that cannot stay, with why, and those whose write is another than before.
 
         Args:
             session: The run.
             edits: The edits.
+            finding: What the check found.
             before: The whole write, of several edits where they were solved jointly, that each was part of.
         """
         layers = session.layers
-        dropped, anew = list[Edit](), list[Edit]()
+        dropped, anew = list[tuple[Edit, str]](), list[Edit]()
         for edit in edits:
             assert edit.written is not None
-            written = self._try_again(session, edit)
-            if written is None:
-                dropped.append(edit)
+            written = self._try_again(session, edit, finding)
+            if isinstance(written, str):
+                dropped.append((edit, written))
                 continue
             layers.commit()
             if not written.same_as(before[edit.name]):
@@ -277,19 +278,23 @@ class StateCheck(Callback):
                 anew.append(edit)
         return dropped, anew
 
-    def _try_again(self, session: EditSession, edit: Edit) -> Written | None:
-        """Write an edit as strongly as the check passes after it; it stays pending. Nothing if it never does."""
+    def _try_again(self, session: EditSession, edit: Edit, finding: str) -> Written | str:
+        """Write an edit as strongly as the check passes after it; it stays pending. The reason if it cannot stay."""
         for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
             try:
                 written = session.write_again(edit, strength)
             except ValueError:  # exploding, or not finite
-                return None
+                return finding
             if not self._look(session)["failures"]:
+                (after,) = session.measure_targets([edit], written=True)
+                if (objection := session.objection(edit, after)) is not None:
+                    session.layers.revert()
+                    return f"{finding}; written again, it does not take: {objection}"
                 if strength < 1:
                     edit.notes.append(f"written at {strength:.0%} of its strength, to keep the model healthy")
                 return written
             session.layers.revert()
-        return None
+        return finding
 
     def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
         check = {"edits": len(session.edits), "recovered": True, **self._look(session)}
@@ -308,11 +313,11 @@ class StateCheck(Callback):
         log.error("The stream ends: %s", verdict)
         trainer.should_stop = True
 
-    def _record(self, session: EditSession, dropped: Sequence[Edit], anew: Sequence[Edit], finding: str) -> None:
-        for edit in dropped:
-            edit.decide(EditStatus.ROLLED_BACK, finding)
+    def _record(self, session: EditSession, dropped: Sequence[tuple[Edit, str]], anew: Sequence[Edit]) -> None:
+        for edit, reason in dropped:
+            edit.decide(EditStatus.ROLLED_BACK, reason)
         if session.ledger is not None:
             session.ledger.amend(
-                [(edit.record(), {"status": str(edit.status), "reason": finding}) for edit in dropped],
+                [(edit.record(), {"status": str(edit.status), "reason": reason}) for edit, reason in dropped],
                 [(edit.written, [edit.record()]) for edit in anew if edit.written is not None],
             )

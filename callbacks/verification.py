@@ -8,38 +8,48 @@ from typing_extensions import override
 
 from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
 from rome_pl.errors import OptionError
+from rome_pl.outcome import Requirement
 from rome_pl.session import EditSession, session_of
 
 __all__ = ["Verification"]
 
 
 class Verification(Callback):
-    """Measures the target's probability under the written weights, and takes the edit back below a threshold.
+    """Measures the target under the written weights, and takes an edit back that has not taken.
 
-    It is searched again then, and rejected if none of :class:`rome_pl.RomeModule`'s ``retries`` is left.
-
-    The probability is the geometric mean over the target's tokens after the bare prompt.
+    It is searched again then, and rejected if none of :class:`rome_pl.RomeModule`'s ``retries`` is left. An edit has
+    taken if greedy decoding after the bare prompt gives the target, and the target's probability, the geometric mean
+    over its tokens, is not below a threshold.
 
     Args:
-        least_probability: Threshold. 0 accepts whatever was written.
+        least_probability: Threshold. 0 accepts whatever was written, unless ``greedy`` is true.
         largest_disturbance: Largest share by which an edit may change what a rewrite layer gives on ordinary text, see
             :meth:`rome_pl.edited_layers.EditedLayers.disturbance`; nothing accepts any. Edits over five layers of
             SmolLM2 have 0.015 in the median. Needs the second moment of keys.
+        greedy: Whether greedy decoding has to give the target. Where it need not, the target has to be likelier than
+            before, unless the threshold is 0. ``None`` (default): unless the threshold is 0.
 
     Raises:
         ValueError: If a threshold is out of range.
     """
 
-    def __init__(self, least_probability: float = 0.05, largest_disturbance: float | None = None) -> None:
+    def __init__(
+        self,
+        least_probability: float = 0.05,
+        largest_disturbance: float | None = None,
+        greedy: bool | None = None,
+    ) -> None:
         if not 0 <= least_probability < 1:
             raise ValueError(f"least_probability: expected a number in [0, 1), got {least_probability}")
         if largest_disturbance is not None and not largest_disturbance > 0:
             raise ValueError(f"largest_disturbance: expected a positive number, got {largest_disturbance}")
-        self.least_probability, self.largest_disturbance = least_probability, largest_disturbance
+        self.least_probability, self.largest_disturbance, self.greedy = least_probability, largest_disturbance, greedy
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
+        greedy = self.least_probability > 0 if self.greedy is None else self.greedy
+        session.requirement = Requirement(self.least_probability, greedy)
         if self.largest_disturbance is not None and not session.layers.moments:
             raise OptionError(
                 "largest_disturbance: without the second moment of keys (this preset, or mom2_adjustment: false) "
@@ -54,7 +64,7 @@ class Verification(Callback):
         if unknown:
             measures = session_of(pl_module).measure_targets(unknown, written=False)
             for edit, measure in zip(unknown, measures, strict=True):
-                edit.before = measure.probability
+                edit.note_before(measure.greedy, measure.probability)
 
     @override
     def on_train_batch_end(
@@ -72,8 +82,9 @@ class Verification(Callback):
         while waiting:
             objections: dict[str, str] = {}
             for edit, measure in zip(waiting, session.measure_targets(waiting, written=True), strict=True):
-                edit.after = measure.probability
-                if (objection := self._objection(edit, session)) is not None:
+                edit.note_after(measure)
+                objection = session.objection(edit, measure) or self._disturbs(edit, session)
+                if objection is not None:
                     objections[edit.name] = objection
             session.withdraw(objections, edits)
             if not objections:
@@ -88,12 +99,9 @@ class Verification(Callback):
             if "verify" in edit.seconds:
                 edit.seconds["verify"] = (time.perf_counter() - started) / count
 
-    def _objection(self, edit: Edit, session: EditSession) -> str | None:
-        """Why an edit cannot stay, if so."""
-        assert edit.after is not None
+    def _disturbs(self, edit: Edit, session: EditSession) -> str | None:
+        """Why an edit that has taken cannot stay all the same, if so."""
         assert edit.written is not None
-        if not edit.after >= self.least_probability:  # nor if it is no number
-            return f"after the write the target has probability {edit.after:.2g}, below {self.least_probability:g}"
         disturbance = session.layers.disturbance(edit.written)
         if self.largest_disturbance is None or disturbance is None or disturbance <= self.largest_disturbance:
             return None

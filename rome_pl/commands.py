@@ -54,11 +54,13 @@ def show(ledger: str, cases: str | None = None) -> None:
             _number(probability["before"]),
             _number(probability["after"]),
             _number(edit["update_norm"]),
-            escape(edit["status"] + (f": {edit['reason']}" if edit["reason"] else "")),
+            escape(_verdict(edit)),
         )
     out.print(table)
     counts = Counter(edit["status"].replace("_", " ") for edit in edits)
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    held = sum(_held_already(edit) for edit in edits)
+    among = {"applied": f" ({held} of them held already)"} if held else {}
+    told = ", ".join(f"{count} {status}{among.get(status, '')}" for status, count in counts.items())
     out.print(f"{len(edits)} edits: {told}", markup=False)
 
 
@@ -259,13 +261,23 @@ def _outcome(edit: Mapping[str, Any] | None) -> str:
     return "" if edit is None else f"{edit['request']['target_new']} ({edit['status']})"
 
 
+def _held_already(edit: Mapping[str, Any]) -> bool:
+    """Whether an edit was applied whose target the model gave before."""
+    return edit["status"] == "applied" and bool((edit.get("greedy") or {}).get("before"))
+
+
+def _verdict(edit: Mapping[str, Any]) -> str:
+    held = " (held already)" if _held_already(edit) else ""
+    return f"{edit['status']}{held}" + (f": {edit['reason']}" if edit["reason"] else "")
+
+
 def _details(edit: Mapping[str, Any]) -> Table:
     request, probability = edit["request"], edit["probability"]
     table = Table(title=f"Record {edit['case_id']}", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "status": edit["status"] + (f": {edit['reason']}" if edit["reason"] else ""),
+        "status": _verdict(edit),
         "place in the stream": str(edit["index"] + 1),
         "prompt": request["prompt"],
         "subject": request["subject"],

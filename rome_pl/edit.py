@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rome_pl.edited_layers import Written
 from rome_pl.keys import EditKeys
-from rome_pl.metrics.probes import ProbeScores
+from rome_pl.metrics.probes import ProbeScores, TargetMeasure
 from rome_pl.objective import ValueObjective
+from rome_pl.outcome import HELD_ALREADY
 from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit
 from rome_pl.spread import Spread
@@ -72,8 +73,12 @@ class Edit:
         value: The offset on top of the bare prompt's output, ``[d_value]``: the value that published presets assert.
         steps: Losses, one per evaluation.
         written: Its write, once done; in single mode the write that was measured.
+        found_greedy: Whether greedy decoding after the bare prompt gives the target under the value found.
         before: Probability of the target before the edit: geometric mean over its tokens, on the bare prompt.
         after: The same after the write.
+        greedy_before: Whether greedy decoding after the bare prompt gives the target before the edit: whether it holds
+            already.
+        greedy_after: Whether it does after the write.
         scores: Probe measurements by moment (``base``, ``immediate``, ``final``).
         seconds: Wall time by stage; what a batch does at once is shared evenly among its edits.
         recorded: What an earlier run's ledger says of it, if it was taken over from there.
@@ -96,8 +101,11 @@ class Edit:
     value: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
     written: Written | None = None
+    found_greedy: bool = False
     before: float | None = None
     after: float | None = None
+    greedy_before: bool | None = None
+    greedy_after: bool | None = None
     scores: dict[str, ProbeScores] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     recorded: Mapping[str, Any] | None = None
@@ -113,6 +121,7 @@ class Edit:
             "notes": self.notes,
             "request": self.request.content(),
             "probability": {"before": self.before, "after": self.after},
+            "greedy": {"before": self.greedy_before, "after": self.greedy_after},
             "layers": list(self.layers),
             "specificity": sum(self.specificity) if self.specificity else None,
             "num_steps": len(self.steps),
@@ -137,6 +146,30 @@ class Edit:
     def name(self) -> str:
         """Identifier in the edited weight and the ledger."""
         return str(self.request.case_id)
+
+    @property
+    def held_already(self) -> bool:
+        """Whether it was applied, and the model gave its target before."""
+        return self.status is EditStatus.APPLIED and self.greedy_before is True
+
+    @property
+    def offset_norm(self) -> float:
+        """Norm of the offset that was found, also where an earlier run has found it; 0 without one."""
+        if self.recorded is not None:
+            return float(self.recorded["value_norm"] or 0.0)
+        return 0.0 if self.delta is None else float(self.delta.norm())
+
+    def note_before(self, greedy: bool, probability: float | None = None) -> None:
+        """Note what the model makes of the target before anything is written for the edit; the first look counts."""
+        if self.before is None:
+            self.before = probability
+        if self.greedy_before is None:
+            self.greedy_before = greedy
+            self.notes += [HELD_ALREADY] * greedy
+
+    def note_after(self, measure: TargetMeasure) -> None:
+        """Note what the model makes of the target after the write."""
+        self.after, self.greedy_after = measure.probability, measure.greedy
 
     def on_cpu(self) -> "Edit":
         """A copy whose tensors are the CPU's, for other processes."""

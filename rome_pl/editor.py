@@ -41,11 +41,13 @@ class Measured:
         target_new: Probability of the new answer (geometric mean over its tokens).
         target_true: Probability of the old answer, if the request names it.
         continuation: What greedy decoding continues the prompt with.
+        says_target: Whether that begins with the new answer. Before an edit: whether it held already.
     """
 
     target_new: float
     target_true: float | None
     continuation: str
+    says_target: bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class KnowledgeEditor:
             subject: The entity whose fact changes, exactly as in the prompt.
             target_new: The answer the model shall give.
             target_true: The answer before; only measured.
-            verify: Whether an edit whose target stays unlikely is taken back.
+            verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: Further fields of :class:`EditRequest`, such as ``subject_span`` or ``target_space``.
 
         Raises:
@@ -199,7 +201,7 @@ class KnowledgeEditor:
 
         What is measured before stands under ``pre``; ``post`` is measured with all of them in the model, or with its
         own alone where edits do not accumulate. A fact whose edit was refused is measured too; ``status`` says so, and
-        ``reason`` why.
+        ``reason`` why. ``held_already`` says whether a fact was applied that the model gave before.
 
         Args:
             prompts: Texts that end right before the answers; a text is a list of one, here and in the others.
@@ -208,7 +210,7 @@ class KnowledgeEditor:
             sequential_edit: Whether edits accumulate and stay, which they do unless this is ``False``: then each is
                 made on the model as it is now, measured, and taken back.
             keep_original_weight: The opposite of it, by its older name.
-            verify: Whether an edit whose target stays unlikely is taken back.
+            verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: ``ground_truth``, ``rephrase_prompts``, ``locality_inputs`` and ``portability_inputs``; see
                 :func:`rome_pl.easyedit.easyedit_requests`.
 
@@ -236,7 +238,13 @@ class KnowledgeEditor:
             self._take_out(own)
             raise
         metrics = [
-            easyedit_case(edit, then, now) | {"case_id": place, "status": str(edit.status), "reason": edit.reason}
+            easyedit_case(edit, then, now)
+            | {
+                "case_id": place,
+                "status": str(edit.status),
+                "reason": edit.reason,
+                "held_already": edit.held_already,
+            }
             for place, (edit, then, now) in enumerate(zip(edits, before, after, strict=True))
         ]
         return EasyEditResult(metrics, self.model, lambda: self._take_out(own))
@@ -287,17 +295,15 @@ class KnowledgeEditor:
 
     def _measure(self, request: EditRequest) -> Measured:
         language_model = self._language_model
-        probabilities = [
+        new, true = (
             None
             if target is None
-            else measure_target(
-                language_model, language_model.encoder.continuation(request.prompt, target, request)
-            ).probability
+            else measure_target(language_model, language_model.encoder.continuation(request.prompt, target, request))
             for target in (request.target_new, request.target_true)
-        ]
-        assert probabilities[0] is not None
+        )
+        assert new is not None
         (text,) = generate(language_model, [request.prompt.rstrip(" ")], 8)
-        return Measured(probabilities[0], probabilities[1], text)
+        return Measured(new.probability, true.probability if true is not None else None, text, new.greedy)
 
 
 _FIELDS = {field.name for field in fields(EditRequest) if field.init} - {"source"}

@@ -15,7 +15,7 @@ from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores
 from rome_pl.metrics.scores import record_values
-from rome_pl.report import prefers
+from rome_pl.outcome import says_target
 from rome_pl.requests import EditRequest, Probe
 from rome_pl.session import EditSession
 
@@ -61,7 +61,7 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
 
 def _own(session: EditSession, request: EditRequest, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
     base = session.base_scores.get(str(request.case_id))
-    lost = prefers(scores.get("immediate")) and not prefers(scores["final"]) if "final" in scores else None
+    lost = says_target(scores.get("immediate")) and not says_target(scores["final"]) if "final" in scores else None
     return {"values": {moment: record_values(found, base) for moment, found in scores.items()}, "lost": lost}
 
 

@@ -231,7 +231,7 @@ def relation_bars(records: Records, moments: Sequence[str] = ("final", "immediat
 
 def took(values: Mapping[str, float]) -> bool:
     """Whether a record's scores say that the model gives the new answer: as results.json's ``held`` has it."""
-    return values.get("ES", values.get("rewrite_match", 0.0)) == 1.0
+    return values.get("rewrite_match", 0.0) == 1.0
 
 
 def _panels(values: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:

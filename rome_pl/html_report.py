@@ -17,6 +17,7 @@ from typing import Any
 
 from rome_pl.figures import CAPTIONS, PANELS
 from rome_pl.ledger import plain
+from rome_pl.outcome import held_already
 from rome_pl.samples import Sample
 from rome_pl.score_tables import COUNTERFACT, MEANINGS, MOMENTS, interval_text, measured_moments, measured_scores
 
@@ -154,11 +155,10 @@ def remarks(content: Content, records: Records) -> list[str]:
         found.append(f"Edits that had taken and are lost on the final model: {len(lost)} ({_some(lost)}).")
     for name in ("rejected", "skipped", "rolled_back"):
         if content.get(f"n_{name}"):
-            verdict = name.replace("_", " ").capitalize()
-            number, asked = content[f"n_{name}"], content["n_requested"]
-            found.append(
-                f"{verdict}: {number} of {asked} records. Valid requests among them count in the scores all the same."
+            number = (
+                f"{name.replace('_', ' ').capitalize()}: {content[f'n_{name}']} of {content['n_requested']} records"
             )
+            found.append(f"{number}. Valid requests among them count in the scores all the same.")
     before, after = content["perplexity"]["base"], content["perplexity"]["final"]
     if before and after and after > 1.1 * before:
         found.append(f"Perplexity of held-out text rose by {after / before - 1:.0%}.")
@@ -183,7 +183,7 @@ def _asset(name: str) -> str:
 def _tiles(content: Content, records: Records) -> Iterator[str]:
     moment = measured_moments(content)[-1]
     if "n_applied" in content:
-        yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}")
+        yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}", held_already(content))
     else:
         measured = content["n_requested"] - content["n_skipped"]
         edits = f"{content['n_edits']} edits in the model" if content["n_edits"] else ""

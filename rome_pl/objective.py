@@ -65,6 +65,7 @@ class Losses:
         decay: Norm penalty, times its factor.
         kept: Mean over earlier facts that are to stay of the same for their targets; 0 without any.
         greedy: Whether under every context, and after the facts that are to stay, every target token is the likeliest.
+        bare_greedy: Whether every target token is the likeliest after the bare prompt.
     """
 
     nll: Tensor
@@ -72,6 +73,7 @@ class Losses:
     decay: Tensor
     kept: Tensor
     greedy: Tensor
+    bare_greedy: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -94,6 +96,7 @@ class _Selection:
     positions: tuple[Tensor, Tensor]
     target_term: Tensor
     target_share: Tensor
+    of_bare: Tensor
     base_norm: Tensor
 
 
@@ -152,6 +155,7 @@ class ValueObjective:
         nll, kept = terms[:count], terms[count:]
         # A row that serves for the divergence alone has targets too, which have no share.
         missed = ((at_targets.detach().argmax(-1) != labels) & (selection.target_share > 0)).to(nll.dtype)
+        missed_bare = nll.new_zeros(2 * count).detach().index_add(0, selection.target_term, missed * selection.of_bare)
         greedy = (
             nll.new_zeros(2 * count).detach().index_add(0, selection.target_term, missed).view(2, count).sum(0) == 0
         )
@@ -161,7 +165,7 @@ class ValueObjective:
         base = torch.stack([self._base_kl[member] for member in members])
         kl = self.kl_factor * (at_kl.exp() * (at_kl - base)).sum(-1)
         decay = self.v_weight_decay * torch.linalg.vector_norm(deltas, dim=1) / selection.base_norm**2
-        return Losses(nll, kl, decay, kept, greedy)
+        return Losses(nll, kl, decay, kept, greedy, missed_bare[:count] == 0)
 
     def _select(self, members: Sequence[int], contexts: Sequence[Sequence[int]] | None) -> _Selection:
         key = (tuple(members), contexts and tuple(map(tuple, contexts)))
@@ -173,6 +177,7 @@ class ValueObjective:
         terms: list[int] = []
         shares: list[float] = []
         kl: list[int] = []
+        bare: list[int] = []
         for place, member in enumerate(members):
             chosen = layout.contexts[member]
             if contexts is not None:
@@ -187,6 +192,7 @@ class ValueObjective:
                 shares.append(0.0)  # this row has no target
             kept = layout.kept[member]
             shares += [1 / (len(layout.rows[row].target) * len(kept)) for row in kept]
+            bare += [int(row == layout.contexts[member][0]) for row in (*chosen, *kept)]
             rows += (*chosen, *kept)
             owner += [place] * (len(chosen) + len(kept))
             terms += [place] * len(chosen) + [len(members) + place] * len(kept)
@@ -208,6 +214,7 @@ class ValueObjective:
             base_norm=self.base_norm[to_device(torch.tensor(list(members)), device)],
             target_term=to_device(torch.tensor(terms), device)[predict_row],
             target_share=row_shares[predict_row].to(torch.promote_types(prefix.outputs.dtype, torch.float32)),
+            of_bare=to_device(torch.tensor(bare), device)[predict_row],
         )
         return self._selection
 

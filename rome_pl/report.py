@@ -21,6 +21,7 @@ from rome_pl.files import whole_file
 from rome_pl.ledger import plain
 from rome_pl.metrics import ProbeScores, summarise
 from rome_pl.model_places import noted_places
+from rome_pl.outcome import says_target
 from rome_pl.records import InvalidRecord
 from rome_pl.score_tables import COUNTERFACT, MOMENTS, interval_text, measured_moments, measured_scores
 from rome_pl.second_moment import library_versions
@@ -31,7 +32,6 @@ __all__ = [
     "invalid_record",
     "manifest",
     "note_change",
-    "prefers",
     "results",
     "score_table",
     "settings_of",
@@ -68,6 +68,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "retention": [_retention(point, session) for point in session.retention],
         "n_requested": len(session.requests) + session.num_refused + len(invalid),
         "n_applied": counts[EditStatus.APPLIED],
+        "n_held_already": sum(edit.held_already for edit in edits),
         "n_rejected": counts[EditStatus.REJECTED],
         "n_skipped": counts[EditStatus.SKIPPED] + len(invalid),
         "n_rolled_back": counts[EditStatus.ROLLED_BACK],
@@ -167,7 +168,7 @@ def edit_table(edits: Sequence[Edit]) -> Table:
             escape(request.prompt),
             escape(f"{request.target_true or '?'} → {request.target_new}"),
             *(_pair(edit.scores.get(moment)) for moment in moments),
-            edit.status + (f": {escape(edit.reason)}" if edit.reason else ""),
+            edit.status + " (held already)" * edit.held_already + (f": {escape(edit.reason)}" if edit.reason else ""),
         )
     return table
 
@@ -204,7 +205,7 @@ def _edit_record(edit: Edit) -> dict[str, Any]:
 
 def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
     """Scores of the edits so far, and which of those that had taken are lost by now."""
-    taken = {edit.name for edit in session.edits if prefers(edit.scores.get("immediate"))}
+    taken = {edit.name for edit in session.edits if says_target(edit.scores.get("immediate"))}
     ages = {edit.name: point.edits - edit.index for edit in session.edits}
     return {
         "edits": point.edits,
@@ -212,18 +213,10 @@ def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
         "weight_change": point.weight_change,
         "scores": summarise(point.scores, session.base_scores),
         "held": [
-            {"case_id": name, "age": ages[name], "held": prefers(scores)} for name, scores in point.scores.items()
+            {"case_id": name, "age": ages[name], "held": says_target(scores)} for name, scores in point.scores.items()
         ],
-        "lost": [name for name, scores in point.scores.items() if name in taken and not prefers(scores)],
+        "lost": [name for name, scores in point.scores.items() if name in taken and not says_target(scores)],
     }
-
-
-def prefers(scores: ProbeScores | None) -> bool:
-    """Whether the new answer is the likelier one, or, where no true one is known, the likeliest of all."""
-    if scores is None:
-        return False
-    new, true = scores.rewrite
-    return new > true if true is not None else all(answer.generated for answer in scores.answers.get("rewrite", ()))
 
 
 def invalid_record(record: InvalidRecord) -> dict[str, Any]:

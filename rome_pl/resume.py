@@ -79,6 +79,8 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.status, edit.reason, edit.failed = EditStatus(line["status"]), line["reason"], line["failed"]
     edit.notes, edit.layers = list(line["notes"]), tuple(line["layers"])
     edit.before, edit.after = line["probability"]["before"], line["probability"]["after"]
+    greedy = line.get("greedy") or {}  # ledgers of earlier versions lack it
+    edit.greedy_before, edit.greedy_after = greedy.get("before"), greedy.get("after")
     edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])

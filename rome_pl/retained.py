@@ -26,7 +26,7 @@ def note_after(session: EditSession, edits: Sequence[Edit]) -> None:
     """
     unknown = [edit for edit in edits if edit.after is None]
     for edit, measure in zip(unknown, session.measure_targets(unknown, written=False), strict=True):
-        edit.after = measure.probability
+        edit.note_after(measure)
 
 
 def retained_share(session: EditSession, most: int) -> float | None:

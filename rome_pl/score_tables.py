@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from rome_pl.outcome import held_already
+
 __all__ = [
     "COUNTERFACT",
     "MEANINGS",
@@ -14,10 +16,14 @@ __all__ = [
     "markdown_table",
     "measured_moments",
     "measured_scores",
+    "outcome_counts",
 ]
 
 MOMENTS = {"base": "unedited", "immediate": "just edited", "final": "final model"}
 """When scores are measured, and what to call it."""
+
+OUTCOMES = ("applied", "rejected", "skipped", "rolled_back")
+"""What can become of a record."""
 
 MEANINGS = {
     "ES": "the new answer is likelier than the true one after the rewrite prompt",
@@ -56,6 +62,21 @@ def measured_scores(content: Mapping[str, Any]) -> list[str]:
     moments = measured_moments(content)
     found = [s for s in content["base"] if any(content[m][s]["n"] or content[m][s].get("n_nan") for m in moments)]
     return sorted(found, key=lambda score: score not in COUNTERFACT)
+
+
+def outcome_counts(content: Mapping[str, Any], zeros: bool = True) -> str:
+    """What became of a run's records: "9 applied (1 of them held already), 1 rejected, …".
+
+    Args:
+        content: What results.json holds.
+        zeros: Whether outcomes that no record has are named too.
+    """
+    counts = []
+    for name in OUTCOMES:
+        if zeros or content.get(f"n_{name}"):
+            held = held_already(content) if name == "applied" else ""
+            counts.append(f"{content[f'n_{name}']} {name.replace('_', ' ')}" + (f" ({held})" if held else ""))
+    return ", ".join(counts)
 
 
 def interval_text(entry: Mapping[str, Any], digits: int) -> str:
@@ -128,6 +149,5 @@ def _numbers(entries: list[Mapping[str, Any]]) -> str:
 
 
 def _counts(content: Mapping[str, Any]) -> str:
-    names = ("applied", "rejected", "skipped", "rolled_back")
-    counts = [f"{content[f'n_{name}']} {name.replace('_', ' ')}" for name in names if content.get(f"n_{name}")]
-    return ", ".join([f"{content['n_requested']} requested", *counts])
+    counts = outcome_counts(content, zeros=False)
+    return f"{content['n_requested']} requested" + (f", {counts}" if counts else "")

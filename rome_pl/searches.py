@@ -85,7 +85,7 @@ class Searches:
         number = edit.attempt + 1
         if number == len(self._attempts):
             return False
-        edit.written, edit.delta, edit.value, edit.after = None, None, None, None
+        edit.written, edit.delta, edit.value, edit.after, edit.greedy_after = None, None, None, None, None
         objective = self._attempt(number, [edit], None, f": {reason}")
         self._go_on([edit], number + 1, objective)
         edit.failed = False  # it could be tried, whatever has become of the second search
@@ -93,9 +93,13 @@ class Searches:
 
     def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
         """Make the attempts from a number on, each for the edits whose last search has found too little."""
-        least = self._options["retry_below"]  # a probability may also be no number
+        least, requirement = self._options["retry_below"], self._session.requirement
         for number in range(first, len(self._attempts)):
-            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]
+            edits = [
+                edit
+                for edit in edits
+                if requirement.search_failed(edit.steps[-1].probability, edit.found_greedy, least)
+            ]
             if not edits:
                 return
             objective = self._attempt(number, edits, objective)

@@ -12,6 +12,7 @@ from rome_pl.flops import count_flops
 from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger
 from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
+from rome_pl.outcome import Requirement
 from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
 from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit
@@ -63,6 +64,7 @@ class EditSession:
         largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
         anchor_norm: Norm of every asserted value, see :meth:`rome_pl.edited_layers.EditedLayers.anchored`.
         least_realised: Share of the wanted change at the key that has to survive the rounding to the model's dtype.
+        requirement: What an edit has to reach to have taken; :class:`rome_pl.callbacks.Verification` sets it.
         search_again: Searches the value of an edit again for a reason, if there is a retry left; says whether.
         earlier: What applied edits of earlier fits asked for, by name.
         flops_per_edit: Floating-point operations of the first batch's prefix pass and optimisation, by edit.
@@ -91,6 +93,7 @@ class EditSession:
     largest_update: float | None = None
     anchor_norm: float | None = None
     least_realised: float = 0.0
+    requirement: Requirement = field(default_factory=Requirement)
     search_again: Callable[[Edit, str], bool] = lambda edit, reason: False
     earlier: dict[str, EditRequest] = field(default_factory=dict)
     flops_per_edit: float | None = None
@@ -253,6 +256,16 @@ class EditSession:
         """
         rows = [(edit.encoded or self._bare(edit)).rows[0] for edit in edits]
         return measure_targets(self.language_model, rows, self._changes(edits) if written else None)
+
+    def objection(self, edit: Edit, after: TargetMeasure) -> str | None:
+        """Why an edit that was just written has not taken, if so.
+
+        Args:
+            edit: The edit.
+            after: Its target with the write.
+        """
+        decode = self.language_model.tokenizer.decode
+        return self.requirement.objection(edit.before, after, edit.offset_norm > 0, decode)
 
     def _bare(self, edit: Edit) -> EncodedEdit:
         """The bare prompt of an edit that was taken over from an earlier run, and not encoded for that."""

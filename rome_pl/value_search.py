@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from rome_pl.architecture import dtype_of_delta
 from rome_pl.hooks import hash_seed
-from rome_pl.objective import ValueObjective, clamp_norm_
+from rome_pl.objective import Losses, ValueObjective, clamp_norm_
 from rome_pl.rows import to_device
 
 __all__ = ["Found", "SearchOptions", "Step", "ValueSearch"]
@@ -60,10 +60,15 @@ class Found:
     Args:
         delta: The offset at its last evaluation, ``[d_value]``.
         steps: Its evaluations.
+        greedy_before: Whether greedy decoding after the bare prompt gives the target at the first one, without an
+            offset.
+        greedy: Whether it does with this offset.
     """
 
     delta: Tensor
     steps: list[Step]
+    greedy_before: bool
+    greedy: bool
 
     @property
     def finite(self) -> bool:
@@ -98,6 +103,8 @@ class ValueSearch:
         count = len(self._members)
         self._ended = torch.zeros(count, dtype=torch.bool, device=weight.device)
         self._kept = torch.zeros(count, objective.base_output.shape[1], dtype=dtype, device=weight.device)
+        self._greedy = torch.zeros(count, dtype=torch.bool, device=weight.device)
+        self._greedy_before = self._greedy
         self._taken = torch.zeros(count, dtype=torch.long, device=weight.device)
         self._records: list[tuple[list[int], Tensor]] = []
         self._running: list[int] = []
@@ -127,10 +134,10 @@ class ValueSearch:
         self.losses = total.detach()
         record = torch.stack([total, losses.nll, losses.kl, losses.decay, losses.probability, losses.kept]).detach()
         if step == 0:
-            self._kept_before = losses.kept.detach()
+            self._kept_before, self._greedy_before = losses.kept.detach(), losses.bare_greedy
         self._records.append((running, record))
         last = step + 1 >= self.options.v_num_grad_steps
-        self._note_ends(deltas.detach(), record, losses.greedy, last)
+        self._note_ends(deltas.detach(), record, losses, last)
         if last or (step + 1) % self._interval == 0:
             ended = self._ended.tolist()
             left = [place for place in running if not ended[place]]
@@ -156,7 +163,11 @@ class ValueSearch:
             for place, column in zip(running, record.T.tolist(), strict=True):
                 if len(histories[place]) < taken[place]:
                     histories[place].append(Step(*column))
-        return [Found(self._kept[place], steps) for place, steps in enumerate(histories)]
+        said = zip(self._greedy_before.tolist(), self._greedy.tolist(), strict=True)
+        return [
+            Found(self._kept[place], steps, *greedy)
+            for place, (steps, greedy) in enumerate(zip(histories, said, strict=True))
+        ]
 
     def _enter(self, running: list[int]) -> None:
         """Go on with these edits. Their indices go to the device here, and not at each step."""
@@ -167,7 +178,7 @@ class ValueSearch:
         #: Norm of the original value of each edit still searched.
         self.scales = self.objective.base_norm[members]
 
-    def _note_ends(self, deltas: Tensor, record: Tensor, greedy: Tensor, last: bool) -> None:
+    def _note_ends(self, deltas: Tensor, record: Tensor, losses: Losses, last: bool) -> None:
         """Keep the offsets of edits that end here, on the device."""
         options = self.options
         loss, probability, kept = record[0], record[4], record[5]
@@ -175,13 +186,14 @@ class ValueSearch:
         stay = (kept.neg().exp() > options.stop_probability) | (kept <= self._kept_before[self._places])
         ends = (loss < options.stop_loss) | ((probability > options.stop_probability) & stay) | ~loss.isfinite()
         if options.stop_greedy:
-            ends |= greedy
+            ends |= losses.greedy
         if last:
             ends = torch.ones_like(ends)
         places = self._places
         before = self._ended[places]
         self._taken[places] += (~before).long()
         self._kept[places] = torch.where((ends & ~before).unsqueeze(1), deltas, self._kept[places])
+        self._greedy[places] = torch.where(ends & ~before, losses.bare_greedy, self._greedy[places])
         self._ended[places] = before | ends
 
     def _contexts(self, step: int) -> list[list[int]] | None:

@@ -66,7 +66,8 @@ class Answer:
     @property
     def generated(self) -> bool:
         """Whether greedy generation gives the answer: it does exactly if every token is the likeliest in its turn."""
-        return self.accuracy == 1.0
+        # Where logits are NaN, the likeliest token means nothing.
+        return self.accuracy == 1.0 and math.isfinite(self.log_prob)
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,14 @@ class TargetMeasure:
     Args:
         probability: Geometric mean over its tokens.
         greedy: Whether greedy decoding gives it, every token being the likeliest one.
+        target: Its tokens.
+        predicted: The likeliest token in the place of each, after those before it in the target.
     """
 
     probability: float
     greedy: bool
+    target: tuple[int, ...] = ()
+    predicted: tuple[int, ...] = ()
 
 
 def measure_target(language_model: LanguageModel, row: EncodedRow) -> TargetMeasure:
@@ -112,8 +117,8 @@ def measure_targets(
 ) -> list[TargetMeasure]:
     """Measure targets under the model's current weights, or under a change of them for each row."""
     return [
-        TargetMeasure(math.exp(answer.log_prob), answer.generated)
-        for answer in measure_answers(language_model, rows, changes)
+        TargetMeasure(math.exp(answer.log_prob), answer.generated, tuple(row.target), answer.predicted)
+        for row, answer in zip(rows, measure_answers(language_model, rows, changes), strict=True)
     ]
 
 
