@@ -5,6 +5,7 @@ targets into other tokens. Every position is an index into the ids as the tokeni
 adds one.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -24,6 +25,10 @@ every change of them: what was measured or begun under other rules is then not t
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 """Which token the edit looks up: the published strategies of ROME's ``fact_token``."""
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""Tokens that stand for a byte, in tokenizers of the sentencepiece kind."""
 
 
 class TokenizerError(RomeError):
@@ -200,8 +205,9 @@ class TextEncoder:
         # A tokenizer that composes letters and accents gives the whole the span of the letter.
         if spans[boundary][0] >= edge and unicodedata.category(target[0])[0] != "M":
             return ids, spans, boundary
-        # A token spans both sides (scripts without spaces, accents). Whoever prompts the model encodes the prompt alone,
-        # so the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new text.
+        # A token spans both sides (scripts without spaces, accents). Whoever prompts the model encodes the prompt
+        # alone, so the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new
+        # text.
         head, head_spans = self._encode(prompt)
         tail, tail_spans = self._encode("\n" + target, special=False)
         kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
@@ -224,10 +230,29 @@ class TextEncoder:
         for i, (start, end) in enumerate(spans):
             # Byte-level tokenizers trim white space off offsets, which leaves a lone space with an empty span.
             if start == end and not flags[i]:
-                spans[i] = (spans[i - 1][1] if i else 0, end)
+                start = spans[i - 1][1] if i else 0
+                # What a normalizer has put into the letter before it, such as its accent, is no part of the space.
+                letters = len(text[start:end].rstrip())
+                spans[i] = (start + letters if start + letters < end else start, end)
             elif start == 0 and not flags[i] and text[:end].strip() and not self.tokenizer.decode([ids[i]]).strip():
                 spans[i] = (0, 0)  # the mark that sentencepiece puts before a text borrows the first letter's span
+        self._part_bytes(text, ids, spans)
         return tuple(ids), [(int(start), int(end)) for start, end in spans[: len(ids)]]
+
+    def _part_bytes(self, text: str, ids: Sequence[int], spans: list[tuple[int, int]]) -> None:
+        """Give tokens of single bytes the spans of their characters, where each has that of a whole unknown stretch."""
+        first = 0
+        while first < len(ids):
+            past = first + 1
+            start, end = spans[first]
+            while past < len(ids) and spans[past] == spans[first]:
+                past += 1
+            if past - first > 1 and end - start > 1:
+                owners = [place for place in range(start, end) for _ in text[place].encode()]
+                tokens = self.tokenizer.convert_ids_to_tokens(list(ids[first:past]))
+                if len(owners) == len(tokens) and all(_BYTE.fullmatch(token) for token in tokens):
+                    spans[first:past] = [(place, place + 1) for place in owners]
+            first = past
 
     def _lookup(
         self,

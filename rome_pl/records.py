@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rome_pl.clean_text import cut_edges, first_accepted, no_answer, unreadable
+from rome_pl.clean_text import cut_edges, first_accepted, no_answer
 from rome_pl.errors import shortened
 from rome_pl.record_files import SUFFIXES, DataError, Malformed, read_records
 from rome_pl.requests import EditRequest, Probe, RequestError
@@ -59,7 +59,7 @@ def parse_records(
             continue
         form = form or _recognise(record, source)
         case_id = record.get("case_id", index)
-        name = case_id if isinstance(case_id, str) and not unreadable(case_id) else shortened(case_id)
+        name = case_id if isinstance(case_id, str) and case_id.isprintable() else shortened(case_id)
         try:
             request = EditRequest(case_id=case_id, source=source, **_FORMS[form](record))
             if (name := str(request.case_id)) in seen:
@@ -88,8 +88,8 @@ def _recognise(record: Mapping[str, Any], source: str) -> str:
         return "flat" if _FLAT_ONLY & set(record) else "short"
     raise DataError(
         f"{source}: unknown form of record, with the fields {sorted(map(_shown, record))[:30]}. Known forms: "
-        "CounterFact ('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), EasyEdit's flat "
-        "form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
+        "CounterFact ('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), "
+        "EasyEdit's flat form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
         "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
     )
 

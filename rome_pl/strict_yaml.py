@@ -16,8 +16,8 @@ LARGEST = 100_000
 
 _DEEP = f"lists and mappings stand in one another more than {DEEPEST} deep; flatten them"
 
-# What the library's constructors raise for scalars that their tag does not fit, such as a date that there is not.
-_NO_SUCH_VALUE = (ValueError, KeyError, IndexError, AttributeError, OverflowError, TypeError)
+# What the library's constructors raise for scalars that their tag does not fit, beside ValueError.
+_NO_SUCH_VALUE = (KeyError, IndexError, AttributeError, OverflowError, TypeError)
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -79,8 +79,10 @@ class _Loader(yaml.SafeLoader):
             return _fault(error, line)
         except yaml.YAMLError as error:
             return Fault(f"malformed YAML: {first_line(error)}", line)
-        except _NO_SUCH_VALUE as error:
+        except ValueError as error:  # among others a date that there is not
             return Fault(f"malformed YAML: {first_line(error)[:200]}", line)
+        except _NO_SUCH_VALUE:
+            return Fault("malformed YAML: a value does not fit its tag (!!); put it in quotes, without the tag", line)
 
     def _measure(self, node: Node, above: frozenset[int]) -> tuple[int, int]:
         """Values and depth of what a node stands for, its aliases written out."""
