@@ -1,6 +1,8 @@
 """What a checkpoint ships for its own generation has no part in what is written here."""
 
+import copy
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rome_pl.generation import Sampling, end_ids, write_ids
 from rome_pl.language_model import LanguageModel, load_language_model
 from rome_pl.metrics.generation import generate, measure_fluency
 from rome_pl.requests import EditRequest
-from tests.tiny import KeepFloat64, byte_level_tokenizer, tiny_language_model, tiny_model
+from tests.tiny import KeepFloat64, tiny_language_model, tiny_model
 
 PROMPTS = ["The lighthouse of Korrin stands in", "It", "Miss Vane plays the"]
 RECORD = EditRequest(
@@ -103,17 +105,23 @@ def written(language_model):
     )
 
 
+@cache
+def shared():
+    return tiny_language_model()
+
+
 def with_settings(settings):
     """A model that ships settings, as they are read from its folder: some of them are no longer valid."""
-    language_model = tiny_language_model()
+    model = copy.copy(shared().model)
+    model.generation_config = copy.deepcopy(model.generation_config)
     for name, value in settings.items():
-        setattr(language_model.model.generation_config, name, value)
-    return language_model
+        setattr(model.generation_config, name, value)
+    return LanguageModel(model, shared().tokenizer)
 
 
 @pytest.fixture(scope="module")
 def bare():
-    return written(tiny_language_model())
+    return written(with_settings({}))
 
 
 @pytest.mark.parametrize("settings", SHIPPED, ids=lambda settings: " ".join(settings))
@@ -128,7 +136,7 @@ def test_no_shipped_setting_changes_what_is_written(settings, bare):
 
 def test_settings_of_an_older_checkpoint_do_not_either(tmp_path, bare):
     """Its config.json carries them, and there is no file of their own."""
-    language_model = tiny_language_model()
+    language_model = with_settings({})
     language_model.model.save_pretrained(tmp_path)
     language_model.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
@@ -140,14 +148,14 @@ def test_settings_of_an_older_checkpoint_do_not_either(tmp_path, bare):
 
 
 def test_settings_put_on_the_config_in_memory_do_not_either(bare):
-    language_model = tiny_language_model()
+    language_model = tiny_language_model()  # its config is changed
     for name, value in {"num_beams": 3, "max_length": 5, "use_cache": False, "no_repeat_ngram_size": 1}.items():
         setattr(language_model.model.config, name, value)
     assert written(language_model) == bare
 
 
 def test_a_file_of_settings_does_not_either(tmp_path, bare):
-    language_model = tiny_language_model()
+    language_model = with_settings({})
     language_model.model.save_pretrained(tmp_path)
     language_model.tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "generation_config.json"
@@ -174,10 +182,11 @@ def test_the_models_own_settings_return_when_generation_fails(monkeypatch):
 
 def test_an_adapter_around_a_model_leaves_its_settings_too(bare):
     peft = pytest.importorskip("peft")
-    language_model = with_settings({"num_beams": 3, "no_repeat_ngram_size": 2})
+    language_model = tiny_language_model()
+    language_model.model.generation_config.num_beams = 3
     own = language_model.model.generation_config
     model = peft.get_peft_model(language_model.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert written(LanguageModel(model.eval(), byte_level_tokenizer())) == bare
+    assert written(LanguageModel(model.eval(), language_model.tokenizer)) == bare
     assert own.num_beams == 3
     assert language_model.model.generation_config is own
 
@@ -229,7 +238,7 @@ def test_what_fills_a_row_that_has_ended_is_no_text():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3_text"])
 def test_rows_of_several_lengths_are_written_as_each_alone(family):
-    language_model = LanguageModel(tiny_model(family), byte_level_tokenizer())
+    language_model = LanguageModel(tiny_model(family), shared().tokenizer)
     rows = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
     together = write_ids(language_model, rows, 6).rows
     assert together == [write_ids(language_model, [row], 6).rows[0] for row in rows]

@@ -55,7 +55,7 @@ def float64_everywhere():
         yield
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(scope="module", params=TOKENIZERS)
 def case(request):
     """A model of such a tokenizer, and what stands before a text."""
     make, opening = TOKENIZERS[request.param]
@@ -194,6 +194,7 @@ def test_a_generated_corpus_goes_on_from_the_opening_and_comes_without_it(case, 
     language_model, opening = case
     monkeypatch.setattr("rome_pl.corpus.GENERATED_ROWS", 3)
     monkeypatch.setattr("rome_pl.corpus.GENERATED_LENGTH", 16)
+    monkeypatch.setattr(language_model.model.generation_config, "eos_token_id", None)
     language_model.model.generation_config.eos_token_id = None
     words = plain_ids(language_model, CORPUS_OPENERS[0])
     rows = sampled(
