@@ -65,7 +65,7 @@ def run(tmp_path_factory):
         if isinstance(callback, RetentionCheck):
             callback.text = str(folder / "held_out.txt")
         if isinstance(callback, Verification):
-            callback.least_probability = 0.002
+            callback.least_probability, callback.greedy = 0.002, False
     options = {"sequential_edit": True, "preset": "r_rome", "mom2_adjustment": False, "v_lr": 0.5}
     module = RomeModule.from_language_model(deepcopy(lively_model()), **{**FAST, **options})
     trainer = quiet_trainer(

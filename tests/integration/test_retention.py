@@ -12,8 +12,8 @@ from rome_pl.cli import main
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.edit_module import RomeModule
 from rome_pl.hooks import hash_seed
-from rome_pl.metrics import probe_scores, summarise
-from rome_pl.report import prefers
+from rome_pl.metrics import Answer, probe_scores, summarise
+from rome_pl.session import EditSession
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
 from tests.tiny import tiny_language_model
 
@@ -67,6 +67,16 @@ def test_points_are_where_they_were_asked_for(records, tmp_path):
         assert point.weight_change > 0
     changes = [point.weight_change for point in session.retention]
     assert len(set(changes)) == 3
+
+
+def said(scores):
+    """Whether greedy decoding gives the new answer, which has one entry."""
+    (answer,) = scores.answers["rewrite"]
+    return answer.accuracy == 1.0
+
+
+def with_answer(scores, good):
+    return replace(scores, answers={**scores.answers, "rewrite": (Answer(-1.0, float(good), (3,)),)})
 
 
 def test_a_point_is_what_the_weights_of_that_moment_give(records, tmp_path):
@@ -139,11 +149,11 @@ def test_results_have_ages_and_the_edits_that_were_lost(records, tmp_path, text)
     )
     content = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert [point["edits"] for point in content["retention"]] == [2, 4, 6]
-    taken = {edit.name for edit in session.edits if prefers(edit.scores["immediate"])}
+    taken = {edit.name for edit in session.edits if said(edit.scores["immediate"])}
     for found, point in zip(content["retention"], session.retention, strict=True):
         assert [one["age"] for one in found["held"]] == list(range(point.edits, 0, -1))  # the last one's is 1
         assert [one["case_id"] for one in found["held"]] == list(point.scores)
-        held = {name: scores.rewrite[0] > scores.rewrite[1] for name, scores in point.scores.items()}
+        held = {name: said(scores) for name, scores in point.scores.items()}
         assert {one["case_id"]: one["held"] for one in found["held"]} == held
         assert found["lost"] == [name for name in point.scores if name in taken and not held[name]]
         expected = summarise(point.scores, session.base_scores)
@@ -167,14 +177,21 @@ def test_edits_that_are_lost_are_listed_by_when(records, tmp_path, monkeypatch):
     original = RomeModule.validation_step
 
     def forgets(self, batch, batch_idx):
-        """From the fourth edit on none holds any more."""
-        rewrite = (-9.0, -1.0) if len(self.session.edits) >= 4 else (-1.0, -9.0)
-        return {name: replace(found, rewrite=rewrite) for name, found in original(self, batch, batch_idx).items()}
+        """From the fourth edit on none is said any more, though the new answer stays the likelier one."""
+        good = len(self.session.edits) < 4
+        measured = original(self, batch, batch_idx)
+        return {name: with_answer(replace(found, rewrite=(-1.0, -9.0)), good) for name, found in measured.items()}
 
+    def takes(self, edits):
+        """All but the second edit are said right after it."""
+        return [with_answer(found, edits[0].name != "r1") for found in measure(self, edits)]
+
+    measure = EditSession.measure_probes
     monkeypatch.setattr(RomeModule, "validation_step", forgets)
+    monkeypatch.setattr(EditSession, "measure_probes", takes)
     session = run(records, tmp_path, 100, callbacks=[RetentionCheck(measure_perplexity=False), RunReport()])
-    taken = [edit.name for edit in session.edits if prefers(edit.scores["immediate"])]
-    assert "r0" in taken or "r1" in taken
+    taken = [edit.name for edit in session.edits if said(edit.scores["immediate"])]
+    assert taken == ["r0", "r2", "r3", "r4", "r5", "r6"]
     content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     lost = {point["edits"]: point["lost"] for point in content["retention"]}
     # An edit that never took cannot be lost.

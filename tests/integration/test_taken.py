@@ -11,9 +11,11 @@ from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, Repres
 from rome_pl.cli import main
 from rome_pl.edit import EditStatus
 from rome_pl.editor import EditRejectedError, KnowledgeEditor
+from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
 from rome_pl.outcome import HELD_ALREADY
-from tests.integration.helpers import FACTS, FAST, REQUESTS, SURE, changed, run_edits, saved_model, snapshot, sure_model
+from tests.integration.helpers import FACTS, FAST, SURE, changed, run_edits, snapshot, sure_model
+from tests.tiny import tiny_language_model
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
 
@@ -21,7 +23,7 @@ LONG_TARGET = (
     "the ferry at noon, and waited on the pier until the last boat had come in. Nobody saw him leave, and the keeper "
     "found his coat there in the morning"
 )
-SLIGHT = 1e-9  # far below what a tiny random model gives any target: what is said decides alone
+SLIGHT = 1e-30  # far below what a tiny random model gives any target: what is said decides alone
 
 
 def callbacks(least=SLIGHT, greedy=None, check=True):
@@ -38,11 +40,13 @@ def generated(language_model, prompt, count):
     return ids[0, -count:].tolist()
 
 
-def told(language_model, request, count=1):
-    """The request, with what the model goes on with anyway as its target."""
-    text = language_model.tokenizer.decode(generated(language_model, request.prompt, count))
-    assert text.startswith(" ")
-    return replace(request, target_new=text.removeprefix(" "), subject_span=None)
+def informed_model(folder):
+    """A model of its own that says :data:`FACTS`' first target before anything is edited, and not the others'."""
+    language_model = sure_model()
+    run_edits(language_model, folder, FACTS[:1], callbacks(), **SURE)
+    (token,) = generated(language_model, FACTS[0].prompt, 1)
+    assert language_model.tokenizer.decode([token]) == f" {FACTS[0].target_new}"
+    return LanguageModel(language_model.model, language_model.tokenizer, "informed")
 
 
 @pytest.mark.parametrize(("sequential", "batch_size"), [(True, 1), (True, 2), (False, 2)])
@@ -50,31 +54,29 @@ def test_a_long_target_that_has_only_risen_is_rejected_and_the_reason_says_where
     sequential, batch_size, tmp_path
 ):
     long = replace(FACTS[0], target_new=LONG_TARGET, subject_span=None)
-    options = {**SURE, "v_num_grad_steps": 40, "sequential_edit": sequential}
-    lenient = sure_model()
+    options = {**SURE, "sequential_edit": sequential}
+    lenient = tiny_language_model()
     (written,) = run_edits(
         lenient, tmp_path / "a", [long], callbacks(least=0), **{**options, "sequential_edit": True}
     ).edits
     assert written.status is EditStatus.APPLIED
-    assert written.after > 3 * written.before
+    assert written.after > written.before
     target = list(written.encoded.rows[0].target)
     says = generated(lenient, long.prompt, len(target))
     place = next(index for index, (given, wanted) in enumerate(zip(says, target, strict=True)) if given != wanted)
     assert written.greedy_after is False
-    said = json.dumps(lenient.tokenizer.decode(says[: place + 1])[-20:], ensure_ascii=False)[1:]
-
-    strict = sure_model()
+    strict = tiny_language_model()
     before = snapshot(strict.model)
     session = run_edits(strict, tmp_path / "b", [FACTS[1], long], callbacks(), batch_size, **options)
     other, edit = session.edits
     assert (other.status, other.greedy_after) == (EditStatus.APPLIED, True)
     assert edit.status is EditStatus.REJECTED
     assert "the model says " in edit.reason
-    if batch_size == 1 or not sequential:  # alone, as above
-        assert f"{said} (token {place + 1} of {len(target)} should be" in edit.reason or sequential
+    if not sequential:  # alone on the original weights, as above
+        assert f"(token {place + 1} of {len(target)} should be" in edit.reason
     assert "not the target (probability " in edit.reason
     assert edit.reason.endswith("; the weights are as before this edit")
-    assert session.layers.names == ([other.name] if sequential else [])
+    assert list(session.layers.names) == ([other.name] if sequential else [])
     assert bool(changed(strict.model, before)) == sequential
 
 
@@ -99,20 +101,18 @@ def test_a_probability_that_is_no_number_is_rejected(tmp_path, monkeypatch):
     session = run_edits(sure_model(), tmp_path, FACTS[:2], callbacks(least=0), 2, **SURE)
     assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 2
     assert all("no number" in edit.reason for edit in session.edits)
-    assert session.layers.names == ()
+    assert not session.layers.names
 
 
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("listed", ["all", "no check", "neither"])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_a_target_that_holds_already_is_noted_and_counted(count, listed, sequential, tmp_path):
-    language_model = sure_model()
-    held = told(language_model, FACTS[0], count)
+def test_a_target_that_holds_already_is_noted_and_counted(listed, sequential, tmp_path):
+    language_model = informed_model(tmp_path / "before")
     chosen = callbacks(check=listed == "all")
     if listed == "neither":
         chosen = [one for one in chosen if not isinstance(one, Verification)]
     options = {**SURE, "sequential_edit": sequential}
-    session = run_edits(language_model, tmp_path, [held, FACTS[1]], chosen, 2, **options)
+    session = run_edits(language_model, tmp_path / "run", FACTS[:2], chosen, 2, **options)
     first, second = session.edits
     assert [edit.status for edit in session.edits] == [EditStatus.APPLIED] * 2
     assert (first.greedy_before, second.greedy_before) == (True, False)
@@ -160,15 +160,15 @@ def test_an_edit_that_does_not_take_when_it_is_written_again_is_dropped(tmp_path
     (edit,) = session.edits
     assert edit.status is EditStatus.ROLLED_BACK
     assert "too much; written again, it does not take: after the write" in edit.reason
-    assert session.layers.names == ()
+    assert not session.layers.names
 
 
 def test_the_editor_says_what_the_model_says(tmp_path):
-    language_model = sure_model()
+    language_model = informed_model(tmp_path)
     editor = KnowledgeEditor(
         language_model, **{name: value for name, value in SURE.items() if name != "sequential_edit"}
     )
-    held, fact = told(language_model, FACTS[2]), FACTS[1]
+    held, fact = FACTS[:2]
     outcome = editor.edit(fact.prompt, fact.subject, fact.target_new)
     assert (outcome.before.says_target, outcome.after.says_target) == (False, True)
     outcome = editor.edit(held.prompt, held.subject, held.target_new)
@@ -189,11 +189,13 @@ def test_the_editor_says_what_the_model_says(tmp_path):
 
 
 def test_reports_count_what_held_already(tmp_path, capsys):
-    language_model = saved_model(tmp_path)
-    held, other = told(language_model, REQUESTS[2]), REQUESTS[1]
+    language_model = informed_model(tmp_path / "before")
+    language_model.model.save_pretrained(tmp_path / "model")
+    language_model.tokenizer.save_pretrained(tmp_path / "model")
+    held = FACTS[0]
     records = [
         {"prompt": one.prompt, "subject": one.subject, "target_new": one.target_new, "case_id": one.case_id}
-        for one in (held, other)
+        for one in FACTS[:2]
     ]
     (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
     options = {f"model.{name}": value for name, value in FAST.items()} | {

@@ -33,7 +33,7 @@ def callbacks(least=0.0, **state):
     return [
         RepresentationCheck(),
         RankOneWriter(),
-        Verification(least),
+        Verification(least, greedy=False),
         ProbeEvaluation(measure_perplexity=False),
         EditCommit(ledger=True),
         *([StateCheck(**state)] if state else []),
