@@ -73,7 +73,8 @@ class Broken(io.StringIO):
     def write(self, text):
         raise BrokenPipeError(32, "Broken pipe")
 
-    flush = write
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 class Ugly:
