@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from rome_pl.edited_layers import Written
 from rome_pl.errors import RomeError
-from rome_pl.files import check_own, open_own, sync_folder, whole_file
+from rome_pl.files import check_own, make_folder, open_own, sync_folder, whole_file
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
 
@@ -117,7 +117,7 @@ class Ledger:
         self.folder = folder
         for place in (folder, folder / "shards", folder / ".lock", folder / "edits.jsonl"):
             check_own(place)
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "shards")
         self._lock = lock or lock_of(folder)
         try:
             self._lock.acquire(timeout=0)
