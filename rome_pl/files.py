@@ -19,6 +19,7 @@ from rome_pl.folder_swap import (
     clear_leftovers,
     filled_inside,
     keep_others,
+    make_folder,
     put_in_place,
     sync_folder,
     temporary_folder,
@@ -32,6 +33,7 @@ __all__ = [
     "check_room",
     "content_key",
     "local_path",
+    "make_folder",
     "open_own",
     "read_regular",
     "sync_folder",
@@ -116,7 +118,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written, naming the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     work = Path(name)
@@ -224,7 +226,7 @@ def whole_folder(path: Path, replaced: Callable[[str], bool] | None = None) -> I
     try:
         inside = filled_inside(path)
         parent = path if inside else path.parent
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
         clear_leftovers(parent)
         with temporary_folder(path, parent) as work:
             yield work

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["clear_leftovers", "filled_inside", "keep_others", "put_in_place", "sync_folder", "temporary_folder"]
+__all__ = [
+    "clear_leftovers",
+    "filled_inside",
+    "keep_others",
+    "make_folder",
+    "put_in_place",
+    "sync_folder",
+    "temporary_folder",
+]
 
 SUFFIX = ".rome-pl"
 """How the names of temporary folders end."""
@@ -30,7 +38,7 @@ _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 def sync_folder(folder: Path) -> None:
     """Sync the names in a folder, so that a rename outlives a power cut; nothing where a system cannot."""
     try:
-        handle = os.open(folder, os.O_RDONLY | _FOLDER)
+        handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except OSError:  # Windows opens no folders
         return
     try:
@@ -40,6 +48,18 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each with its name synced; nothing if it is there.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
 
 
 def filled_inside(path: Path) -> bool:

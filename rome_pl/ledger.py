@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from rome_pl.checksums import chained
 from rome_pl.edited_layers import Written
-from rome_pl.files import check_own, open_own, sync_folder, whole_file
+from rome_pl.files import check_own, make_folder, open_own, sync_folder, whole_file
 from rome_pl.ledger_lines import END, LedgerError, Line, read_lines, read_with_chain
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "plain", "read_lines"]
@@ -68,7 +68,7 @@ class Ledger:
         self.folder = folder
         for place in (folder, folder / "shards", folder / ".lock", folder / "edits.jsonl"):
             check_own(place)
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "shards")
         self._lock = lock or lock_of(folder)
         try:
             self._lock.acquire(timeout=wait)

@@ -13,7 +13,7 @@ import yaml
 from filelock import BaseFileLock, Timeout
 
 from rome_pl.errors import OptionError, RomeError
-from rome_pl.files import check_own, check_place, local_path
+from rome_pl.files import check_own, check_place, local_path, make_folder
 from rome_pl.ledger import lock_of
 
 __all__ = [
@@ -74,7 +74,7 @@ def check_save_folder(folder: Path, sequential: bool, overwrite: bool, run: Path
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"save_model: {folder} is a file; give a folder")
     target, own = folder.resolve(), run.resolve()
-    if target == local_path(source).resolve():
+    if target.is_dir() and target == local_path(source).resolve():
         raise OptionError(f"save_model: {folder} is the model that is edited, and the ledger needs it as it is")
     parts = target.relative_to(own).parts[:1] if target.is_relative_to(own) else ()
     if own.is_relative_to(target) or set(parts) & set(_RUN_FILES):
@@ -121,7 +121,7 @@ def held_run_folder(folder: Path, overwrite: bool, resuming: bool) -> Iterator[B
     check_links(folder)
     if not resuming:
         _check_claim(folder, overwrite)
-    (folder / "ledger").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "ledger")
     lock = _lock(folder)
     try:
         if resuming:

@@ -144,7 +144,7 @@ def small_disk(place, size):
 def contents(folder):
     """Every file of a folder, with what it holds; links are told by what they name."""
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
         for path in sorted(Path(folder).rglob("*"))
         if path.is_symlink() or path.is_file()
     }

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -137,7 +138,7 @@ def pipe(path, outside):
 
 
 def channel(path, outside):
-    before = os.getcwd()
+    before = Path.cwd()
     os.chdir(path.parent)  # names of sockets are short
     try:
         with socket.socket(socket.AF_UNIX) as made:

@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rome_pl.cli import main
 from rome_pl.ledger import Ledger, lock_of
+from rome_pl.trainer import RomeTrainer
 from tests.integration.helpers import FAST, called, lighthouses, saved_model
 from tests.tiny import tiny_language_model
 
@@ -77,7 +79,8 @@ def test_a_finished_run_whose_save_failed_saves(edit, tmp_path, monkeypatch, cap
 def test_a_finished_run_saves_where_it_is_told_and_computes_nothing(edit, tmp_path, monkeypatch, caplog):
     assert main(edit(save_model=None)) == 0
     before = contents(tmp_path / "run")
-    monkeypatch.setattr("rome_pl.trainer.RomeTrainer.fit", lambda *_, **__: pytest.fail("all is known"))
+    fit = RomeTrainer.fit
+    monkeypatch.setattr(RomeTrainer, "fit", lambda *_, **__: pytest.fail("all is known"))
     assert main(edit("--resume", "auto", save_model=tmp_path / "one")) == 0
     assert contents(tmp_path / "run") == before
     assert "Saved its model with 3 edits" in caplog.text
@@ -86,11 +89,9 @@ def test_a_finished_run_saves_where_it_is_told_and_computes_nothing(edit, tmp_pa
     assert (tmp_path / "one" / "model.safetensors").stat().st_ino == stamp  # it holds the model: nothing to do
     weights = load_file(tmp_path / "one" / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
-    from safetensors.torch import save_file
-
     save_file(weights, tmp_path / "one" / "model.safetensors", {"format": "pt"})
     assert main(edit("--resume", "auto", save_model=tmp_path / "one")) == 0  # it does not
-    monkeypatch.undo()
+    monkeypatch.setattr(RomeTrainer, "fit", fit)
     assert main(edit(trainer__default_root_dir=tmp_path / "other", save_model=tmp_path / "two")) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -140,7 +141,7 @@ def test_the_results_come_last_and_say_when_all_is_there(edit, tmp_path, monkeyp
 @pytest.mark.parametrize("where", ["/proc/edited", "{run}", "{model}", "{run}/ledger", "{above}", "{file}/x"])
 def test_a_place_that_will_not_do_is_refused_before_the_first_edit(where, edit, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr("rome_pl.trainer.RomeTrainer.fit", lambda *_, **__: pytest.fail("not before the first edit"))
+    monkeypatch.setattr(RomeTrainer, "fit", lambda *_, **__: pytest.fail("not before the first edit"))
     places = {"run": tmp_path / "run", "model": base / "model", "above": tmp_path, "file": tmp_path / "file"}
     model = contents(base / "model")
     assert main(edit("--overwrite", save_model=where.format(**places))) == 2
@@ -166,7 +167,7 @@ def test_an_output_that_cannot_print_costs_nothing(encoding, edit, tmp_path, mon
         os.close(reading)
         stream = io.TextIOWrapper(io.FileIO(writing, "w"), encoding="utf-8", write_through=True)
     elif encoding == "full":
-        stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+        stream = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
     else:
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)

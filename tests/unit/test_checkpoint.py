@@ -91,8 +91,7 @@ def adapter(kind, folder):
     language_model = tiny_language_model("llama", torch.float32)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     if kind == "wrapped":
-        wrapped = get_peft_model(language_model.model, config)
-        return wrapped
+        return get_peft_model(language_model.model, config)
     language_model.model.save_pretrained(folder / "base")
     get_peft_model(language_model.model, config).save_pretrained(folder / "adapter")
     made = json.loads((folder / "adapter" / "adapter_config.json").read_text("utf-8"))
@@ -101,6 +100,7 @@ def adapter(kind, folder):
     return AutoModelForCausalLM.from_pretrained(folder / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT's use of it
 @pytest.mark.parametrize("kind", ["wrapped", "attached"])
 def test_a_model_that_saves_its_adapter_alone_is_refused_and_nothing_stays(kind, tmp_path):
     model = adapter(kind, tmp_path)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_a_place_that_cannot_be_written_is_found_before(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OptionError, match=r"save_model: .*file/deep/model cannot be written: Not a directory"):
         check_place(tmp_path / "file" / "deep" / "model", "save_model")
-    if os.path.isdir("/proc"):
+    if Path("/proc").is_dir():
         with pytest.raises(OptionError, match=r"save_model: /proc/edited cannot be written: .* in /proc"):
             check_place(local_path("/proc/edited"), "save_model")
     with pytest.raises(OptionError, match="cannot be written"):  # a name too long for what is beside it
