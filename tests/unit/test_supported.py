@@ -122,7 +122,9 @@ def test_wrapped_models_are_refused(tokenizer):
 
 def test_weights_that_are_not_in_memory_are_refused(tokenizer, tmp_path):
     with torch.device("meta"):
-        refused(AutoModelForCausalLM.from_config(tiny._config("llama")), tokenizer, "30 of 30 weights are not in memory")
+        refused(
+            AutoModelForCausalLM.from_config(tiny._config("llama")), tokenizer, "30 of 30 weights are not in memory"
+        )
     for offload in (accelerate.cpu_offload, lambda model: accelerate.disk_offload(model, tmp_path / "disk")):
         model = tiny_model("llama")
         offload(model)
@@ -148,7 +150,8 @@ def test_weights_that_are_not_numbers_are_refused(tokenizer):
 
 def lora(family, *targets):
     return get_peft_model(
-        tiny_model(family), LoraConfig(target_modules=list(targets), init_lora_weights=False, r=4, task_type="CAUSAL_LM")
+        tiny_model(family),
+        LoraConfig(target_modules=list(targets), init_lora_weights=False, r=4, task_type="CAUSAL_LM"),
     )
 
 
