@@ -41,9 +41,7 @@ def state():
         "precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
-        "levels": {
-            name: (one.level, one.disabled, one.propagate) for name, one in loggers.items() if "rome" not in name
-        },
+        "levels": {name: (one.level, one.disabled, one.propagate) for name, one in loggers.items()},
         "environment": dict(os.environ),
         "excepthook": sys.excepthook,
     }

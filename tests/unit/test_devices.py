@@ -43,7 +43,7 @@ def test_gpus_that_are_there_are_taken():
         check_device("cuda:2")
     for accelerator, devices in (("auto", [0]), ("auto", -1), ("gpu", "0,1"), ("cpu", 2)):
         check_trainer_devices(accelerator, devices)
-    with pytest.raises(OptionError, match="trainer.devices"):
+    with pytest.raises(OptionError, match=r"trainer\.devices"):
         check_trainer_devices("cpu", [0])
 
 

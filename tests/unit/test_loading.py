@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -47,13 +48,11 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_folder_is_refused_by_one_sentence(whole, tmp_path, fault):
     folder = broken(whole, tmp_path / "broken", fault)
-    for load in (load_language_model, load_encoder):
-        try:
-            load(str(folder))
-        except RomeError as error:
-            assert "\n" not in str(error)
-        else:
-            assert load is load_encoder  # it reads no weights
+    with pytest.raises(RomeError) as refusal:
+        load_language_model(str(folder))
+    assert "\n" not in str(refusal.value)
+    with suppress(RomeError):  # it reads no weights, and has nothing against some of these
+        load_encoder(str(folder))
 
 
 @pytest.mark.parametrize(
