@@ -93,10 +93,17 @@ def _explained(source: str, fault: str = "cannot load '{source}' as a language m
         wanted = "config.json, tokenizer.json and safetensors weights (allow_pickle also reads pytorch_model.bin)"
         raise SourceError(
             f"{said}The folder needs {wanted}, whole and of a kind that transformers knows"
-            if Path(source).expanduser().exists()
+            if _is_here(source)
             else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or "
             f"cannot be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
         ) from error
+
+
+def _is_here(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, somebody's home that is not known, a null character
+        return False
 
 
 def _words(error: BaseException) -> str:

@@ -159,7 +159,6 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
     manifest, edits = read_manifest(run), read_edits(run)
     model = manifest["model"]
     base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "tokenizer", "chat")}
-    base |= {"folder": model["folder"]} if "folder" in model else {}
     base["dtype"] = str(model["dtype"]).removeprefix("torch.")
     return {
         "format": form,

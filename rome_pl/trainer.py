@@ -30,6 +30,7 @@ from rome_pl.run_folder import RunFolderError, can_resume, check_save_folder, cl
 from rome_pl.sampling import sample_requests
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
+from rome_pl.supported import check_saves_whole
 from rome_pl.trace_module import TraceModule
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
@@ -86,6 +87,8 @@ class RomeTrainer(Trainer):
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
         model.configure_model()
+        if save_model is not None and model.language_model is not None:
+            check_saves_whole(model.language_model.model)
         if resuming:
             if self.world_size > 1:
                 raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
