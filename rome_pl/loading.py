@@ -16,12 +16,12 @@ import torch
 
 from rome_pl.architecture import UnsupportedModelError
 from rome_pl.chat import ChatForm, frame_for
-from rome_pl.checkpoint import check_files, check_settings, check_weights
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError, SourceError, first_line
 from rome_pl.gguf import converted
 from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.language_model import LanguageModel, max_length
+from rome_pl.source_check import check_files, check_settings, check_weights
 
 __all__ = ["DEFAULT_SOURCE", "SourceError", "load_encoder", "load_language_model"]
 
