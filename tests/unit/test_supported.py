@@ -51,8 +51,9 @@ def test_attention_that_sees_a_prefix_whole_is_refused(tokenizer):
     model = tiny_model("llama")
     attend = model.model.layers[1].self_attn.forward
 
-    def whole(hidden, *args, **kwargs):
-        return attend(hidden, *args, **kwargs | {"attention_mask": torch.zeros(1, 1, hidden.shape[1], hidden.shape[1])})
+    def whole(**given):
+        length = given["hidden_states"].shape[1]
+        return attend(**given | {"attention_mask": torch.zeros(1, 1, length, length, dtype=torch.float64)})
 
     model.model.layers[1].self_attn.forward = whole
     refused(model, tokenizer, "reads in both directions")
@@ -87,7 +88,7 @@ def test_what_is_no_model_is_refused(tokenizer):
         refused(thing, tokenizer, "expected a causal language model of transformers")
     refused(torch.nn.Linear(3, 3), tokenizer, "has no configuration of transformers")
     model = tiny_model("llama")
-    model.config.num_hidden_layers = None
+    object.__setattr__(model.config, "num_hidden_layers", None)
     refused(model, tokenizer, "num_hidden_layers None")
 
 
@@ -109,6 +110,7 @@ def compiled_forward():
     return model
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on Python 3.11
 @pytest.mark.parametrize(
     "make", [lambda: torch.compile(tiny_model("llama")), compiled_within, compiled_in_place, compiled_forward]
 )
