@@ -16,13 +16,13 @@ import torch
 
 from rome_pl.architecture import UnsupportedModelError
 from rome_pl.chat import ChatForm, frame_for
-from rome_pl.checkpoint_checks import check_files, check_settings, check_weights
 from rome_pl.encoding import TextEncoder
 from rome_pl.errors import RomeError, SourceError, first_line
 from rome_pl.files import local_path
 from rome_pl.gguf import converted
 from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.language_model import LanguageModel, max_length
+from rome_pl.source_check import check_files, check_settings, check_weights
 
 __all__ = ["DEFAULT_SOURCE", "SourceError", "load_encoder", "load_language_model"]
 
@@ -95,10 +95,17 @@ def _explained(source: str, fault: str = "cannot load '{source}' as a language m
         wanted = "config.json, tokenizer.json and safetensors weights (allow_pickle also reads pytorch_model.bin)"
         raise SourceError(
             f"{said}The folder needs {wanted}, whole and of a kind that transformers knows"
-            if local_path(source).exists()
+            if _is_here(source)
             else f"{said}No folder or GGUF file of that name is here, and the Hugging Face hub does not know it or "
             f"cannot be reached (offline?). Check the spelling; offline, give a folder with {wanted}"
         ) from error
+
+
+def _is_here(source: str) -> bool:
+    try:
+        return local_path(source).exists()
+    except (OSError, RuntimeError, ValueError):  # too long, somebody's home that is not known, a null character
+        return False
 
 
 def _words(error: BaseException) -> str:

@@ -45,6 +45,7 @@ from rome_pl.sampling import sample_requests
 from rome_pl.second_moment import SecondMoment
 from rome_pl.statistics import statistics_folder
 from rome_pl.statistics_table import show_statistics
+from rome_pl.supported import check_saves_whole
 from rome_pl.trace_module import TraceModule
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
@@ -106,6 +107,7 @@ class RomeTrainer(Trainer):
         model.configure_model()
         assert model.language_model is not None
         if target is not None:
+            check_saves_whole(model.language_model.model)
             check_room(target, model_bytes(model.language_model), "save_model")
         if resuming:
             if self.world_size > 1:
