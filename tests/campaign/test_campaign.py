@@ -92,11 +92,10 @@ def test_the_records_of_a_run_say_what_the_judge_says(tmp_path):
     facts, records = {}, []
     for name in MUTATIONS:
         random = Random(name)
-        for _ in range(3):
-            mutated = MUTATIONS[name][0](random, ordinary(random), "short")
-            if "short" in MUTATIONS[name][1] and mutated and mutated.verdict == "right" and not mutated.changes:
-                facts[f"{name} {len(facts)}"] = mutated.fact
-                records.append(record(mutated.fact, "short") | {"case_id": f"{name} {len(facts) - 1}"})
+        mutated = MUTATIONS[name][0](random, ordinary(random), "short") if "short" in MUTATIONS[name][1] else None
+        if mutated and mutated.verdict == "right" and not mutated.changes:
+            facts[name] = mutated.fact
+            records.append(record(mutated.fact, "short") | {"case_id": name})
     (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
     options = {f"model.{name}": value for name, value in models.OPTIONS.items()} | {
         "model.pretrained": tmp_path / "model", "data.path": tmp_path / "facts.json", "trainer.accelerator": "cpu",
