@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from rome_pl.hub import is_kind_of_file
+from rome_pl.readable_files import is_there
 from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
 from rome_pl.related_requests import SUBJECT_S_KEY
 from rome_pl.requests import EditRequest
@@ -135,8 +137,13 @@ class RequestDataModule(LightningDataModule):
         if self.path in SHIPPED:
             return read_records(Path(str(files("rome_pl") / "assets" / SHIPPED[self.path])))
         path = Path(self.path).expanduser()
-        if path.suffix.lower() in SUFFIXES or path.exists():
+        if path.suffix.lower() in SUFFIXES or is_there(path):
             return read_records(path)
+        if is_kind_of_file(self.path):
+            raise DataError(
+                f"'{self.path}' is a kind of file, not a data set: the datasets library would read whatever lies in "
+                "the working folder. Give the file itself, such as data.path: facts.json"
+            )
         return _from_hub(self.path, self.split, self.limit)
 
 

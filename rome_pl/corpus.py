@@ -16,7 +16,10 @@ from typing_extensions import override
 from rome_pl.errors import RomeError
 from rome_pl.files import content_key, whole_file
 from rome_pl.hooks import frozen, hash_seed, seeded
+from rome_pl.hub import is_kind_of_file
 from rome_pl.language_model import LanguageModel, cache_folder
+from rome_pl.readable_files import FileError, check_file, check_text, is_there, read_text
+from rome_pl.strict_json import Fault, list_entries
 
 __all__ = ["GENERATED", "Corpus", "CorpusError", "GeneratedCorpus", "generated_texts"]
 
@@ -82,13 +85,21 @@ class Corpus:
         """The files, in order of their names; none if the source names a data set on the hub.
 
         Raises:
-            CorpusError: If it is a folder.
+            CorpusError: If it is a folder, a pipe or a device, or only a kind of file.
         """
         path = Path(self.source).expanduser()
-        if path.is_file():
+        if is_there(path):
+            if path.is_dir():
+                raise CorpusError(
+                    f"corpus {self.source}: is a folder; give a pattern of its files, such as {path}/*.txt"
+                )
+            _readable(path)
             return [path]
-        if path.is_dir():
-            raise CorpusError(f"corpus {self.source}: is a folder; give a pattern of its files, such as {path}/*.txt")
+        if is_kind_of_file(self.source):
+            raise CorpusError(
+                f"corpus {self.source}: is a kind of file, not a data set: the datasets library would read whatever "
+                "lies in the working folder. Give the file itself"
+            )
         names = sorted(glob.glob(str(path)))  # noqa: PTH207  # Path.glob takes no absolute patterns
         return [Path(name) for name in names if Path(name).is_file()]
 
@@ -116,6 +127,7 @@ class Corpus:
             if not path.stat().st_size:
                 continue
             builder = BUILDERS.get(path.suffix.lower())
+            _readable(path)
             for text in _plain(path) if builder is None else self._records(builder, path):
                 empty = False
                 yield text
@@ -131,7 +143,9 @@ class Corpus:
 
         where = f"corpus {path or self.source}"
         try:
-            if builder is not None:
+            if builder == "json" and (entries := _json_list(path)) is not None:
+                stream = entries
+            elif builder is not None:
                 stream = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
             else:
                 stream = datasets.load_dataset(self.source, self.subset, split=self.split, streaming=True)
@@ -153,6 +167,45 @@ class Corpus:
                 "cannot be read" if builder else "no such file, and no data set of that name could be loaded (offline?)"
             )
             raise CorpusError(f"{where}: {kind}: {error.__cause__ or error}") from error
+
+
+def _readable(path: Path) -> None:
+    """Refuse what is no file of text, without waiting for a pipe.
+
+    Raises:
+        CorpusError: If it is none.
+    """
+    try:
+        check_file(path, "give a file with text")
+        if path.suffix.lower() not in BUILDERS:
+            with path.open("rb") as file:
+                check_text(path, file.read(16))
+    except (FileError, OSError) as error:
+        raise CorpusError(f"corpus {error}") from None
+
+
+def _json_list(path: Path | None) -> list[dict[str, Any]] | None:
+    """The records of a file that holds one JSON list; nothing where it holds something else.
+
+    The library would take the second of two keys of one name.
+
+    Raises:
+        CorpusError: If a record has a key twice, or is no record.
+    """
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        if not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return None
+    records: list[dict[str, Any]] = []
+    for number, entry in enumerate(list_entries(read_text(path, "give a file with text"), "take one of the two out")):
+        if isinstance(entry, Fault):
+            raise CorpusError(f"corpus {path}, line {entry.line}: {entry.message}")
+        if not isinstance(entry, dict):
+            raise CorpusError(f"corpus {path}, record {number}: expected a mapping, got {type(entry).__name__}")
+        records.append(entry)
+    columns = {name: None for record in records for name in record}
+    return [columns | record for record in records]
 
 
 def _plain(path: Path) -> Iterator[str]:

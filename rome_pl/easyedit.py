@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from rome_pl.errors import OptionError
+from rome_pl.clean_text import cut_edges, first_accepted
+from rome_pl.errors import OptionError, shortened
 from rome_pl.requests import EditRequest, Probe, RequestError
 from rome_pl.suggestions import did_you_mean
 
@@ -68,7 +69,8 @@ def easyedit_requests(
         prompts: Texts that end right before the answers.
         target_new: The answers that the model shall give.
         subject: The entities, each exactly as in its prompt.
-        ground_truth: The answers before; an entry may be ``None``.
+        ground_truth: The answers before; an entry may be ``None``. Empty text and
+            ``<|endoftext|>``, here and as an answer below, are none.
         rephrase_prompts: Paraphrases; an entry may be a list of several, or ``None``.
         locality_inputs: By kind ``{"prompt": ..., "ground_truth": ...}`` of unrelated facts; an entry of either may be
             a list of several, or ``None``.
@@ -129,7 +131,7 @@ def accumulates(sequential_edit: bool | None, keep_original_weight: bool | None)
     given = {"sequential_edit": sequential_edit, "keep_original_weight": keep_original_weight}
     for name, value in given.items():
         if value is not None and not isinstance(value, bool):
-            raise OptionError(f"{name}: expected true, false or nothing, got {value!r}")
+            raise OptionError(f"{name}: expected true, false or nothing, got {shortened(value)}")
     if sequential_edit is not None and sequential_edit is keep_original_weight:
         raise OptionError(f"sequential_edit and keep_original_weight are opposites; both are {sequential_edit}")
     return sequential_edit is not False and keep_original_weight is not True
@@ -165,9 +167,9 @@ def _probes(name: str, inputs: Mapping[str, Any], number: int) -> list[list[Prob
         raise RequestError(name, f"expected kinds with prompt and ground_truth, got {type(inputs).__name__}")
     found: list[list[Probe]] = [[] for _ in range(number)]
     for kind, given in inputs.items():
-        where = f"{name}[{kind!r}]"
+        where = f"{name}[{shortened(kind)}]"
         if not isinstance(given, Mapping) or set(given) != {"prompt", "ground_truth"}:
-            raise RequestError(where, f"expected a mapping with prompt and ground_truth, got {given!r}")
+            raise RequestError(where, f"expected a mapping with prompt and ground_truth, got {shortened(given)}")
         prompts = _entries(f"{where}['prompt']", given["prompt"], number)
         answers = _entries(f"{where}['ground_truth']", given["ground_truth"], number)
         for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -179,17 +181,12 @@ def _probes(name: str, inputs: Mapping[str, Any], number: int) -> list[list[Prob
                 raise RequestError(f"{where}[{place}]", "expected texts, or lists of texts, as prompt and ground_truth")
             if len(several) != len(wanted):
                 raise RequestError(f"{where}[{place}]", f"has {len(several)} prompts and {len(wanted)} answers")
-            for part, texts in (("prompt", several), ("ground_truth", map(_first, wanted))):
-                if not all(isinstance(text, str) and text.strip() for text in texts):
+            firsts = [first_accepted(its) for its in wanted]
+            # An empty answer is none: the request leaves its prompt out, and notes it.
+            for part, texts in (("prompt", several), ("ground_truth", firsts)):
+                if not all(isinstance(text, str) and (part != "prompt" or cut_edges(text)[1]) for text in texts):
                     raise RequestError(
                         f"{where}['{part}'][{place}]", "is empty or no text; give it, or None as the prompt"
                     )
-            found[place] += [Probe(one, _first(its), str(kind)) for one, its in zip(several, wanted, strict=True)]
+            found[place] += [Probe(one, its, str(kind)) for one, its in zip(several, firsts, strict=True)]
     return found
-
-
-def _first(answer: Any) -> Any:
-    """Of several accepted answers the first."""
-    while isinstance(answer, list) and answer:
-        answer = answer[0]
-    return answer

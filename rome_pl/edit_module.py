@@ -241,7 +241,10 @@ class RomeModule(LightningModule):
         if not self.trainer.training:
             return requests
         session = self._session
-        edits = [Edit(index=self._indices[str(request.case_id)], request=request) for request in requests]
+        edits = [
+            Edit(index=self._indices[str(request.case_id)], request=request, notes=list(request.notes))
+            for request in requests
+        ]
         session.edits += edits
         made = EditBatch(edits)
         if take_over(session, edits):

@@ -300,4 +300,4 @@ class KnowledgeEditor:
         return Measured(probabilities[0], probabilities[1], text)
 
 
-_FIELDS = {field.name for field in fields(EditRequest)} - {"source"}
+_FIELDS = {field.name for field in fields(EditRequest) if field.init} - {"source"}

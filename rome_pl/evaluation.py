@@ -106,5 +106,5 @@ def _is_whole(content: Any) -> bool:
 
 
 def _content(request: EditRequest) -> str:
-    measured = asdict(replace(request, case_id=0, relation=None, source=None))
+    measured = asdict(request) | {"case_id": 0, "relation": None, "source": None, "notes": ()}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]

@@ -53,7 +53,8 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
             known = {"base": session.base_scores, "final": session.final_scores}
             scores = {moment: found[name] for moment, found in known.items() if name in found}
             shown = {moment: asdict(found) for moment, found in scores.items()}
-            record = Edit(index=-1, request=request).record() | {"index": None, "scores": shown, "seconds": {}}
+            made = Edit(index=-1, request=request, notes=list(request.notes))
+            record = made.record() | {"index": None, "scores": shown, "seconds": {}}
             detailed.append(record | _own(session, request, scores))
     return detailed
 

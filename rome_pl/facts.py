@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rome_pl.clean_text import cut_edges, no_answer
 from rome_pl.hooks import hash_seed
 
 __all__ = ["facts_to_requests"]
@@ -25,8 +26,8 @@ def facts_to_requests(records: Sequence[Any], seed: int = 0) -> list[Any]:
     facts = [_as_short(record) for record in records]
     answers: dict[str, set[str]] = defaultdict(set)
     for fact in facts:
-        if _is_fact(fact) and isinstance(answer := fact.get("target_true"), str) and answer.strip():
-            answers[str(fact.get("relation"))].add(answer.strip())
+        if _is_fact(fact) and isinstance(answer := fact.get("target_true"), str) and not no_answer(answer):
+            answers[str(fact.get("relation"))].add(cut_edges(answer)[1])
     everything = {answer for group in answers.values() for answer in group}
     return [
         _with_target(fact, answers[str(fact.get("relation"))], everything, seed) if _is_fact(fact) else fact
@@ -54,7 +55,7 @@ def _as_short(record: Any) -> Any:
 def _with_target(fact: Mapping[str, Any], related: set[str], everything: set[str], seed: int) -> Mapping[str, Any]:
     if fact.get("target_new") is not None:
         return fact
-    own = str(fact.get("target_true")).strip()
+    own = cut_edges(str(fact.get("target_true")))[1]
     others = sorted(related - {own}) or sorted(everything - {own})
     if not others:
         return {**fact, "target_new": None}  # the parser says that it is missing

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rome_pl.errors import RomeError
+from rome_pl import strict_json, strict_yaml
+from rome_pl.errors import RomeError, shortened
+from rome_pl.readable_files import FileError, read_text
+from rome_pl.strict_json import Fault
 from rome_pl.suggestions import did_you_mean
 
 __all__ = ["METHODS", "ConversionError", "Settings", "read_settings"]
@@ -20,6 +21,8 @@ class ConversionError(RomeError):
 
 METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit")
 """``alg_name`` of what can be converted."""
+
+_REMEDY = "take one of the two out"
 
 _TELLING = {"nullspace_threshold": "AlphaEdit", "emmet_lambda": "EMMET", "mom2_update_weight": "MEMIT"}
 """Keys by which a file of a method is known that does not name it; what has none of them is ROME's."""
@@ -61,41 +64,43 @@ class Settings:
                 raise TypeError
             return float(value)
         except (TypeError, ValueError):
-            raise self.error(key, f"expected a number, got {value!r}") from None
+            raise self.error(key, f"expected a number, got {shortened(value)}") from None
 
     def whole(self, key: str) -> int:
         """A whole number."""
         number = self.number(key)
         if not number.is_integer():
-            raise self.error(key, f"expected a whole number, got {self.values[key]!r}")
+            raise self.error(key, f"expected a whole number, got {shortened(self.values[key])}")
         return int(number)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"expected true or false, got {value!r}")
+            raise self.error(key, f"expected true or false, got {shortened(value)}")
         return value
 
     def text(self, key: str) -> str:
         """A text."""
         value = self.values[key]
         if not isinstance(value, str) or not value.strip():
-            raise self.error(key, f"expected text, got {value!r}")
+            raise self.error(key, f"expected text, got {shortened(value)}")
         return value
 
     def numbers(self, key: str) -> list[int]:
         """Whole numbers from 0 on."""
         value = self.values[key]
         if not _are_whole(value):
-            raise self.error(key, f"expected whole numbers from 0 on, such as [5], got {value!r}")
+            raise self.error(key, f"expected whole numbers from 0 on, such as [5], got {shortened(value)}")
         return list(value)
 
     def pairs(self, key: str) -> list[list[int]]:
         """Pairs of positive whole numbers."""
         value = self.values[key]
         if not isinstance(value, list) or not all(_are_whole(pair) and len(pair) == 2 and all(pair) for pair in value):
-            raise self.error(key, f"expected pairs [tokens, number], such as [[5, 10], [10, 10]], got {value!r}")
+            raise self.error(
+                key, f"expected pairs [tokens, number], such as [[5, 10], [10, 10]], got {shortened(value)}"
+            )
         return [list(pair) for pair in value]
 
 
@@ -111,29 +116,23 @@ def read_settings(path: Path) -> Settings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConversionError(f"{path}: no such file; give a YAML or JSON file of settings") from None
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        text = read_text(path, "give a YAML or JSON file of settings")
+    except FileError as error:
+        raise ConversionError(str(error)) from None
     match path.suffix.lower():
         case ".json":
             try:
-                values = json.loads(text)
+                values = strict_json.read_value(text, _REMEDY)
             except json.JSONDecodeError as error:
                 raise ConversionError(
                     f"{path}, line {error.lineno}: malformed JSON at column {error.colno}: {error.msg}"
                 ) from error
         case ".yaml" | ".yml":
-            try:
-                values = yaml.safe_load(text)
-            except yaml.MarkedYAMLError as error:
-                line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-                raise ConversionError(f"{path}, line {line}: malformed YAML: {error.problem}") from error
-            except (yaml.YAMLError, ValueError) as error:  # characters and dates that are none
-                raise ConversionError(f"{path}: malformed YAML: {error}") from error
+            values = strict_yaml.read_value(text, _REMEDY)
         case suffix:
             raise ConversionError(f"{path}: unknown file type '{suffix}'; expected .yaml, .yml or .json")
+    if isinstance(values, Fault):
+        raise ConversionError(f"{path}, line {values.line}: {values.message}")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConversionError(f"{path}: expected keys with values, got {type(values).__name__}")
     if not values:
@@ -147,8 +146,8 @@ def _method(path: Path, values: Mapping[str, Any]) -> str:
     if (named := values.get("alg_name")) is not None:
         if (method := known.get(_plain(str(named)))) is None:
             raise ConversionError(
-                f"{path}, key 'alg_name': {named!r} is not here{did_you_mean(str(named), METHODS)}; settings of "
-                f"{', '.join(METHODS)} can be converted"
+                f"{path}, key 'alg_name': {shortened(named)} is not here{did_you_mean(str(named), METHODS)}; settings "
+                f"of {', '.join(METHODS)} can be converted"
             )
         return method
     if (method := known.get(_plain(path.absolute().parent.name))) is not None:

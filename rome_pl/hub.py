@@ -4,11 +4,22 @@ from pathlib import Path
 
 from rome_pl.errors import RomeError, first_line
 
-__all__ = ["HubError", "fault_of", "push"]
+__all__ = ["HubError", "fault_of", "is_kind_of_file", "push"]
 
 
 class HubError(RomeError):
     """A folder that could not be put on the hub."""
+
+
+def is_kind_of_file(name: str) -> bool:
+    """Whether the datasets library takes a name, such as ``json``, for a kind of file.
+
+    It would then read whatever files of that kind lie in the working folder, instead of a data set of the hub.
+    """
+    from datasets import packaged_modules
+
+    known = getattr(packaged_modules, "_PACKAGED_DATASETS_MODULES", ())
+    return name.strip("/ ").lower() in {"csv", "json", "text", "parquet", "arrow", "pandas", *known}
 
 
 def fault_of(repository: str) -> str | None:

@@ -73,8 +73,9 @@ class LanguageModel:
             )
         decoder_layers(self.model)
         frame = frame_for(self.tokenizer, self.chat)
-        self.encoder = TextEncoder(self.tokenizer, _max_length(self.model.config), frame)
-        if self.encoder.pad_id >= self.model.get_input_embeddings().num_embeddings:
+        embedded = self.model.get_input_embeddings().num_embeddings
+        self.encoder = TextEncoder(self.tokenizer, _max_length(self.model.config), frame, embedded)
+        if self.encoder.pad_id >= embedded:
             self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do
 
     def with_chat(self, chat: ChatForm | None) -> "LanguageModel":
@@ -207,7 +208,8 @@ def load_encoder(source: str, chat: ChatForm | None = None) -> TextEncoder:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot load tokenizer and config of '{source}': {first_line(error)}") from error
-    return TextEncoder(tokenizer, _max_length(config), frame_for(tokenizer, chat))
+    embedded = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return TextEncoder(tokenizer, _max_length(config), frame_for(tokenizer, chat), embedded)
 
 
 def _say_if_cached(name: str) -> None:

@@ -1,30 +1,20 @@
-"""Files of edit requests: reading them, recognising their form, turning each record into an :class:`EditRequest`.
+"""Records of edit requests: recognising their form, turning each into an :class:`EditRequest`.
 
 Known are CounterFact as published (Meng et al. 2022, section 3.2), zsRE's evaluation form (Mitchell et al. 2022),
 KnowEdit's (Zhang et al. 2024), EasyEdit's flat form, and a short list.
 A record that cannot be used becomes an :class:`InvalidRecord`; the others are not lost.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rome_pl.errors import RomeError
+from rome_pl.clean_text import cut_edges, first_accepted, no_answer
+from rome_pl.errors import shortened
+from rome_pl.record_files import SUFFIXES, DataError, Malformed, read_records
 from rome_pl.requests import EditRequest, Probe, RequestError
 
 __all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
-
-
-SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
-"""Files that hold records."""
-
-
-class DataError(RomeError):
-    """A file or data set that cannot be used at all."""
 
 
 @dataclass(frozen=True)
@@ -35,71 +25,6 @@ class InvalidRecord:
     case_id: str | int | None
     field: str
     message: str
-
-
-@dataclass(frozen=True)
-class _Malformed:
-    """A line that is no record; kept in place so that positions stay those of the file."""
-
-    place: str
-    message: str
-
-
-def read_records(path: str | Path) -> list[Any]:
-    """Read the raw records of a JSON, JSONL or YAML file.
-
-    Args:
-        path: File ending in ``.json``, ``.jsonl``, ``.yaml`` or ``.yml``.
-
-    Returns:
-        One entry per record, in file order. A malformed JSONL line is kept as a marker that
-        :func:`parse_records` reports as an invalid record.
-
-    Raises:
-        DataError: If the file is missing, not UTF-8, not parseable as a whole, empty, or no list of records.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a JSON, JSONL or YAML file of edit requests")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    match path.suffix.lower():
-        case ".jsonl":
-            records = _read_json_lines(path, text)
-        case ".json":
-            try:
-                records = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-                ) from error
-        case ".yaml" | ".yml":
-            try:
-                records = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError) as error:  # ValueError: an unquoted date such as 2024-13-45
-                raise DataError(f"{path}: malformed YAML: {error}") from error
-        case suffix:
-            raise DataError(f"{path}: unknown file type '{suffix}'; expected one of {', '.join(SUFFIXES)}")
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, got {type(records).__name__}")
-    if not records:
-        raise DataError(f"{path}: holds no records")
-    return records
-
-
-def _read_json_lines(path: Path, text: str) -> list[Any]:
-    records: list[Any] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            place = f"{path}, line {number}"
-            records.append(_Malformed(place, f"malformed JSON at column {error.colno}: {error.msg}"))
-    return records
 
 
 def parse_records(
@@ -125,8 +50,8 @@ def parse_records(
     invalid: list[InvalidRecord] = []
     seen: set[str] = set()
     for index, record in enumerate(records):
-        if isinstance(record, _Malformed):
-            invalid.append(InvalidRecord(index, None, "(line)", f"{record.place}: {record.message}"))
+        if isinstance(record, Malformed):
+            invalid.append(InvalidRecord(index, None, record.field, f"{record.place}: {record.message}"))
             continue
         if not isinstance(record, Mapping):
             message = f"{source}, record {index}: expected a mapping of fields, got {type(record).__name__}"
@@ -134,22 +59,21 @@ def parse_records(
             continue
         form = form or _recognise(record, source)
         case_id = record.get("case_id", index)
+        name = case_id if isinstance(case_id, str) and case_id.isprintable() else shortened(case_id)
         try:
-            if not isinstance(case_id, int | str):
-                raise RequestError("case_id", f"expected a number or text, got {type(case_id).__name__}")
-            if str(case_id) in seen:
-                raise RequestError("case_id", f"{case_id!r} occurs twice; results could not be told apart")
-            values = _FORMS[form](record)
-            requests.append(EditRequest(case_id=case_id, source=source, **values))
-            seen.add(str(case_id))
+            request = EditRequest(case_id=case_id, source=source, **_FORMS[form](record))
+            if (name := str(request.case_id)) in seen:
+                raise RequestError("case_id", f"{request.case_id!r} occurs twice; results could not be told apart")
+            requests.append(request)
+            seen.add(name)
         except RequestError as error:
             field = _WRITTEN.get(form, {}).get(error.field, error.field)
-            complete = RequestError(field, error.message, case_id=str(case_id), source=source)
-            invalid.append(InvalidRecord(index, str(case_id), field, str(complete)))
+            complete = RequestError(field, error.message, case_id=name, source=source)
+            invalid.append(InvalidRecord(index, name[:80], field, str(complete)))
     return requests, invalid
 
 
-_SHORT_FIELDS = {field.name for field in fields(EditRequest)} - {"source"}
+_SHORT_FIELDS = {field.name for field in fields(EditRequest) if field.init} - {"source"}
 _FLAT_ONLY = {"ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"}
 
 
@@ -163,11 +87,16 @@ def _recognise(record: Mapping[str, Any], source: str) -> str:
             return "knowedit"
         return "flat" if _FLAT_ONLY & set(record) else "short"
     raise DataError(
-        f"{source}: unknown form of record, with the fields {sorted(map(str, record))}. Known forms: CounterFact "
-        "('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), EasyEdit's flat "
-        "form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
+        f"{source}: unknown form of record, with the fields {sorted(map(_shown, record))[:30]}. Known forms: "
+        "CounterFact ('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), "
+        "EasyEdit's flat form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
         "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
     )
+
+
+def _shown(key: object) -> str:
+    """A field's name as it is written, if it can be shown."""
+    return key[:80] if isinstance(key, str) and key.isprintable() else shortened(key)
 
 
 def _required(record: Mapping[str, Any], name: str, parent: str = "") -> Any:
@@ -192,8 +121,8 @@ def _from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(template, str) or not isinstance(subject, str):
         raise RequestError(parent + "prompt", "prompt and subject must be text")
     if template.count("{}") != 1:
-        raise RequestError(parent + "prompt", f"expected exactly one '{{}}' in the template, got {template!r}")
-    if not subject.strip():
+        raise RequestError(parent + "prompt", f"expected exactly one '{{}}' in the template, got {shortened(template)}")
+    if not cut_edges(subject)[1]:
         raise RequestError(parent + "subject", "is empty; give the text or remove the record")
     head, tail = template.split("{}")
     targets = {}
@@ -219,8 +148,13 @@ def _from_counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
 def _from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
     # The flat form's rephrase_prompt is most often one of CounterFact's generation prompts, not a paraphrase, so it
     # is not scored as one. Its locality prompt is a neighbour only if it shares the true answer.
-    truth = record.get("ground_truth")
-    shares_answer = truth is not None and record.get("locality_ground_truth") == truth
+    truth, theirs = record.get("ground_truth"), record.get("locality_ground_truth")
+    shares_answer = (
+        isinstance(truth, str)
+        and isinstance(theirs, str)
+        and not no_answer(truth)
+        and cut_edges(truth)[1] == cut_edges(theirs)[1]
+    )
     return {
         "prompt": _required(record, "prompt"),
         "subject": _required(record, "subject"),
@@ -257,7 +191,7 @@ def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
         probes[name] = tuple(
             probe
             for kind, entries in kinds.items()
-            for probe in _probes(entries or (), "ground_truth", f"{name}.{kind}", kind)
+            for probe in _probes(entries or (), "ground_truth", f"{name}.{_shown(kind)}", kind)
         )
     return {
         "prompt": _required(record, "prompt"),
@@ -273,12 +207,13 @@ def _other_than(new: Any, answers: Any) -> str | None:
     """The first of several accepted answers that is not the new one."""
     accepted = [answers] if isinstance(answers, str) else answers or []
     if not isinstance(accepted, Sequence) or not all(isinstance(answer, str) for answer in accepted):
-        raise RequestError("target_true", f"expected text or a list of texts, got {answers!r}")
-    return next((answer for answer in accepted if answer.strip() and answer.strip() != str(new).strip()), None)
+        raise RequestError("target_true", f"expected text or a list of texts, got {shortened(answers)}")
+    wanted = cut_edges(new)[1] if isinstance(new, str) else None
+    return next((answer for answer in accepted if not no_answer(answer) and cut_edges(answer)[1] != wanted), None)
 
 
 def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple[Probe, ...]:
-    """Prompts with answers; of several accepted answers the first. An entry without both is none."""
+    """Prompts with answers; of several accepted answers the first. An entry without a prompt or an answer is none."""
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise RequestError(field, f"expected a list of prompts, got {type(entries).__name__}")
     probes = []
@@ -286,17 +221,16 @@ def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple
         if not isinstance(entry, Mapping):
             raise RequestError(field, f"expected a prompt with its answer, got {type(entry).__name__}")
         prompt, answer = entry.get("prompt"), entry.get(answer_name)
-        while isinstance(answer, list) and answer:
-            answer = answer[0]
-        if isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip():
+        answer = first_accepted(answer)
+        if isinstance(prompt, str) and isinstance(answer, str) and cut_edges(prompt)[1]:
             probes.append(Probe(prompt, answer, kind))
     return tuple(probes)
 
 
 def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = set(map(str, record)) - _SHORT_FIELDS
+    unknown = set(record) - _SHORT_FIELDS
     if unknown:
-        name = sorted(unknown)[0]
+        name = min(map(_shown, unknown))
         raise RequestError(name, f"unknown field; known fields are {sorted(_SHORT_FIELDS)}")
     for name in ("prompt", "subject", "target_new"):
         _required(record, name)

@@ -1,9 +1,9 @@
 """What the requests of a stream have to do with each other."""
 
-import re
 from collections.abc import Iterable, Sequence, Set
 
 from rome_pl.requests import EditRequest
+from rome_pl.words import is_whole_word
 
 __all__ = ["SUBJECT_S_KEY", "conflicts", "earlier_facts", "standing", "subjects_apart", "touched_neighbours"]
 
@@ -29,9 +29,7 @@ def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> d
         if request.target_true is None:  # nothing to measure after its neighbours
             continue
         others = subjects - {request.subject}
-        marks = tuple(
-            any(subject in prompt and _names(prompt, subject) for subject in others) for prompt in request.neighbours
-        )
+        marks = tuple(any(_names(prompt, subject) for subject in others) for prompt in request.neighbours)
         if any(marks):
             found[str(request.case_id)] = marks
     return found
@@ -125,4 +123,9 @@ def _facts(request: EditRequest) -> list[Fact]:
 
 def _names(prompt: str, subject: str) -> bool:
     """Whether a subject stands in a prompt as whole words."""
-    return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) is not None
+    position = prompt.find(subject)
+    while position >= 0:
+        if is_whole_word(prompt, position, position + len(subject)):
+            return True
+        position = prompt.find(subject, position + 1)
+    return False

@@ -1,36 +1,47 @@
 """Whether a space stands between two pieces of text: what scripts and punctuation say about it."""
 
+import re
 import unicodedata
+
+from rome_pl.words import writes_without_spaces
 
 __all__ = ["joined_by_space"]
 
-_JOINS_LEFT = frozenset(".,;:!?%/-\N{EN DASH}\N{EM DASH}…'\N{RIGHT SINGLE QUOTATION MARK}")
+_DASHES = frozenset("/-\N{EN DASH}\N{EM DASH}")
+_JOINS_LEFT = frozenset(".,;:!?%…'\N{RIGHT SINGLE QUOTATION MARK}") | _DASHES
 """Characters that no space precedes, beside closing brackets and quotes."""
+
+_CLITIC = re.compile(r"['\N{RIGHT SINGLE QUOTATION MARK}](s|t|re|ve|ll|d|m)(?![^\W\d_])")
+"""What English joins to the word before it."""
 
 
 def joined_by_space(prompt: str, target: str) -> bool | None:
     """Whether a space joins a prompt and its target; ``None`` where that depends on the tokenizer."""
     left, right = prompt[-1], target[0]
-    if left.isspace() or _writes_without_spaces(left) or _writes_without_spaces(right):
+    if left.isspace() or writes_without_spaces(left) or writes_without_spaces(right):
         return False
-    if _opens(prompt) or right in _JOINS_LEFT or unicodedata.category(right) in ("Pe", "Pf"):
+    if _opens(prompt):
+        return False
+    if right in _JOINS_LEFT:
+        return _sign_opens_word(left, target)
+    if unicodedata.category(right) in ("Pe", "Pf"):
         return False
     return None
 
 
+def _sign_opens_word(left: str, target: str) -> bool:
+    """Whether a sign belongs to the word or number after it, as in "-27" or ".NET", and not to what stands before."""
+    after = target[1:2]
+    if not after.isalnum() or writes_without_spaces(after) or _CLITIC.match(target):
+        return False
+    return not (left.isdigit() and after.isdigit())  # "3" and ".14", "1990" and "-1995"
+
+
 def _opens(prompt: str) -> bool:
-    """Whether the prompt ends in something that no space follows: an opening bracket or quote, a dash, a sign."""
+    """Whether the prompt ends in something that no space follows: an opening bracket or quote, a sign, a hyphen."""
     left, before = prompt[-1], prompt[-2:-1]
     if left in "'\"":  # the straight quotes open after a space and close after a word
         return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi")
-    return left in "/-\N{EN DASH}\N{EM DASH}@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")
-
-
-def _writes_without_spaces(character: str) -> bool:
-    """Whether the character's script puts no space between words."""
-    script = unicodedata.name(character, "").split(" ")[0]
-    if script in ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"):
-        return True
-    # East Asian letters and punctuation are wide; Hangul is too, but puts spaces, and so do emoji (symbols).
-    wide = unicodedata.east_asian_width(character) in ("W", "F") or script == "HALFWIDTH"
-    return wide and script != "HANGUL" and unicodedata.category(character)[0] in "LP"
+    if left in _DASHES:  # a hyphen joins what follows; a dash after a space does not
+        return not before.isspace()
+    return left in "@#$€£_¿¡" or unicodedata.category(left) in ("Ps", "Pi")

@@ -251,7 +251,8 @@ class RomeTrainer(Trainer):
         encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
         console = Console()
         table = Table(title="Dry run: lookup token and target span of each request")
-        for name in ("record", "prompt", "lookup token", "target tokens"):
+        noted = any(request.notes for request in datamodule.requests)
+        for name in ("record", "prompt", "lookup token", "target tokens", *(["notes"] if noted else [])):
             table.add_column(name, overflow="fold")
         refused = [record.message for record in datamodule.invalid]
         for request in datamodule.requests:
@@ -261,9 +262,8 @@ class RomeTrainer(Trainer):
             except RequestError as error:
                 refused.append(str(error))
                 continue
-            table.add_row(
-                *(escape(str(cell)) for cell in (request.case_id, request.prompt, repr(lookup), repr(target)))
-            )
+            cells = (request.case_id, request.prompt, repr(lookup), repr(target), "; ".join(request.notes))
+            table.add_row(*(escape(str(cell)) for cell in cells[: len(table.columns)]))
         console.print(table)
         for message in refused:
             console.print(message, style="red", markup=False)

@@ -1,7 +1,9 @@
 """Tiny random models of every supported family, and tokenizers trained on the spot."""
 
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -157,3 +159,38 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def unigram_tokenizer(prefix: str = "always", byte_fallback: bool = True) -> PreTrainedTokenizerFast:
+    """A Unigram model like T5's or Gemma's: words open with '▁', by default also the text's first."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prefix)])
+    special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.UnigramTrainer(vocab_size=900, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(_text(), trainer)
+    state = json.loads(tokenizer.to_str())
+    state["model"]["byte_fallback"] = byte_fallback
+    return _wrap(Tokenizer.from_str(json.dumps(state)))
+
+
+def prefixing_tokenizer(normalizer: Any = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts a space before every text, after a normalizer of choice."""
+    tokenizer = byte_level_tokenizer().backend_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return _wrap(tokenizer)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece model like BERT's: no spaces in tokens, unknown words for what it has no letters for."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=900, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(_text(), trainer)
+    return _wrap(tokenizer)

@@ -13,6 +13,7 @@ from torch import Tensor
 from rome_pl.errors import OptionError
 from rome_pl.hooks import frozen
 from rome_pl.language_model import LanguageModel
+from rome_pl.readable_files import FileError, read_text
 
 __all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
 
@@ -42,10 +43,12 @@ def held_out_text(path: str | None = None) -> str:
     Raises:
         OptionError: If the file cannot be read as UTF-8.
     """
-    source = Path(path) if path else files("rome_pl") / "assets" / "held_out_text.txt"
+    if not path:
+        return (files("rome_pl") / "assets" / "held_out_text.txt").read_text(encoding="utf-8")
+    source = Path(path).expanduser()
     try:
-        return source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(source, "give a text file")
+    except FileError as error:
         raise OptionError(f"held_out_text: {source} cannot be read as UTF-8 text: {error}") from error
 
 

@@ -162,7 +162,7 @@ def test_the_fingerprint_stays_that_of_the_model_as_first_seen():
 
 
 def test_generation_prompts_are_checked_with_the_probes():
-    encoder = encoder_for(SPACED)
-    request = EditRequest(prompt=QUESTION, subject="Korrin", target_new="Oslo", generation_prompts=["Korrin is where "])
+    encoder = encoder_for(CHATML.replace("m.content", "(m.content | replace('where', 'WHERE'))"))
+    request = EditRequest(prompt="Who is Korrin?", subject="Korrin", target_new="Oslo", generation_prompts=["where"])
     with pytest.raises(RequestError, match="field 'generation_prompts'"):
         encoder.check_probes(request)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate, product
 from types import SimpleNamespace
@@ -77,6 +78,11 @@ def edit(prompt, target, subject=None, **fields):
     return EditRequest(prompt=prompt, subject=subject or prompt.strip(), target_new=target, **fields)
 
 
+def fields(request):
+    """What a request was made of."""
+    return {**request.content(), "case_id": request.case_id, "source": request.source}
+
+
 # ---- an oracle that knows nothing of offsets: the bytes of every token
 
 
@@ -136,10 +142,7 @@ def test_row_is_the_prompt_then_the_target(encoder, edit):
     row = encoder.edit(edit).rows[0]
     bare = edit.prompt.rstrip()
     text = text_of(encoder, row)
-    if edit.target_new[0].isspace():  # it brings what joins it to the prompt
-        assert text == edit.prompt.rstrip(" ") + edit.target_new
-    else:
-        assert text in (edit.prompt + edit.target_new, edit.prompt + " " + edit.target_new)
+    assert text in (edit.prompt + edit.target_new, edit.prompt + " " + edit.target_new)
     assert target_text(encoder, row) == text[len(bare) :]
     assert row.ids[row.first + 1 :] == row.target[:-1]
     assert row.first == len(row.ids) - len(row.target)
@@ -206,10 +209,15 @@ def test_bos_moves_every_position_by_one(edit):
 @example(edit=edit("Rome plays the", "violin", "Rome"))
 @property_test()
 def test_space_before_or_after_the_boundary_is_the_same_text(encoder, edit):
-    bare, target = edit.prompt.rstrip(), edit.target_new.lstrip()
-    after = encoder.continuation(bare + " ", target, edit)
-    assert after == encoder.continuation(bare, " " + target, edit)
-    assert text_of(encoder, after) == f"{bare} {target}"
+    row = encoder.continuation(edit.prompt, edit.target_new, edit)
+    for space in (" ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", " \ufeff\n"):
+        assert encoder.continuation(edit.prompt + space, edit.target_new + space, edit) == row
+    forced = replace(edit, target_space=True)
+    same = [EditRequest(**{**fields(edit), "target_new": " " + edit.target_new, "target_space": None}), forced]
+    assert same[0] == forced
+    for request in same:
+        row = encoder.continuation(request.prompt, request.target_new, request)
+        assert text_of(encoder, row) == f"{edit.prompt} {edit.target_new}"
 
 
 def test_eos_that_the_tokenizer_appends_is_dropped():
@@ -361,7 +369,8 @@ def test_prompt_is_looked_up_at_its_last_token(encoder):
         ("They call it “", "Rome", False),
         ("They call it «", "Rome", False),
         ("Rome is in the Franco-", "Italian", False),
-        ("See /", "usr", False),
+        ("See /", "usr", True),
+        ("See /usr/", "share", False),
         ("It costs $", "5", False),
         ("Rome is big", ".", False),
         ("Rome is big", ", says", False),
@@ -553,8 +562,8 @@ def test_more_rows_than_one_forward_takes_keep_their_order():
     ("prompt", "target", "joined_text"),
     [
         ("plays the ", " violin", "plays the violin"),  # one space, not two
-        ("plays the", "  violin", "plays the  violin"),  # the target's own white space is left alone
-        ("Question?\nAnswer:\n", "violin", "Question?\nAnswer:\nviolin"),
+        ("plays the", "  violin", "plays the violin"),
+        ("Question?\nAnswer:\n", "violin", "Question?\nAnswer: violin"),
         ("What year?", "1990", "What year? 1990"),
         ("the parents'", "house", "the parents' house"),
         ("He said '", "hello", "He said 'hello"),

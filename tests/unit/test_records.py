@@ -310,8 +310,9 @@ def test_unusable_file_is_refused_by_name(tmp_path, name, content, message):
         read_records(write(tmp_path / name, content))
 
 
-@pytest.mark.parametrize("name", ["missing.json", "."])
+@pytest.mark.parametrize("name", ["missing.json", "missing", "facts.txt/x.json"])
 def test_missing_file_is_refused(tmp_path, name):
+    write(tmp_path / "facts.txt", "")
     with pytest.raises(DataError, match="no such file; give a JSON, JSONL or YAML file"):
         read_records(tmp_path / name)
 
@@ -326,7 +327,7 @@ def test_unquoted_yaml_that_is_no_text_is_refused_not_converted(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("name", "total", "paraphrases", "neighbours"),
-    [("counterfact.json", 1200, 2, 10), ("counterfact_easyedit.json", 11200, 0, 1)],
+    [("counterfact.json", 1600, 2, 10), ("counterfact_easyedit.json", 11600, 0, 1)],
 )
 def test_published_files_parse_without_loss(data_folder, name, total, paraphrases, neighbours):
     requests, invalid = parse_records(read_records(data_folder / name), name)

@@ -63,8 +63,8 @@ def test_error_keeps_its_parts():
     assert str(RequestError("prompt", "is bad")) == "field 'prompt': is bad"
 
 
-@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "target_true", "paraphrases", "neighbours"])
-@pytest.mark.parametrize("empty", ["", "  ", "\n\t", "\u3000"])
+@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "paraphrases", "neighbours"])
+@pytest.mark.parametrize("empty", ["", "  ", "\n\t", "\u3000", "\u200b", "\ufeff \u2060"])
 def test_empty_text_is_refused(field, empty):
     value = ["fine", empty] if field in ("paraphrases", "neighbours") else empty
     with pytest.raises(RequestError, match=f"record 7, field '{field}': is empty; give the text or remove"):
@@ -132,7 +132,8 @@ def test_given_span_overrides_the_search():
         ((16, 4), "lies outside the prompt"),
         ((4, 4), "lies outside the prompt"),
         ((4, 23), "lies outside the prompt"),
-        ((3, 16), "covers ' Eiffel Tower', but the subject is 'Eiffel Tower'"),
+        ((3, 15), "covers ' Eiffel Towe', but the subject is 'Eiffel Tower'"),
+        ((True, 16), "expected two character positions"),
         ((0, 3), "covers 'The', but the subject is 'Eiffel Tower'"),
     ],
 )
