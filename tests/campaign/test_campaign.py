@@ -83,7 +83,7 @@ def test_tokens_outside_of_the_embedding_cost_their_request_only(seed):
 
 
 @pytest.mark.slow
-def test_the_ledger_holds_what_the_judge_says(tmp_path):
+def test_the_records_of_a_run_say_what_the_judge_says(tmp_path):
     """Through the command line: what was asked for, and the probability of its target tokens before the edit."""
     made = vocabulary("byte level, opening space, BOS and EOS")
     model = models.tiny_model(made.size, torch.float32)
@@ -92,11 +92,10 @@ def test_the_ledger_holds_what_the_judge_says(tmp_path):
     facts, records = {}, []
     for name in MUTATIONS:
         random = Random(name)
-        for _ in range(3):
-            mutated = MUTATIONS[name][0](random, ordinary(random), "short")
-            if "short" in MUTATIONS[name][1] and mutated and mutated.verdict == "right" and not mutated.changes:
-                facts[f"{name} {len(facts)}"] = mutated.fact
-                records.append(record(mutated.fact, "short") | {"case_id": f"{name} {len(facts) - 1}"})
+        mutated = MUTATIONS[name][0](random, ordinary(random), "short") if "short" in MUTATIONS[name][1] else None
+        if mutated and mutated.verdict == "right" and not mutated.changes:
+            facts[name] = mutated.fact
+            records.append(record(mutated.fact, "short") | {"case_id": name})
     (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
     options = {f"model.{name}": value for name, value in models.OPTIONS.items()} | {
         "model.pretrained": tmp_path / "model", "data.path": tmp_path / "facts.json", "trainer.accelerator": "cpu",
@@ -104,7 +103,7 @@ def test_the_ledger_holds_what_the_judge_says(tmp_path):
         "probe_evaluation.measure_perplexity": False, "run_report.figures": False,
     }  # fmt: skip
     called("edit", *[part for name, value in options.items() for part in (f"--{name}", value)])
-    lines = (tmp_path / "run" / "edits.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "run" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     edits = {line["case_id"]: line for line in map(json.loads, lines)}
     assert set(edits) == set(facts)
     for name, fact in facts.items():
