@@ -1,193 +1,126 @@
-"""Saving a model as a Hugging Face checkpoint, and reading back that the files hold what is in memory.
+"""What a checkpoint says of itself, read before a library loads it: what cannot be edited is refused at once."""
 
-What a model writes of itself is not always all of it: a model with an adapter writes the adapter alone. So every
-checkpoint is compared with the model before it gets its name.
-"""
-
-import errno
 import json
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import stat
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import nn
 
-from rome_pl.errors import RomeError, first_line
-from rome_pl.files import check_room, whole_folder
-from rome_pl.language_model import LanguageModel
-from rome_pl.supported import check_saves_whole
+from rome_pl.architecture import UnsupportedModelError, decoder_layers
+from rome_pl.errors import SourceError
 
-__all__ = ["SavedModelError", "difference", "model_bytes", "save_checkpoint", "save_model"]
+__all__ = ["check_files", "check_settings", "check_weights"]
 
-_OWN = re.compile(
-    r"(model|pytorch_model|adapter_model)([.-].*)?\.(safetensors|bin|json)"
-    r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
-    r"|chat_template|rome_pl)\.json"
-    r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|merges\.txt|chat_template\.jinja"
-)
-"""Names of the files of a checkpoint: a new one replaces all of an older one's."""
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations that are part of transformers or of an installed package; any other name is fetched from the hub."""
+
+MOST_LAYERS = 1000
+"""More than any model has; a library would build them one by one, without end."""
 
 
-class SavedModelError(RomeError):
-    """A checkpoint that does not hold the model that was saved."""
-
-
-def model_bytes(language_model: LanguageModel) -> int:
-    """How many bytes a checkpoint of a model takes at least: those of its weights, tied ones once."""
-    weights = {_storage(tensor): tensor for tensor in language_model.model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-
-
-def save_model(language_model: LanguageModel, folder: Path, option: str = "save_model", replace: bool = False) -> None:
-    """Save a checkpoint to a folder of its own, whole or not at all.
-
-    Args:
-        language_model: The model.
-        folder: Where to.
-        option: The option that names it.
-        replace: Whether the checkpoint that it holds may be replaced; what is no part of a checkpoint stays. Otherwise
-            it does not exist, or is empty.
+def check_files(folder: Path, source: str) -> None:
+    """Refuse a folder whose files cannot be a model's.
 
     Raises:
-        OptionError: If the disk has no room.
-        OSError: If the folder cannot be written.
-        SavedModelError: If the files would not hold the model.
+        SourceError: If it holds an adapter, or something that reading would wait for.
     """
-    check_room(folder, model_bytes(language_model), option)
-    with whole_folder(folder, _is_own if replace else None) as work:
-        save_checkpoint(language_model, work)
-
-
-def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors in the model's dtype, configurations, tokenizer; and read it back.
-
-    Args:
-        language_model: The model.
-        folder: Where to; meant to be a temporary folder, see :func:`rome_pl.files.whole_folder`.
-        max_shard_size: Largest file, such as ``5GB``. ``None``: as transformers has it.
-
-    Raises:
-        OSError: If the folder cannot be written.
-        SafetensorError: The same, for the weights.
-        SavedModelError: If the files do not hold the model.
-        UnsupportedModelError: If what would be saved lacks the edits.
-    """
-    check_saves_whole(language_model.model)
-    try:
-        language_model.tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(errno.EIO, str(error)) from error  # how a full disk shows in the tokenizers library
-    sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
-    language_model.model.save_pretrained(folder, **sizes)
-    if found := difference(language_model, folder):
-        raise SavedModelError(
-            f"what was written of {language_model.source} is not the model in memory: {found}. Nothing was saved. A "
-            "model with an adapter has to be merged with it first, and saved as a model of its own; then edit that"
-        )
-
-
-def difference(language_model: LanguageModel, folder: Path) -> str | None:
-    """How a checkpoint differs from a model in memory; ``None`` if every weight has the same bits.
-
-    Args:
-        language_model: The model.
-        folder: The checkpoint. One that cannot be read differs.
-    """
-    model = language_model.model
-    if not (folder / "config.json").is_file():
-        return "there is no config.json" + (", but an adapter" if (folder / "adapter_config.json").exists() else "")
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        try:
+            kind = path.stat().st_mode
+        except OSError:  # a link that leads nowhere; the loader says so if it needs it
+            continue
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise SourceError(f"{source}: {path} is neither a file nor a folder (a pipe, socket or device); remove it")
     if (folder / "adapter_config.json").exists():
-        return "there is an adapter beside the model (adapter_config.json)"
-    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    try:
-        with ExitStack() as stack:
-            found, missing = _compared(weights, _Files(folder, stack))
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        return f"it cannot be read ({first_line(error)})"
-    if found or not missing:
-        return found
-    return _loaded_difference(model, folder, weights, missing)
+        raise SourceError(
+            f"{source}: {folder} holds an adapter of PEFT (adapter_config.json), and what is saved from it would hold "
+            "the adapter alone, without the edits. Merge it first: load it by peft's AutoPeftModelForCausalLM, call "
+            "merge_and_unload(), and save model and tokenizer to a folder of their own"
+        )
 
 
-class _Files:
-    """The tensors of a checkpoint's files, read one by one.
+def check_settings(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what a ``config.json`` asks for and no edit can be right in.
 
     Args:
-        folder: The checkpoint.
-        stack: Keeps the files open.
+        config: Its content.
+        source: Where it is from, for messages.
+
+    Raises:
+        SourceError: If it would run code from the hub, or build layers without end.
+        UnsupportedModelError: If the model is quantised.
     """
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            places = {}
-        files = {
-            name: stack.enter_context(safe_open(folder / name, framework="pt"))
-            for name in sorted(set(places.values()) or {"model.safetensors"})
-        }
-        inside = {tensor: name for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
-        if places and inside != places:
-            raise ValueError("its index names other weights than its files hold")
-        self._places = {tensor: files[name] for tensor, name in inside.items()}
-
-    def names(self) -> set[str]:
-        """The names of all tensors."""
-        return set(self._places)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor."""
-        tensor: Tensor = self._places[name].get_tensor(name)
-        return tensor
+    for name, value in _settings(config):
+        if name in ("quantization_config", "compression_config") and value:
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            raise UnsupportedModelError(
+                f"{source} holds quantised weights ({name}: {method or 'see its config.json'}), whose steps are larger "
+                "than an edit; give the checkpoint that it was made from, in float32, bfloat16 or float16"
+            )
+        if name.endswith("attn_implementation") or name.endswith("attn_implementation_internal"):
+            for asked in value.values() if isinstance(value, Mapping) else [value]:
+                _check_attention(name, asked, source)
+        if re.search(r"layers?$", name) and isinstance(value, int) and value > MOST_LAYERS:
+            raise SourceError(f"{source}: config.json says {name}: {value}, more than any model has ({MOST_LAYERS})")
 
 
-def _compared(weights: Mapping[str, Tensor], files: _Files) -> tuple[str | None, list[str]]:
-    """The first weight that differs; and those that the files do not have by their names."""
-    names = files.names()
-    held = {_storage(tensor) for name, tensor in weights.items() if name in names}
-    for name in sorted(names & weights.keys()):
-        if not _same_bits(files.read(name), weights[name]):
-            return f"{name} differs", []
-    return None, [name for name, tensor in weights.items() if name not in names and _storage(tensor) not in held]
+def check_weights(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
+    """Refuse weights that do not fit the configuration that they were loaded by.
 
+    Args:
+        model: The model.
+        report: What the library says of the loading.
+        source: Where it is from, for messages.
 
-def _loaded_difference(model: Any, folder: Path, weights: Mapping[str, Tensor], missing: list[str]) -> str | None:
-    """How the model differs from what its own class makes of a checkpoint whose weights have other names."""
-    lacks = f"it lacks {len(missing)} weights, such as {missing[0]}"
-    try:
-        loaded, report = type(model).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    Raises:
+        SourceError: With the first weight that is missing, left over or damaged.
+    """
+    if missing := sorted(report["missing_keys"]):
+        # The library fills what is missing with random numbers and goes on.
+        raise SourceError(
+            f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete"
         )
-        again = loaded.state_dict()
-    except Exception as error:  # whatever a class of somebody else raises: it cannot be loaded
-        return f"{lacks} ({first_line(error)})"
-    if report["missing_keys"] or again.keys() != model.state_dict().keys():
-        return lacks
-    differing = next((name for name, tensor in weights.items() if not _same_bits(again[name], tensor)), None)
-    return None if differing is None else f"{differing} differs"
+    if mismatched := sorted(map(str, report.get("mismatched_keys", ()))):
+        raise SourceError(f"'{source}': {mismatched[0]} has another shape in the weights than config.json says")
+    where, layers = decoder_layers(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # A checkpoint of the bare decoder names its weights without the head's prefix.
+    layer = re.compile(rf"(?:{re.escape(where)}|{re.escape(where.removeprefix(prefix))})\.(\d+)\.")
+    found = [(name, layer.match(name)) for name in sorted(report.get("unexpected_keys", ()))]
+    beyond = [name for name, match in found if match and int(match[1]) >= len(layers)]
+    if beyond:
+        raise SourceError(
+            f"'{source}': config.json says {len(layers)} layers, and there are weights of more ({len(beyond)}, such as "
+            f"{beyond[0]}): they belong to another configuration"
+        )
+    for name, weight in model.named_parameters():
+        if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+            raise SourceError(f"'{source}': {name} holds numbers that are not finite: the checkpoint is damaged")
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype or other.is_meta:
-        return False
-    pair = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(*pair)
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting, those of parts of the model included."""
+    for name, value in config.items():
+        yield str(name), value
+        if isinstance(value, Mapping):
+            yield from _settings(value)
 
 
-def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies: tied weights lie in one place."""
-    if tensor.is_meta:  # nowhere
-        return (id(tensor),)
-    return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _is_own(name: str) -> bool:
-    return _OWN.fullmatch(name) is not None
+def _check_attention(name: str, asked: Any, source: str) -> None:
+    if asked is None:
+        return
+    if asked not in ATTENTION:
+        raise SourceError(
+            f"{source}: config.json asks for {name}: {json.dumps(asked, default=str)}, which transformers would fetch "
+            f"from the hub and run; no such code runs here. Set one of {', '.join(ATTENTION)}, or leave it out"
+        )
+    if asked.startswith("flash") and find_spec("kernels") is not None:
+        raise SourceError(
+            f"{source}: config.json asks for {name}: {asked}, which transformers fetches from the hub where the "
+            "package kernels is installed; no such code runs here. Set sdpa or eager"
+        )

@@ -1,4 +1,4 @@
-"""Changing what a run has on disk as somebody would who makes the checksums fit too, to reach the checks behind them."""
+"""Changing what a run has on disk and making the checksums fit, to reach the checks behind them."""
 
 import hashlib
 import json
