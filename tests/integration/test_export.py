@@ -1,7 +1,6 @@
 """A run's edits for use elsewhere: as a checkpoint, as the change alone, as a LoRA adapter."""
 
 import importlib.util
-import json
 import os
 import shutil
 from dataclasses import replace
