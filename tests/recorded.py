@@ -1,4 +1,4 @@
-"""Changing what a run has on disk as somebody would who also makes the checksums fit, to reach what comes after them."""
+"""Changing what a run has on disk, checksums included, to reach what is looked at after them."""
 
 import hashlib
 import json
