@@ -14,6 +14,7 @@ from rome_pl.errors import OptionError
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import held_out_text
 from rome_pl.model_state import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
+from rome_pl.rank_one import DisablingEditError, NotFiniteError
 from rome_pl.retained import note_after, retained_share
 from rome_pl.session import EditSession
 
@@ -283,7 +284,7 @@ class StateCheck(Callback):
         for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
             try:
                 written = session.write_again(edit, strength)
-            except ValueError:  # exploding, or not finite
+            except (DisablingEditError, NotFiniteError):
                 return finding
             if not self._look(session)["failures"]:
                 (after,) = session.measure_targets([edit], written=True)

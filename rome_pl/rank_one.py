@@ -23,6 +23,7 @@ __all__ = [
     "Assertion",
     "DisablingEditError",
     "KeyChoice",
+    "NotFiniteError",
     "Preset",
     "PresetName",
     "Update",
@@ -133,6 +134,10 @@ MIN_COSINE = 1e-3
 
 MIN_PIVOT = 1e-3
 """In a joint solve a key is refused whose sine to the span of the keys before it, under the metric, is smaller."""
+
+
+class NotFiniteError(ValueError):
+    """An update that holds numbers that are not finite."""
 
 
 class DisablingEditError(RomeError):

@@ -13,7 +13,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import Ledger
 from rome_pl.metrics.probes import Changes, ProbeScores, TargetMeasure, measure_targets, probe_scores
 from rome_pl.outcome import Requirement
-from rome_pl.rank_one import Assertion, DisablingEditError, Preset, Update
+from rome_pl.rank_one import Assertion, DisablingEditError, NotFiniteError, Preset, Update
 from rome_pl.requests import EditRequest
 from rome_pl.rows import EncodedEdit
 
@@ -152,7 +152,7 @@ class EditSession:
                 written = self.layers.write([edit.name for edit in pending], self._ask(pending))
             except DisablingEditError as error:
                 self._refuse(_culprit(pending, error.row), str(error))
-            except ValueError as error:  # not finite, and no saying whose fault it is
+            except NotFiniteError as error:  # no saying whose fault it is
                 for edit in [edit for edit in pending if edit.written is None] or pending:
                     self._refuse(edit, str(error))
             else:
@@ -172,7 +172,7 @@ class EditSession:
     def _propose(self, edit: Edit) -> None:
         try:
             edit.written = self.layers.propose(edit.name, self._ask([edit]))
-        except ValueError as error:  # exploding or not finite
+        except (DisablingEditError, NotFiniteError) as error:
             self._refuse(edit, str(error))
             return
         edit.spread = None

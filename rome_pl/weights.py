@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rome_pl.architecture import RewriteSite
 from rome_pl.metric import Metric, PlainMetric
-from rome_pl.rank_one import Assertion, Update, rank_one_update
+from rome_pl.rank_one import Assertion, NotFiniteError, Update, rank_one_update
 
 __all__ = ["EditedWeight", "LayerWrite"]
 
@@ -291,7 +291,7 @@ class EditedWeight:
         update = rank_one_update(master, self.site.bias, assertion, metric)
         changed = update.added_to(master)
         if not bool(changed.isfinite().all()):
-            raise ValueError(f"edit {', '.join(names)}: the update is not finite")
+            raise NotFiniteError(f"edit {', '.join(names)}: the update is not finite")
         at, dtype = assertion.at.double(), self._original.dtype
         wanted = (at @ update.right.T) @ update.left
         wide = torch.promote_types(dtype, torch.float32)  # holds the difference of two rounded weights exactly

@@ -1,4 +1,4 @@
-"""Changing what a run has on disk and making the checksums fit, to reach the checks behind them."""
+"""Changing what a run has on disk, checksums included, to reach what is looked at after them."""
 
 import hashlib
 import json

@@ -125,6 +125,8 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
 
     try:
         vectors = TfidfVectorizer().fit_transform([" ".join(texts), " ".join(references)])
-    except ValueError:  # no word in either
-        return 0.0
+    except ValueError as error:
+        if "empty vocabulary" not in str(error):
+            raise
+        return 0.0  # no word in either
     return float((vectors[0] @ vectors[1].T).toarray()[0, 0])
