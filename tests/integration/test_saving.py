@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,8 @@ def test_an_output_that_cannot_print_costs_nothing(encoding, edit, tmp_path, mon
         assert "->" in text
         assert "3 edits: 3 applied" in text
     monkeypatch.undo()
+    with suppress(OSError):
+        stream.close()
     assert read(tmp_path / "run")["finished"] is True
     assert (tmp_path / "saved" / "config.json").is_file()
 
