@@ -37,7 +37,7 @@ def test_perplexity_is_that_of_texts_with_bos(gemma):
         surprise += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
     assert found.n == len(ids)
     assert found.perplexity == pytest.approx(math.exp(surprise / len(ids)), rel=1e-4)
-    assert found.perplexity == pytest.approx(34.8, abs=0.3)
+    assert found.perplexity == pytest.approx(35.94, abs=0.1)
 
 
 def test_contexts_are_text(gemma):
