@@ -101,7 +101,7 @@ def write_ids(
 def end_ids(language_model: LanguageModel) -> list[int]:
     """Ids that end a text, by the model's own generation settings; those that its vocabulary lacks never come up."""
     found = next((module.generation_config.eos_token_id for module in _with_settings(language_model.model)), None)
-    ids = torch.tensor([] if found is None else found).flatten().tolist()
+    ids = torch.as_tensor([] if found is None else found).flatten().tolist()
     size = language_model.model.get_input_embeddings().num_embeddings
     return [int(token) for token in ids if 0 <= token < size]
 

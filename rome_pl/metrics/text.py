@@ -18,7 +18,7 @@ from rome_pl.readable_files import FileError, read_text
 __all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
 
 WINDOW = 256
-"""Tokens that are read together, those that the tokenizer puts before a text among them."""
+"""Tokens of the text that are read together."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def held_out_text(path: str | None = None) -> str:
 def perplexity(language_model: LanguageModel, text: str, window: int = WINDOW) -> float:
     """Perplexity per token of a text, read in windows of ``window`` tokens without overlap.
 
-    Every window begins with what the tokenizer puts before a text (BOS), which is not predicted itself.
+    What the tokenizer puts before a text (BOS) stands before every window, and is not predicted itself.
 
     Raises:
-        ValueError: If there is no token to predict.
+        ValueError: If the text has fewer than two tokens.
     """
     return measure_text(language_model, text, window=window).perplexity
 
@@ -77,15 +77,16 @@ def measure_text(
         text: Ordinary text.
         unedited: Gives the unedited model for as long as the context lasts; it may be the same one with its original
             weight put back.
-        window: Tokens that are read together, without overlap. Each window begins with what the tokenizer puts before
-            a text, as the model was trained; those tokens are among the window's, and are not predicted.
+        window: Tokens of the text that are read together, without overlap. What the tokenizer puts before a text (BOS)
+            stands before each window, as the model was trained; a window is shorter where the model reads less. All of
+            its tokens but the first are predicted, so the same ones with BOS and without.
 
     Raises:
-        ValueError: If there is no token to predict.
+        ValueError: If the text has fewer than two tokens.
     """
     surprise, divergence, count = 0.0, 0.0, 0
-    # The first token of a window is predicted only where something stands before it.
-    first = max(1, len(language_model.encoder.opening))
+    # The opening is not predicted, nor the token after it: a window begins anywhere, where no text would.
+    first = len(language_model.encoder.opening) + 1
     for row in _windows(language_model, text, window):
         now = _log_probs(language_model, row, first)
         surprise -= float(now.gather(1, row[0, first:].unsqueeze(1)).double().sum())
@@ -95,9 +96,7 @@ def measure_text(
                 then = _log_probs(other, row, first)
             divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
     if not count:
-        raise ValueError(
-            "the text for perplexity needs at least two tokens, or one token if the tokenizer puts BOS before it"
-        )
+        raise ValueError("the text for perplexity needs at least two tokens")
     mean = torch.tensor(surprise / count, dtype=torch.float64)
     return TextMeasure(float(mean.exp()), divergence / count if unedited is not None else None, count)
 
@@ -107,10 +106,9 @@ def _windows(language_model: LanguageModel, text: str, window: int) -> Iterator[
     encoder = language_model.encoder
     ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     opening = torch.tensor(encoder.opening, dtype=torch.long)
-    for piece in torch.split(ids.long(), max(1, min(window, encoder.max_length) - len(opening))):
-        row = torch.cat([opening, piece])
-        if len(row) > max(1, len(opening)):
-            yield row.unsqueeze(0).to(language_model.device)
+    for piece in torch.split(ids.long(), max(1, min(window, encoder.max_length - len(opening)))):
+        if len(piece) > 1:
+            yield torch.cat([opening, piece]).unsqueeze(0).to(language_model.device)
 
 
 def _log_probs(language_model: LanguageModel, row: Tensor, first: int) -> Tensor:

@@ -180,6 +180,7 @@ def test_the_models_own_settings_return_when_generation_fails(monkeypatch):
     assert language_model.model.generation_config is own
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the two libraries' own
 def test_an_adapter_around_a_model_leaves_its_settings_too(bare):
     peft = pytest.importorskip("peft")
     language_model = tiny_language_model()
