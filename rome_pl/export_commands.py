@@ -8,6 +8,7 @@ from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import OptionError
 from rome_pl.files import check_free, whole_folder
 from rome_pl.hub import fault_of, push
+from rome_pl.language_model import LanguageModel
 from rome_pl.loading import load_language_model
 from rome_pl.model_places import find_model
 from rome_pl.recorded_run import base_model, known_names, run_folder
@@ -77,12 +78,11 @@ def apply(delta: str, output: str, pretrained: str | None = None, allow_pickle: 
     check_free(folder, "output")
     found = read_delta(Path(delta).expanduser())
     base = found.about["base"]
-    language_model = find_model(
-        base,
-        Path(delta).expanduser(),
-        lambda source: load_language_model(source, base["dtype"], allow_pickle),
-        pretrained,
-    )
+
+    def load(source: str) -> LanguageModel:
+        return load_language_model(source, base["dtype"], allow_pickle)
+
+    language_model = find_model(base, Path(delta).expanduser(), load, pretrained, "delta")
     same = apply_delta(language_model, found)
     with whole_folder(folder) as work:
         save_checkpoint(language_model, work)
