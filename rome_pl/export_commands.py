@@ -6,6 +6,7 @@ from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import OptionError
 from rome_pl.files import check_free, local_path
 from rome_pl.hub import fault_of, push
+from rome_pl.language_model import LanguageModel
 from rome_pl.loading import load_language_model
 from rome_pl.model_places import find_model
 from rome_pl.recorded_run import base_model, known_names, run_folder
@@ -75,12 +76,11 @@ def apply(delta: str, output: str, pretrained: str | None = None, allow_pickle: 
     check_free(folder, "output")
     found = read_delta(local_path(delta))
     base = found.about["base"]
-    language_model = find_model(
-        base,
-        local_path(delta),
-        lambda source: load_language_model(source, base["dtype"], allow_pickle),
-        pretrained,
-    )
+
+    def load(source: str) -> LanguageModel:
+        return load_language_model(source, base["dtype"], allow_pickle)
+
+    language_model = find_model(base, local_path(delta), load, pretrained, "delta")
     same = apply_delta(language_model, found)
     save_model(language_model, folder, "output")
     told = (
