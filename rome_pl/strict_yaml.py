@@ -129,10 +129,10 @@ def read_value(text: str, remedy: str) -> Any:
     Returns:
         The value, or a :class:`Fault` in its place.
     """
-    loader = _Loader(text, remedy)
-    node = _composed(loader)
-    if node is None or isinstance(node, Fault):
-        return node
+    composed = _composed(text, remedy)
+    if composed is None or isinstance(composed, Fault):
+        return composed
+    loader, node = composed
     return loader.entry(node, frozenset())
 
 
@@ -147,18 +147,21 @@ def list_entries(text: str, remedy: str) -> Iterator[Any] | Any:
         An iterator over the entries, with a :class:`Fault` in the place of each that has one; a text that holds no
         list gives its value, or a :class:`Fault` for all of it.
     """
-    loader = _Loader(text, remedy)
-    node = _composed(loader)
-    if node is None or isinstance(node, Fault):
-        return node
+    composed = _composed(text, remedy)
+    if composed is None or isinstance(composed, Fault):
+        return composed
+    loader, node = composed
     if not isinstance(node, SequenceNode) or node.tag != "tag:yaml.org,2002:seq":
         return loader.entry(node, frozenset())
     return (loader.entry(child, frozenset({id(node)})) for child in node.value)
 
 
-def _composed(loader: _Loader) -> Node | Fault | None:
+def _composed(text: str, remedy: str) -> tuple[_Loader, Node] | Fault | None:
+    """A loader with the node of the one document; nothing for an empty text."""
     try:
-        return loader.get_single_node()
+        loader = _Loader(text, remedy)  # refuses characters that YAML does not have
+        node = loader.get_single_node()
+        return None if node is None else (loader, node)
     except yaml.MarkedYAMLError as error:
         return _fault(error, 1, whole=True)
     except yaml.YAMLError as error:

@@ -284,7 +284,7 @@ def test_files_that_are_no_settings(name, text, message, tmp_path):
 def test_files_that_are_not_there_or_no_text(tmp_path):
     with pytest.raises(ConversionError, match="no such file"):
         convert_settings(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConversionError, match="no such file"):
+    with pytest.raises(ConversionError, match="is a folder"):
         convert_settings(tmp_path)
     (tmp_path / "a.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConversionError, match="not UTF-8 at byte 3"):

@@ -122,6 +122,7 @@ def test_what_has_no_end_or_bound_costs_its_record(tmp_path, name, content, mess
         ("a.yaml", "- " * 3000 + "x", "more than 64 deep"),
         ("a.json", LINE, r"expected a list of records, got dict; put records between brackets"),
         ("a.yaml", DASH, r"expected a list of records, got dict; begin each record with a dash"),
+        ("a.yaml", YAML + "- a: \x01", "malformed YAML: unacceptable character"),
         ("a.yaml", YAML + "---\n" + YAML, "expected a single document"),
         ("a.json", LINE + "\n" + LINE, r"Extra data; one record a line is JSON lines: name the file \.jsonl"),
         ("a.jsonl", json.dumps([GOOD, GOOD], indent=1), r"one JSON value over several lines.*name the file \.json"),
