@@ -18,9 +18,9 @@ def read_apart(path: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.campaign.reader", str(path)]
     started = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, cwd=ROOT, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=6 * SECONDS, cwd=ROOT, check=False)
     except subprocess.TimeoutExpired:
-        return {"fault": f"no end within {SECONDS} s"}
+        return {"fault": f"no end within {6 * SECONDS} s"}
     if done.returncode:
         tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         return {"fault": f"exit code {done.returncode} after {time.monotonic() - started:.1f} s: {tail}"[:400]}
@@ -29,6 +29,7 @@ def read_apart(path: Path) -> dict[str, Any]:
 
 def main(name: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     from rome_pl.errors import RomeError
     from rome_pl.records import parse_records, read_records
 
