@@ -148,7 +148,7 @@ def test_a_key_that_a_batch_holds_already_may_be_written_elsewhere(tmp_path):
 @pytest.mark.parametrize("sequential", [True, False])
 def test_what_rounding_would_lose_is_searched_again(sequential, tmp_path):
     """An offset far below the weight's precision is what a short search finds, a longer one finds a larger one."""
-    options = {**OPTIONS, "preset": "balanced", "sequential_edit": sequential, "batch_size": 4, "v_lr": 1e-4}
+    options = {**OPTIONS, "preset": "balanced", "sequential_edit": sequential, "batch_size": 4, "v_lr": 2e-5}
     options |= {"v_num_grad_steps": 2}
     model = tiny_language_model(dtype=torch.bfloat16)
     before = snapshot(model.model)
