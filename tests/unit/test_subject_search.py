@@ -155,7 +155,7 @@ def test_differences_of_long_texts_are_found_in_little_time_and_few_words():
         found(prompt, "a" * 3000)
     message = str(raised.value)
     assert len(message) < 1200
-    assert "U+0041 LATIN CAPITAL LETTER A where the subject has U+0061 LATIN SMALL LETTER A" in message
+    assert "U+0041 LATIN CAPITAL LETTER A where the subject has nothing" in message
 
 
 @pytest.mark.parametrize("prompt", ["MISS VANE and Miss Vane are", "MISS VANE and Miss Vane and miss VANE are"])
