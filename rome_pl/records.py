@@ -64,7 +64,11 @@ def parse_records(
         case_id = record.get("case_id", index)
         name = case_id if isinstance(case_id, str) and case_id.isprintable() else shortened(case_id)
         try:
-            request = EditRequest(case_id=case_id, source=source, **_FORMS[form](record))
+            values = _FORMS[form](record)
+            left_out = values.pop("left_out", {})
+            request = EditRequest(case_id=case_id, source=source, **values)
+            written = _WRITTEN.get(form, {})
+            request = request.noted(f"{written.get(field, field)}: {reason}" for field, reason in left_out.items())
             if (name := str(request.case_id)) in seen:
                 raise RequestError("case_id", f"{request.case_id!r} occurs twice; results could not be told apart")
             requests.append(request)
@@ -173,24 +177,28 @@ def _from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_zsre(record: Mapping[str, Any]) -> dict[str, Any]:
     new = _required(record, "alt")
+    left_out: dict[str, str] = {}
     follow_up = _or_none(record.get("portability"), {})
     if not isinstance(follow_up, Mapping):
-        raise RequestError("portability", f"expected 'New Question' and 'New Answer', got {type(follow_up).__name__}")
+        expected = f"expected 'New Question' and 'New Answer', got {type(follow_up).__name__}"
+        follow_up, left_out["portability"] = {}, f"left out: {expected}"
+    unrelated = [{"prompt": record.get("loc"), "answer": record.get("loc_ans")}]
+    follows = [{"prompt": follow_up.get("New Question"), "answer": follow_up.get("New Answer")}]
     return {
         "prompt": _required(record, "src"),
         "subject": _required(record, "subject"),
         "target_new": new,
         "target_true": _other_than(new, record.get("answers")),
         "paraphrases": _prompts(record, "rephrase"),
-        "locality": _probes([{"prompt": record.get("loc"), "answer": record.get("loc_ans")}], "answer", "locality"),
-        "portability": _probes(
-            [{"prompt": follow_up.get("New Question"), "answer": follow_up.get("New Answer")}], "answer", "portability"
-        ),
+        "locality": _probes(unrelated, "answer", "locality", left_out),
+        "portability": _probes(follows, "answer", "portability", left_out),
+        "left_out": left_out,
     }
 
 
 def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
     new = _required(record, "target_new")
+    left_out: dict[str, str] = {}
     probes: dict[str, tuple[Probe, ...]] = {}
     for name in ("locality", "portability"):
         kinds = _or_none(record.get(name), {})
@@ -199,7 +207,7 @@ def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
         probes[name] = tuple(
             probe
             for kind, entries in kinds.items()
-            for probe in _probes(_or_none(entries, ()), "ground_truth", f"{name}.{named(kind)}", kind)
+            for probe in _probes(_or_none(entries, ()), "ground_truth", f"{name}.{named(kind)}", left_out, kind)
         )
     return {
         "prompt": _required(record, "prompt"),
@@ -207,6 +215,7 @@ def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
         "target_new": new,
         "target_true": _other_than(new, record.get("ground_truth")),
         "paraphrases": _prompts(record, "rephrase" if _is_none(record.get("rephrase_prompt")) else "rephrase_prompt"),
+        "left_out": left_out,
         **probes,
     }
 
@@ -220,8 +229,11 @@ def _other_than(new: Any, answers: Any) -> str | None:
     return next((answer for answer in accepted if not no_answer(answer) and cut_edges(answer)[1] != wanted), None)
 
 
-def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple[Probe, ...]:
-    """Prompts with answers; of several accepted answers the first. An entry without a prompt or an answer is none."""
+def _probes(entries: Any, answer_name: str, field: str, left_out: dict[str, str], kind: str = "") -> tuple[Probe, ...]:
+    """Prompts with answers; of several accepted answers the first. An entry without a prompt or an answer is none.
+
+    One whose prompt or answer is no text, such as a year without quotes, is left out, and ``left_out`` says why.
+    """
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise RequestError(field, f"expected a list of prompts, got {type(entries).__name__}")
     probes = []
@@ -232,7 +244,7 @@ def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple
         answer = first_accepted(answer)
         for part, text in (("prompt", prompt), (answer_name, answer)):
             if not isinstance(text, str) and not _is_none(text):
-                raise RequestError(f"{field}.{part}", f"expected text, got {type(text).__name__}; put it in quotes")
+                left_out[f"{field}.{part}"] = f"left out: expected text, got {type(text).__name__}; put it in quotes"
         if isinstance(prompt, str) and isinstance(answer, str) and cut_edges(prompt)[1]:
             probes.append(Probe(prompt, answer, kind))
     return tuple(probes)

@@ -4,7 +4,8 @@ Nothing here knows tokens, tensors or files. Braces in any text are plain text; 
 (see :mod:`rome_pl.records`) has a placeholder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any
@@ -158,6 +159,12 @@ class EditRequest:
         """Character span ``(start, end)`` of the subject in the prompt."""
         assert self.subject_span is not None  # set by __post_init__
         return self.subject_span
+
+    def noted(self, notes: Iterable[str]) -> "EditRequest":
+        """The same request with more notes."""
+        other = copy(self)
+        other._set("notes", tuple(dict.fromkeys((*self.notes, *notes))))
+        return other
 
     def error(self, field: str, message: str) -> RequestError:
         """An error that carries this request's identity."""

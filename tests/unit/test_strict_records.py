@@ -39,20 +39,36 @@ def only(record):
     return request
 
 
-@pytest.mark.parametrize("answer", [1990, True, False, 0, {"a": "b"}, [5], [[1.5]], b"x"])
-def test_an_answer_that_is_no_text_is_refused_by_name(answer):
-    """It was left out without a word: YAML makes numbers of years, and truth values of "no"."""
-    probe = {"prompt": "Oslo is", "ground_truth": answer}
-    invalid = refusal(KNOWEDIT | {"locality": {"Other": [probe]}})
-    assert invalid.field == "locality.Other.ground_truth"
-    assert "expected text, got" in invalid.message
-    assert refusal(KNOWEDIT | {"locality": {"Other": [{"prompt": answer, "ground_truth": "x"}]}}).field == (
-        "locality.Other.prompt"
-    )
-    assert refusal(ZSRE | {"loc_ans": answer}).field == "loc_ans"
-    assert refusal(ZSRE | {"loc": answer}).field == "loc"
-    follow_up = {"New Question": "Oslo is", "New Answer": answer}
-    assert refusal(ZSRE | {"portability": follow_up}).field == "portability.New Answer"
+@pytest.mark.parametrize("value", [1990, True, False, 0, {"a": "b"}, {5}, 1.5, b"x"])
+def test_a_probe_that_is_no_text_is_left_out_with_a_note(value):
+    """Nothing was said: YAML makes numbers of years, and truth values of "no"."""
+    (note,) = only(KNOWEDIT | {"locality": {"Other": [{"prompt": "Oslo is", "ground_truth": value}]}}).notes
+    assert note.startswith("locality.Other.ground_truth: left out: expected text, got ")
+    (note,) = only(KNOWEDIT | {"portability": {"Other": [{"prompt": value, "ground_truth": "x"}]}}).notes
+    assert note.startswith("portability.Other.prompt: left out: expected text, got ")
+    follow_up = {"New Question": "Oslo is", "New Answer": value}
+    for name, changes in (
+        ("loc_ans", {"loc_ans": value}),
+        ("loc", {"loc": value}),
+        ("portability.New Answer", {"portability": follow_up}),
+    ):
+        request = only(ZSRE | changes)
+        assert len(request.locality) + len(request.portability) == ("loc" not in name)
+        (note,) = request.notes
+        assert note.startswith(f"{name}: left out: expected text, got ")
+    plain, noted = (only(ZSRE | changes) for changes in ({"loc": None}, {"loc": value}))
+    assert (plain, plain.notes) == (noted, ())
+
+
+@pytest.mark.parametrize("value", [5, "text", ["Oslo is"], True])
+def test_a_follow_up_question_that_is_none_is_left_out_with_a_note(value):
+    (note,) = only(ZSRE | {"portability": value}).notes
+    assert note.startswith("portability: left out: expected 'New Question' and 'New Answer', got ")
+
+
+def test_a_note_of_what_was_left_out_stands_beside_the_others():
+    request = only(KNOWEDIT | {"subject": "Rome ", "locality": {"Other": [{"prompt": "Oslo is", "ground_truth": 5}]}})
+    assert [note.split(":")[0] for note in request.notes] == ["subject", "locality.Other.ground_truth"]
 
 
 @pytest.mark.parametrize("nothing", [None, [], [[]], ""])
@@ -68,8 +84,6 @@ def test_a_probe_without_an_answer_is_none(nothing):
         (KNOWEDIT | {"locality": False}, "locality"),
         (KNOWEDIT | {"locality": {"Other": 0}}, "locality.Other"),
         (KNOWEDIT | {"rephrase_prompt": False}, "rephrase_prompt"),
-        (ZSRE | {"portability": 5}, "portability"),
-        (ZSRE | {"portability": ["Oslo is"]}, "portability"),
         (ZSRE | {"answers": 0}, "answers"),
         (ZSRE | {"answers": False}, "answers"),
     ],
