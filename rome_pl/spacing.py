@@ -26,11 +26,10 @@ def joined_by_space(prompt: str, target: str) -> bool | None:
         return _sign_opens_word(left, target)
     if unicodedata.category(right) in ("Pe", "Pf"):
         return False
-    # Other signs that open a word or number, such as a quote or a currency. A tokenizer's vocabulary may lack them with
-    # the space, which says nothing about whether there is one.
-    if not right.isalnum() and unicodedata.category(right)[0] != "M" and _is_spaced(target[1:2]):
-        return True
-    return None
+    # Other signs of a word or number, such as a currency or a minus. A tokenizer's vocabulary may lack them with the
+    # space, which says nothing about whether there is one.
+    opens = right == '"' or right.isalnum() or unicodedata.category(right) in ("Ps", "Pi", "Mn", "Mc", "Me")
+    return True if not opens and _is_spaced(target[1:2]) else None
 
 
 def _sign_opens_word(left: str, target: str) -> bool:

@@ -159,8 +159,11 @@ def spaced(prompt: str, target: str, asked: bool | None, vocabulary: Vocabulary)
 
 
 def _opens_a_word(sign: str, after: str) -> bool:
-    """Whether a sign, which is no accent, stands before a letter or digit."""
-    return after.isalnum() and not NO_SPACES.match(after) and not unicodedata.category(sign).startswith("M")
+    """Whether a sign, which is no accent, quote or bracket, stands before a letter or digit."""
+    sort = unicodedata.category(sign)
+    return (
+        after.isalnum() and not NO_SPACES.match(after) and sort[0] != "M" and sort not in ("Ps", "Pi") and sign != '"'
+    )
 
 
 def _space_stands_alone(target: str, vocabulary: Vocabulary) -> bool:
