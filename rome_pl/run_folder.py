@@ -33,6 +33,10 @@ _RUN_FILES = (
     "edit.yaml",
 )
 
+_IN_LEDGER = ("ledger/edits.jsonl", "ledger/shards", "ledger/.lock")
+
+_FOLDERS = ("ledger", "ledger/shards", "tensorboard", "figures")
+
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """Files that :func:`rome_pl.files.whole_file` leaves when a run is killed."""
 
@@ -135,7 +139,7 @@ def held_run_folder(folder: Path, overwrite: bool, resuming: bool) -> Iterator[B
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a run folder to write to in which files of a run are links, pipes, devices or sockets.
+    """Refuse a run folder to write to in which files of a run are links, pipes, devices, sockets, or folders.
 
     The folder itself may be a link.
 
@@ -144,6 +148,10 @@ def check_links(folder: Path) -> None:
     """
     for path in _own_files(folder):
         check_own(path)
+    for name in (*_RUN_FILES, *_IN_LEDGER):
+        path = folder / name
+        if path.exists() and path.is_dir() != (name in _FOLDERS):
+            raise OptionError(f"{path}: a {'folder' if path.is_dir() else 'file'}, where a run has none; remove it")
 
 
 def check_files(folder: Path) -> None:

@@ -165,7 +165,8 @@ def test_a_terminal_gets_a_bar_on_the_standard_error(monkeypatch):
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
     bar = rome_pl.cli._progress(VERBS["edit"])
     assert isinstance(bar, EditProgressBar)
-    assert bar._console_kwargs == {"stderr": True}
+    assert bar._console_kwargs["stderr"] is True
+    assert bar._console_kwargs["file"].isatty()  # the standard error, guarded
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
     assert isinstance(rome_pl.cli._progress(VERBS["edit"]), ProgressLines)
 
