@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rome_pl.clean_text import cut_edges, first_accepted
-from rome_pl.errors import OptionError, shortened
+from rome_pl.errors import OptionError, named, shortened
 from rome_pl.requests import EditRequest, Probe, RequestError
 from rome_pl.suggestions import did_you_mean
 
@@ -83,7 +83,7 @@ def easyedit_requests(
         OptionError: For an argument that has no meaning here.
     """
     for name in others:
-        raise OptionError(f"{name}: {ELSEWHERE.get(name) or f'no argument of edit{did_you_mean(name, _KNOWN)}'}")
+        raise OptionError(f"{named(name)}: {ELSEWHERE.get(name) or f'no argument of edit{did_you_mean(name, _KNOWN)}'}")
     number = 1 if isinstance(prompts, str) or not isinstance(prompts, Sequence) else len(prompts)
     if not number:
         raise RequestError("prompts", "is empty; give at least one")

@@ -13,7 +13,7 @@ from rome_pl.devices import check_device
 from rome_pl.easyedit import EasyEditResult, accumulates, easyedit_requests, place_errors
 from rome_pl.edit import Edit, EditStatus
 from rome_pl.edit_module import RomeModule
-from rome_pl.errors import OptionError
+from rome_pl.errors import OptionError, named
 from rome_pl.exports import easyedit_case
 from rome_pl.global_state import differentiable, undisturbed
 from rome_pl.inner_trainer import fit_inside
@@ -173,7 +173,8 @@ class KnowledgeEditor:
         if isinstance(prompt, list | tuple):
             raise OptionError("prompt is one text; several are prompts, with EasyEdit's other arguments")
         if unknown := sorted(set(others) - _FIELDS):
-            raise OptionError(f"{unknown[0]}: no field of a request{did_you_mean(unknown[0], {*_FIELDS, 'prompts'})}")
+            near = did_you_mean(unknown[0], {*_FIELDS, "prompts"})
+            raise OptionError(f"{named(unknown[0])}: no field of a request{near}")
         asked: dict[str, Any] = {"case_id": self._edited, **others}
         asked |= {"prompt": prompt, "subject": subject, "target_new": target_new, "target_true": target_true}
         request = EditRequest(**asked)

@@ -2,7 +2,7 @@
 
 from reprlib import Repr
 
-__all__ = ["OptionError", "RomeError", "SourceError", "first_line", "shortened"]
+__all__ = ["OptionError", "RomeError", "SourceError", "first_line", "named", "shortened"]
 
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 160, 40, 80
@@ -24,6 +24,11 @@ class SourceError(RomeError):
 def first_line(error: BaseException) -> str:
     """What an exception says, as one line without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def named(name: object) -> str:
+    """A field or argument as an error names it: as it is written, if it can be shown and is not too long."""
+    return name[:80] if isinstance(name, str) and name.isprintable() else shortened(name)
 
 
 def shortened(value: object) -> str:

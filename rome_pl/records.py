@@ -10,11 +10,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rome_pl.clean_text import cut_edges, first_accepted, no_answer
-from rome_pl.errors import shortened
+from rome_pl.errors import named, shortened
 from rome_pl.record_files import SUFFIXES, DataError, Malformed, read_records
 from rome_pl.requests import EditRequest, Probe, RequestError
 
 __all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
+
+MOST_LISTED, LONGEST_LIST = 30, 200
+"""Most fields that an error lists, and most characters of the list."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,20 @@ def _recognise(record: Mapping[str, Any], source: str) -> str:
             return "knowedit"
         return "flat" if _FLAT_ONLY & set(record) else "short"
     raise DataError(
-        f"{source}: unknown form of record, with the fields {sorted(map(_shown, record))[:30]}. Known forms: "
+        f"{source}: unknown form of record, with the fields {_listed(map(named, record))}. Known forms: "
         "CounterFact ('requested_rewrite', …), zsRE ('src', 'alt', …), KnowEdit ('locality', 'portability', …), "
         "EasyEdit's flat form ('prompt', 'subject', 'target_new', 'ground_truth', …), and "
         "the short form ('prompt', 'subject', 'target_new', optional 'target_true', 'paraphrases', 'neighbours')"
     )
 
 
-def _shown(key: object) -> str:
-    """A field's name as it is written, if it can be shown."""
-    return key[:80] if isinstance(key, str) and key.isprintable() else shortened(key)
+def _listed(names: Iterable[str]) -> str:
+    """Names in order, as many as a reader looks at."""
+    every = sorted(names)
+    shown = every[:MOST_LISTED]
+    while len(shown) > 1 and len(str(shown)) > LONGEST_LIST:
+        shown.pop()
+    return str(shown) + (f" and {len(every) - len(shown)} more" if len(every) > len(shown) else "")
 
 
 def _required(record: Mapping[str, Any], name: str, parent: str = "") -> Any:
@@ -166,8 +173,9 @@ def _from_flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_zsre(record: Mapping[str, Any]) -> dict[str, Any]:
     new = _required(record, "alt")
-    portability = record.get("portability")
-    follow_up = portability if isinstance(portability, Mapping) else {}
+    follow_up = _or_none(record.get("portability"), {})
+    if not isinstance(follow_up, Mapping):
+        raise RequestError("portability", f"expected 'New Question' and 'New Answer', got {type(follow_up).__name__}")
     return {
         "prompt": _required(record, "src"),
         "subject": _required(record, "subject"),
@@ -185,27 +193,27 @@ def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
     new = _required(record, "target_new")
     probes: dict[str, tuple[Probe, ...]] = {}
     for name in ("locality", "portability"):
-        kinds = record.get(name) or {}
+        kinds = _or_none(record.get(name), {})
         if not isinstance(kinds, Mapping):
             raise RequestError(name, f"expected kinds with lists of prompts, got {type(kinds).__name__}")
         probes[name] = tuple(
             probe
             for kind, entries in kinds.items()
-            for probe in _probes(entries or (), "ground_truth", f"{name}.{_shown(kind)}", kind)
+            for probe in _probes(_or_none(entries, ()), "ground_truth", f"{name}.{named(kind)}", kind)
         )
     return {
         "prompt": _required(record, "prompt"),
         "subject": _required(record, "subject"),
         "target_new": new,
         "target_true": _other_than(new, record.get("ground_truth")),
-        "paraphrases": _prompts(record, "rephrase_prompt") or _prompts(record, "rephrase"),
+        "paraphrases": _prompts(record, "rephrase" if _is_none(record.get("rephrase_prompt")) else "rephrase_prompt"),
         **probes,
     }
 
 
 def _other_than(new: Any, answers: Any) -> str | None:
     """The first of several accepted answers that is not the new one."""
-    accepted = [answers] if isinstance(answers, str) else answers or []
+    accepted = [answers] if isinstance(answers, str) else _or_none(answers, [])
     if not isinstance(accepted, Sequence) or not all(isinstance(answer, str) for answer in accepted):
         raise RequestError("target_true", f"expected text or a list of texts, got {shortened(answers)}")
     wanted = cut_edges(new)[1] if isinstance(new, str) else None
@@ -222,15 +230,28 @@ def _probes(entries: Any, answer_name: str, field: str, kind: str = "") -> tuple
             raise RequestError(field, f"expected a prompt with its answer, got {type(entry).__name__}")
         prompt, answer = entry.get("prompt"), entry.get(answer_name)
         answer = first_accepted(answer)
+        for part, text in (("prompt", prompt), (answer_name, answer)):
+            if not isinstance(text, str) and not _is_none(text):
+                raise RequestError(f"{field}.{part}", f"expected text, got {type(text).__name__}; put it in quotes")
         if isinstance(prompt, str) and isinstance(answer, str) and cut_edges(prompt)[1]:
             probes.append(Probe(prompt, answer, kind))
     return tuple(probes)
 
 
+def _is_none(value: Any) -> bool:
+    """Whether a field holds nothing: it is null, an empty text, list or mapping; neither 0 nor false is nothing."""
+    return value is None or (isinstance(value, str | Sequence | Mapping) and not value)
+
+
+def _or_none(value: Any, nothing: Any) -> Any:
+    """A field's value, and in the place of nothing one kind of it."""
+    return nothing if _is_none(value) else value
+
+
 def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
     unknown = set(record) - _SHORT_FIELDS
     if unknown:
-        name = min(map(_shown, unknown))
+        name = min(map(named, unknown))
         raise RequestError(name, f"unknown field; known fields are {sorted(_SHORT_FIELDS)}")
     for name in ("prompt", "subject", "target_new"):
         _required(record, name)
@@ -250,7 +271,16 @@ _WRITTEN = {
         "generation_prompts": "generation_prompts",
     },
     "flat": {"target_true": "ground_truth", "neighbours": "locality_prompt"},
-    "zsre": {"prompt": "src", "target_new": "alt", "target_true": "answers", "paraphrases": "rephrase"},
+    "zsre": {
+        "prompt": "src",
+        "target_new": "alt",
+        "target_true": "answers",
+        "paraphrases": "rephrase",
+        "locality.prompt": "loc",
+        "locality.answer": "loc_ans",
+        "portability.prompt": "portability.New Question",
+        "portability.answer": "portability.New Answer",
+    },
     "knowedit": {"target_true": "ground_truth", "paraphrases": "rephrase_prompt"},
 }
 _FORMS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -26,15 +26,24 @@ def joined_by_space(prompt: str, target: str) -> bool | None:
         return _sign_opens_word(left, target)
     if unicodedata.category(right) in ("Pe", "Pf"):
         return False
+    # Other signs that open a word or number, such as a quote or a currency. A tokenizer's vocabulary may lack them with
+    # the space, which says nothing about whether there is one.
+    if not right.isalnum() and unicodedata.category(right)[0] != "M" and _is_spaced(target[1:2]):
+        return True
     return None
 
 
 def _sign_opens_word(left: str, target: str) -> bool:
     """Whether a sign belongs to the word or number after it, as in "-27" or ".NET", and not to what stands before."""
     after = target[1:2]
-    if not after.isalnum() or writes_without_spaces(after) or _CLITIC.match(target):
+    if not _is_spaced(after) or _CLITIC.match(target):
         return False
     return not (left.isdigit() and after.isdigit())  # "3" and ".14", "1990" and "-1995"
+
+
+def _is_spaced(character: str) -> bool:
+    """Whether it is a letter or digit of a script that puts spaces between words."""
+    return character.isalnum() and not writes_without_spaces(character)
 
 
 def _opens(prompt: str) -> bool:

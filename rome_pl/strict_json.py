@@ -1,6 +1,7 @@
 """JSON read strictly: a key that occurs twice, NaN, endless numbers and deep nesting are faults, with their line."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,8 +99,7 @@ class _Reader:
     def _mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.doubled.append(next(name for name in values if names.count(name) > 1))
+            self.doubled.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
         return values
 
     def _whole(self, digits: str) -> int:

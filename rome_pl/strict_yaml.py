@@ -1,5 +1,6 @@
 """YAML read strictly: a key that occurs twice, an alias that holds itself or fills the memory, and deep nesting."""
 
+import re
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ LARGEST = 100_000
 """Most values that aliases may make of an entry."""
 
 _DEEP = f"lists and mappings stand in one another more than {DEEPEST} deep; flatten them"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # What the library's constructors raise for scalars that their tag does not fit, beside ValueError.
 _NO_SUCH_VALUE = (KeyError, IndexError, AttributeError, OverflowError, TypeError)
@@ -51,6 +54,12 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+    def compose_scalar_node(self, anchor: Any) -> ScalarNode:
+        node: ScalarNode = super().compose_scalar_node(anchor)
+        if _SURROGATE.search(node.value):  # JSON, which YAML is a superset of, writes one character as two escapes
+            node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return node
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, MappingNode):

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from rome_pl.clean_text import code_points
+from rome_pl.errors import shortened
 from rome_pl.words import character_edges, character_spans, is_whole_word
 
 __all__ = ["find_alike", "hint_of_difference", "locate_subject"]
+
+MOST_ALIGNED = 100
+"""Most characters of a text, from the first that differs on, in which differences are looked for."""
 
 MOST_COMPARED = 1_000_000
 """Most pairs of characters that are compared to say what a subject that is not there resembles."""
@@ -110,7 +114,9 @@ def hint_of_difference(prompt: str, subject: str, found: list[str]) -> str:
     if not found:
         resembling = _nearly(prompt, subject)
         found = [] if resembling is None else [resembling]
-    return "; ".join(_difference(subject, text) for text in found[:3])
+    shown = found[:2]
+    more = f"; and {len(found) - 2} more" if len(found) > 2 else ""
+    return "; ".join(_difference(subject, text, brief=len(shown) > 1) for text in shown) + more
 
 
 def _last(prompt: str, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
@@ -138,9 +144,10 @@ def _fold_case(character: str) -> str:
 
 
 def _bare(character: str) -> str:
-    """A character without accents, in its plainest form."""
+    """A character without accents, in its plainest form: a space is nothing, all dashes are one."""
     plain = unicodedata.normalize("NFKD", _fold_case(character)).casefold()
-    return "".join(part for part in plain if unicodedata.category(part) != "Mn")
+    kinds = ((part, unicodedata.category(part)) for part in plain)
+    return "".join("-" if kind == "Pd" else part for part, kind in kinds if kind not in ("Mn", "Zs"))
 
 
 def _nearly(prompt: str, subject: str) -> str | None:
@@ -160,14 +167,30 @@ def _nearly(prompt: str, subject: str) -> str | None:
     return prompt[bare.source[start][0] : bare.source[start + length - 1][1]]
 
 
-def _difference(subject: str, text: str) -> str:
-    """Where a text of the prompt differs from the subject, by code points."""
+def _difference(subject: str, text: str, brief: bool = False) -> str:
+    """Where a text of the prompt differs from the subject, by code points; if briefly, only the first place."""
+    most, each = (1, 1) if brief else (3, 2)
     parts = []
-    matcher = SequenceMatcher(None, text, subject, autojunk=False)
+    there, here = _without_common_ends(text, subject)
+    matcher = SequenceMatcher(None, there, here, autojunk=False)
     for kind, a_start, a_end, b_start, b_end in matcher.get_opcodes():
         if kind != "equal":
-            there = code_points(text[a_start:a_end]) or "nothing"
-            here = code_points(subject[b_start:b_end]) or "nothing"
-            parts.append(f"{there} where the subject has {here}")
-    shown = ", ".join(parts[:3]) + (" and more" if len(parts) > 3 else "")
-    return f"the prompt has {text!r} with {shown}"
+            other = code_points(there[a_start:a_end], each) or "nothing"
+            own = code_points(here[b_start:b_end], each) or "nothing"
+            parts.append(f"{other} where the subject has {own}")
+    shown = ", ".join(parts[:most]) + (" and more" if len(parts) > most else "")
+    return f"the prompt has {shortened(text)} with {shown}"
+
+
+def _without_common_ends(one: str, other: str) -> tuple[str, str]:
+    """What two texts do not have in common at their beginnings and ends, not more of it than is aligned."""
+    start = _length_in_common(one, other)
+    one, other = one[start:], other[start:]
+    end = _length_in_common(one[::-1], other[::-1])
+    return one[: len(one) - end][:MOST_ALIGNED], other[: len(other) - end][:MOST_ALIGNED]
+
+
+def _length_in_common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differ = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differ, min(len(one), len(other)))

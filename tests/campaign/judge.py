@@ -155,7 +155,12 @@ def spaced(prompt: str, target: str, asked: bool | None, vocabulary: Vocabulary)
         return not (left.isdigit() and after.isdigit())
     if unicodedata.category(right) in ("Pe", "Pf"):
         return False
-    return right.isalnum() or not _space_stands_alone(target, vocabulary)
+    return right.isalnum() or _opens_a_word(right, after) or not _space_stands_alone(target, vocabulary)
+
+
+def _opens_a_word(sign: str, after: str) -> bool:
+    """Whether a sign, which is no accent, stands before a letter or digit."""
+    return after.isalnum() and not NO_SPACES.match(after) and not unicodedata.category(sign).startswith("M")
 
 
 def _space_stands_alone(target: str, vocabulary: Vocabulary) -> bool:

@@ -91,7 +91,9 @@ def inner_white_space_stays(random: Random, fact: Fact, form: str) -> Mutated:
 @mutation()
 def target_opens_with_a_sign(random: Random, fact: Fact, form: str) -> Mutated:
     targets = ("-27 degrees", ".NET", "'N Sync", "’N Sync", "%20", "/usr/bin", "–5", "…and so on", ":30", "!important",
-               "?x", ",5", ";b", "—x", "'Til dawn", "'sup", "'Tis", "-é", "-Ж")  # fmt: skip
+               "?x", ",5", ";b", "—x", "'Til dawn", "'sup", "'Tis", "-é", "-Ж", "€5", "+47", "#1",
+               "@home", '"Hamlet"', "“Hamlet”", "‘Til dawn", "\u221227 degrees", "±5", "¿Qué", "_x", "<b>",
+               "~5")  # fmt: skip
     return Mutated(replace(fact, target_new=random.choice(targets)), notes=False)
 
 

@@ -8,7 +8,7 @@ from rome_pl.requests import EditRequest
 from rome_pl.stream import EditBatches
 
 
-def about(subject, prompt="{} is", target="x", relation=None, case_id=None):
+def about(subject, prompt="{} is", target="x", relation=None, case_id=0):
     return EditRequest(
         prompt=prompt.format(subject), subject=subject, target_new=target, relation=relation, case_id=case_id
     )

@@ -63,6 +63,27 @@ def test_scripts_without_spaces_and_opening_signs_stay_as_they_were(prompt, targ
     assert joined_by_space(prompt, target) is False
 
 
-@pytest.mark.parametrize("target", ["Rome", "\u20ac5", '"Hamlet"', "(unknown)", "#1", "@home"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "\u20ac5",
+        '"Hamlet"',
+        "\u201cHamlet\u201d",
+        "(unknown)",
+        "#1",
+        "@home",
+        "+47",
+        "\u221227",
+        "\u00bfQu\u00e9",
+        "_x",
+        "~5",
+    ],
+)
+def test_other_signs_before_a_word_or_number_get_a_space(target):
+    assert joined_by_space("He wrote", target) is True
+    assert joined_by_space("He wrote (", target) is False
+
+
+@pytest.mark.parametrize("target", ["Rome", "\u0301a", "\N{SLIGHTLY SMILING FACE}", "+ 47", '"', "\u20ac"])
 def test_other_targets_are_for_the_tokenizer_to_decide(target):
     assert joined_by_space("He wrote", target) is None

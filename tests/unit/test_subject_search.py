@@ -146,3 +146,39 @@ def test_a_whole_character_counts_where_a_cut_one_comes_later():
 def test_long_texts_are_searched_in_little_time():
     with pytest.raises(RequestError):
         found("word " * 20_000, "Danielle Darrieux, " * 50)
+
+
+def test_differences_of_long_texts_are_found_in_little_time_and_few_words():
+    """Comparing all of both took seconds, and the refusal quoted all of them."""
+    prompt = "aA" * 1500 + " and " + "Aa" * 1500
+    with pytest.raises(RequestError) as raised:
+        found(prompt, "a" * 3000)
+    message = str(raised.value)
+    assert len(message) < 1200
+    assert "U+0041 LATIN CAPITAL LETTER A where the subject has nothing" in message
+
+
+@pytest.mark.parametrize("prompt", ["MISS VANE and Miss Vane are", "MISS VANE and Miss Vane and miss VANE are"])
+def test_several_look_alikes_are_told_apart_in_few_words(prompt):
+    with pytest.raises(RequestError) as raised:
+        found(prompt, "miss vane")
+    message = str(raised.value)
+    assert len(message) < 600
+    for part in ("'MISS VANE'", "'Miss Vane'", "U+004D LATIN CAPITAL LETTER M"):
+        assert part in message
+    assert ("and 1 more;" in message) is ("VANE are" in prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "part"),
+    [
+        ("The a\u2013b is", "a-b", "U+2013 EN DASH where the subject has U+002D HYPHEN-MINUS"),
+        ("The Ray  Charles is", "Ray Charles", "U+0020 SPACE where the subject has nothing"),
+        ("NewYork is", "New York", "nothing where the subject has U+0020 SPACE"),
+        ("Ray Charles is", "Charles  Ray", None),
+    ],
+)
+def test_other_dashes_and_more_or_fewer_spaces_are_shown(prompt, subject, part):
+    with pytest.raises(RequestError) as raised:
+        found(prompt, subject)
+    assert (part in str(raised.value)) if part else ("U+" not in str(raised.value))

@@ -1,0 +1,126 @@
+"""Values of another type in records: refused by name, never left out without a word; and messages that stay short."""
+
+import json
+import time
+
+import pytest
+
+from rome_pl.easyedit import easyedit_requests
+from rome_pl.errors import OptionError
+from rome_pl.records import DataError, parse_records, read_records
+from rome_pl.strict_json import Fault, read_value
+
+KNOWEDIT = {
+    "prompt": "Rome is in",
+    "subject": "Rome",
+    "target_new": "Spain",
+    "ground_truth": "Italy",
+    "portability": {},
+}
+ZSRE = {
+    "src": "Rome is in",
+    "subject": "Rome",
+    "alt": "Spain",
+    "answers": ["Italy"],
+    "loc": "Oslo is",
+    "loc_ans": "old",
+}
+
+
+def refusal(record):
+    requests, (invalid,) = parse_records([record], "facts.json")
+    assert not requests
+    return invalid
+
+
+def only(record):
+    (request,), invalid = parse_records([record], "facts.json")
+    assert not invalid
+    return request
+
+
+@pytest.mark.parametrize("answer", [1990, True, False, 0, {"a": "b"}, [5], [[1.5]], b"x"])
+def test_an_answer_that_is_no_text_is_refused_by_name(answer):
+    """It was left out without a word: YAML makes numbers of years, and truth values of "no"."""
+    probe = {"prompt": "Oslo is", "ground_truth": answer}
+    invalid = refusal(KNOWEDIT | {"locality": {"Other": [probe]}})
+    assert invalid.field == "locality.Other.ground_truth"
+    assert "expected text, got" in invalid.message
+    assert refusal(KNOWEDIT | {"locality": {"Other": [{"prompt": answer, "ground_truth": "x"}]}}).field == (
+        "locality.Other.prompt"
+    )
+    assert refusal(ZSRE | {"loc_ans": answer}).field == "loc_ans"
+    assert refusal(ZSRE | {"loc": answer}).field == "loc"
+    follow_up = {"New Question": "Oslo is", "New Answer": answer}
+    assert refusal(ZSRE | {"portability": follow_up}).field == "portability.New Answer"
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]], ""])
+def test_a_probe_without_an_answer_is_none(nothing):
+    assert only(KNOWEDIT | {"locality": {"Other": [{"prompt": "Oslo is", "ground_truth": nothing}]}}).locality == ()
+    assert only(ZSRE | {"loc_ans": nothing}).locality == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (KNOWEDIT | {"locality": 0}, "locality"),
+        (KNOWEDIT | {"locality": False}, "locality"),
+        (KNOWEDIT | {"locality": {"Other": 0}}, "locality.Other"),
+        (KNOWEDIT | {"rephrase_prompt": False}, "rephrase_prompt"),
+        (ZSRE | {"portability": 5}, "portability"),
+        (ZSRE | {"portability": ["Oslo is"]}, "portability"),
+        (ZSRE | {"answers": 0}, "answers"),
+        (ZSRE | {"answers": False}, "answers"),
+    ],
+)
+def test_zero_and_false_are_not_nothing(record, field):
+    assert refusal(record).field == field
+
+
+def test_fields_that_hold_nothing_are_as_if_left_out():
+    plain = only(KNOWEDIT)
+    for name, nothing in (("locality", None), ("locality", []), ("rephrase_prompt", None), ("rephrase_prompt", "")):
+        assert only(KNOWEDIT | {name: nothing}) == plain
+    assert only(KNOWEDIT | {"rephrase_prompt": None, "rephrase": "In Rome one is in"}).paraphrases == (
+        "In Rome one is in",
+    )
+    assert only(ZSRE | {"portability": None}) == only(ZSRE)
+
+
+def test_a_character_that_is_escaped_in_halves_is_whole_in_yaml_as_in_json(tmp_path):
+    text = json.dumps([{"prompt": "Rome \N{SLIGHTLY SMILING FACE} is in", "subject": "Rome", "target_new": "Spain"}])
+    assert "\\ud83d" in text
+    for name in ("facts.json", "facts.yaml"):
+        (tmp_path / name).write_text(text)
+        (request,), _ = parse_records(read_records(tmp_path / name), name)
+        assert request.prompt == "Rome \N{SLIGHTLY SMILING FACE} is in"
+    (tmp_path / "facts.yaml").write_text(text.replace("\\ude42", ""))
+    _, (invalid,) = parse_records(read_records(tmp_path / "facts.yaml"), "facts.yaml")
+    assert "half a character" in invalid.message
+
+
+def test_a_key_twice_among_very_many_is_found_in_little_time():
+    """Counting each name among all of them took minutes."""
+    text = json.dumps({f"k{place}": 1 for place in range(60_000)})[:-1] + ', "k59999": 2}'
+    started = time.process_time()
+    fault = read_value(text, "take one out")
+    assert time.process_time() - started < 20
+    assert isinstance(fault, Fault)
+    assert "the key 'k59999' occurs twice" in fault.message
+
+
+def test_a_form_that_is_not_known_is_told_by_its_first_fields():
+    with pytest.raises(DataError, match=r"fields \['field0', .*\] and \d+ more\. Known forms") as raised:
+        parse_records([{f"field{place}": 1 for place in range(5000)}], "facts.json")
+    assert len(str(raised.value)) < 600
+    with pytest.raises(DataError, match=r"fields \['a', 'b'\]\. Known forms"):
+        parse_records([{"b": 1, "a": 2}], "facts.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 2000, "\x1b[31m", "a\u202eb"])
+def test_an_argument_that_is_not_known_is_named_in_short(name):
+    with pytest.raises(OptionError, match="no argument of edit") as raised:
+        easyedit_requests(prompts="Rome is in", target_new="Spain", subject="Rome", **{name: 1})
+    assert len(str(raised.value)) < 200
+    assert str(raised.value).isprintable()
