@@ -106,14 +106,15 @@ class RomeTrainer(Trainer):
         if target is not None:
             check_saves_whole(model.language_model.model)
             check_room(target, model_bytes(model.language_model), "save_model")
+        all_known = True
         if resuming:
             if self.world_size > 1:
                 raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
             check_model(folder, model.language_model)
             if not force:
                 self._check_settings(folder)
-            recorded = [str(line.record["case_id"]) for line in read_lines(folder / "ledger" / "edits.jsonl")]
-            check_records(folder, dict.fromkeys(recorded), {str(request.case_id) for request in datamodule.requests})
+            recorded = [line.record for line in read_lines(folder / "ledger" / "edits.jsonl")]
+            all_known = check_records(folder, recorded, datamodule.requests)
         if self.world_size > 1:  # its processes may be others than this one, which could not pass on a lock
             if self.is_global_zero:
                 claim_run_folder(folder, overwrite)
@@ -121,8 +122,10 @@ class RomeTrainer(Trainer):
             return
         with held_run_folder(folder, overwrite, resuming) as lock:
             report, commit = self._callback(RunReport), self._callback(EditCommit)
-            if resuming and is_finished(folder, report.missing(folder) if report is not None else ()):
+            missing = report.missing(folder) if report is not None else ()
+            if resuming and all_known and is_finished(folder, missing):
                 self._save_finished(model.language_model, folder, target)
+                self.exit_code = APPLIED if all_applied(folder) and not datamodule.invalid else SOME_FAILED
                 return
             if commit is not None:
                 commit.resume, commit.lock = resuming, lock
@@ -161,7 +164,6 @@ class RomeTrainer(Trainer):
 
     def _save_finished(self, language_model: LanguageModel, folder: Path, target: Path | None) -> None:
         """Save the model of a run that is finished, from its ledger, unless it is saved."""
-        self.exit_code = APPLIED if all_applied(folder) else SOME_FAILED
         if target is None:
             log.warning("The run in %s is finished: there is nothing to resume", folder)
             return
