@@ -37,7 +37,7 @@ from rome_pl.related_requests import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.rows import EncodedEdit
-from rome_pl.searches import Attempt, Searches, attempts_of, engines_of
+from rome_pl.searches import Attempt, Searches, attempts_of, engines_of, take_found
 from rome_pl.session import EditSession
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
@@ -315,15 +315,7 @@ class RomeModule(LightningModule):
             optimizer.step()
             search.project()
         for edit, found in zip(edits, search.found(), strict=True):
-            edit.steps, edit.found_greedy = found.steps, found.greedy
-            edit.note_before(found.greedy_before)
-            if found.finite:
-                edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
-                edit.delta = found.delta
-                edit.value = objective.base_output[edit.place].double() + found.delta.double()
-            else:
-                last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
-                edit.fail(f"{last}; lower v_lr, or load the model in float32")
+            take_found(edit, found, objective.base_output)
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from filelock import BaseFileLock, Timeout
 
 from rome_pl.errors import OptionError, RomeError
+from rome_pl.file_kinds import FOLDER, kind_of
 from rome_pl.files import check_own, check_place, local_path, make_folder
 from rome_pl.ledger import lock_of
 
@@ -162,11 +162,11 @@ def check_files(folder: Path) -> None:
     """
     for path in _own_files(folder):
         try:
-            mode = path.stat().st_mode
+            kind = kind_of(path.stat().st_mode)
         except OSError:
             continue
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise RunFolderError(f"{path}: a pipe, device or socket, where a run has a file or folder; remove it")
+        if kind not in (None, FOLDER):
+            raise RunFolderError(f"{path}: {kind}, where a run has a file or folder; remove it")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
