@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 from rome_pl.contexts import generate_contexts
 from rome_pl.corpus import generated_texts
 from rome_pl.generation import Sampling, end_ids, write_ids
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import load_language_model
 from rome_pl.metrics.generation import generate, measure_fluency
 from rome_pl.requests import EditRequest
 from tests.tiny import KeepFloat64, tiny_language_model, tiny_model
