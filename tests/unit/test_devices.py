@@ -80,3 +80,9 @@ def test_limits_that_end_a_stream_at_once_are_refused(option, value, tmp_path, c
     assert called("edit", *arguments, *folder, f"--trainer.{option}", value) == 2
     assert f"trainer.{option}: 0 ends the stream before its first edit" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", [["model", "tokenizer"], None, 7, torch.nn.Linear(1, 1)], ids=type)
+def test_the_editor_says_what_a_source_is(source):
+    with pytest.raises(OptionError, match=rf"a pair \(model, tokenizer\), got {type(source).__name__}"):
+        KnowledgeEditor.from_pretrained(source)
