@@ -92,14 +92,14 @@ class Searches:
         return edit.delta is not None
 
     def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
-        """Make the attempts from a number on, each for the edits whose last search has found too little."""
-        least, requirement = self._options["retry_below"], self._session.requirement
+        """Make the attempts from a number on, each for the edits whose last search has found too little.
+
+        Whether what is found makes the model say the target is for the write to show: it is cheap beside a search, and
+        an edit that takes is the same with retries and without.
+        """
+        least = self._options["retry_below"]
         for number in range(first, len(self._attempts)):
-            edits = [
-                edit
-                for edit in edits
-                if requirement.search_failed(edit.steps[-1].probability, edit.found_greedy, least)
-            ]
+            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]  # it may be no number
             if not edits:
                 return
             objective = self._attempt(number, edits, objective)
