@@ -108,7 +108,7 @@ class KnowledgeEditor:
         Args:
             source: Hub name, folder, GGUF file, ``package:NAME/FILE``, or a pair ``(model, tokenizer)``.
             dtype: Precision of the weights; ``auto`` takes the checkpoint's own.
-            device: Where the model runs; nothing takes a GPU if there is one. A given pair stays where it is.
+            device: Where the model runs. ``None`` (default): a GPU if there is one. A given pair stays where it is.
             allow_pickle: Whether weights that do not come as safetensors may be read.
             options: Options of :class:`RomeModule`.
 
