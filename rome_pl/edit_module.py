@@ -92,9 +92,7 @@ class RomeModule(LightningModule):
         retries: Other settings to search with, one after the other, where a search ends below ``retry_below``, or what
             it finds cannot be written or does not pass :class:`Verification`: each a mapping of search options (such
             as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of ``layers`` to other rewrite layers.
-        retry_below: Target's probability under the value below which a search has failed. It has failed too where
-            :class:`Verification` asks for greedy decoding to give the target, and under the value it does not. 0: no
-            search fails, and what has not taken after the write is searched again.
+        retry_below: Target's probability under the value below which a search has failed. 0: no search fails.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
         contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew

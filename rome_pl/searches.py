@@ -94,14 +94,14 @@ class Searches:
         return edit.delta is not None
 
     def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
-        """Make the attempts from a number on, each for the edits whose last search has found too little."""
-        least, requirement = self._options["retry_below"], self._session.requirement
+        """Make the attempts from a number on, each for the edits whose last search has found too little.
+
+        Whether what is found makes the model say the target is for the write to show: it is cheap beside a search, and
+        an edit that takes is the same with retries and without.
+        """
+        least = self._options["retry_below"]
         for number in range(first, len(self._attempts)):
-            edits = [
-                edit
-                for edit in edits
-                if requirement.search_failed(edit.steps[-1].probability, edit.found_greedy, least)
-            ]
+            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]  # it may be no number
             if not edits:
                 return
             objective = self._attempt(number, edits, objective)
@@ -149,7 +149,7 @@ def take_found(edit: Edit, found: Found, base_output: Tensor) -> None:
         found: What was found.
         base_output: What the unedited layer gives at the lookup tokens of the batch, ``[n, d_value]``.
     """
-    edit.steps, edit.found_greedy = found.steps, found.greedy
+    edit.steps = found.steps
     edit.note_before(found.greedy_before)
     if found.finite:
         edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
