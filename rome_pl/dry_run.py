@@ -1,37 +1,40 @@
 """Looking at requests before any edit: what each would be looked up by and taught, and which are refused."""
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from rome_pl.console import console, escape
-from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
-from rome_pl.loading import load_encoder
-from rome_pl.requests import RequestError
+from rome_pl.encoding import FactToken, TextEncoder
+from rome_pl.records import InvalidRecord
+from rome_pl.requests import EditRequest, RequestError
 
 __all__ = ["print_dry_run"]
 
 
-def print_dry_run(model: RomeModule, datamodule: RequestDataModule) -> int:
+def print_dry_run(
+    encoder: TextEncoder, requests: Sequence[EditRequest], invalid: Sequence[InvalidRecord], fact_token: FactToken
+) -> int:
     """Print each request's lookup token and target tokens. Nothing is edited, and no weights are loaded.
 
     Args:
-        model: The module that would edit.
-        datamodule: The requests.
+        encoder: Of the model that would be edited.
+        requests: The requests.
+        invalid: Records that are none.
+        fact_token: Which token's state is the lookup key.
 
     Returns:
         How many requests are refused.
     """
-    datamodule.setup()
-    encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
     out = console()
     table = Table(title="Dry run: lookup token and target span of each request")
-    noted = any(request.notes for request in datamodule.requests)
+    noted = any(request.notes for request in requests)
     for name in ("record", "prompt", "lookup token", "target tokens", *(["notes"] if noted else [])):
         table.add_column(name, overflow="fold")
-    refused = [record.message for record in datamodule.invalid]
-    for request in datamodule.requests:
+    refused = [record.message for record in invalid]
+    for request in requests:
         try:
-            lookup, target = encoder.describe(request, model.hparams["fact_token"])
+            lookup, target = encoder.describe(request, fact_token)
             encoder.check_probes(request)
         except RequestError as error:
             refused.append(str(error))

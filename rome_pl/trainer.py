@@ -23,6 +23,7 @@ from rome_pl.files import check_room, local_path
 from rome_pl.language_model import LanguageModel
 from rome_pl.layer_trial import trial_requests
 from rome_pl.ledger import read_lines
+from rome_pl.loading import load_encoder
 from rome_pl.preparation import check_limits
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.recorded_run import run_folder
@@ -89,7 +90,10 @@ class RomeTrainer(Trainer):
         if not isinstance(model, RomeModule):
             raise TypeError(f"expected a RomeModule, got {type(model).__name__}")
         if dry_run:
-            self.exit_code = SOME_FAILED if print_dry_run(model, datamodule) else APPLIED
+            datamodule.setup()
+            encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
+            refused = print_dry_run(encoder, datamodule.requests, datamodule.invalid, model.hparams["fact_token"])
+            self.exit_code = SOME_FAILED if refused else APPLIED
             return
         check_limits(self)
         folder = Path(self.default_root_dir)
