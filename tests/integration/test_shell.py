@@ -224,7 +224,7 @@ def test_bash_completes_with_the_script(tmp_path, capsys):
         "COMP_WORDS=(rome-pl blame --pr); COMP_CWORD=2; _shtab_rome_pl rome-pl --pr blame; echo ${COMPREPLY[@]}"
     )
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, check=True, timeout=30)
-    assert done.stdout.splitlines() == ["covariance convert completion", "--print_config --prompt"]
+    assert done.stdout.splitlines() == ["covariance convert completion", "--print_config --prompt --pretrained"]
 
 
 def test_completion_says_what_it_needs(monkeypatch, capsys):
