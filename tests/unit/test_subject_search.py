@@ -166,7 +166,7 @@ def test_several_look_alikes_are_told_apart_in_few_words(prompt):
     assert len(message) < 600
     for part in ("'MISS VANE'", "'Miss Vane'", "U+004D LATIN CAPITAL LETTER M"):
         assert part in message
-    assert ("and 1 more;" in message) is ("VANE are" in prompt)
+    assert ("; and 1 more)" in message) is ("VANE are" in prompt)
 
 
 @pytest.mark.parametrize(
