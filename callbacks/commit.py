@@ -41,7 +41,7 @@ class EditCommit(Callback):
                 stream = getattr(trainer.train_dataloader, "dataset", ())
                 try:
                     check_model(run, session.language_model)
-                    check_records(run, session.ledger.names_ahead(), {str(request.case_id) for request in stream})
+                    check_records(run, session.ledger.all_ahead(), stream)
                 except LedgerError:
                     _close(session)
                     raise

@@ -62,19 +62,19 @@ class StateCheck(Callback):
         largest_change: Largest Frobenius norm of the weight's change, relative to the original (SmolLM2 reaches 0.6
             after 50 edits that do it no harm).
         least_canary_agreement: Least share of canaries whose likeliest next token is the unedited model's.
-        canaries: Prompts of your own, in the model's language; nothing takes the shipped English ones.
-        largest_perplexity_ratio: Largest perplexity of held-out text, relative to the unedited model's; nothing
-            measures none, which is cheaper.
-        largest_divergence: Largest divergence of the next token from the unedited model's on the same text, in nats;
-            nothing measures none, which is cheaper.
-        largest_spectral_change: Largest singular value of the weight's change, relative to the original's; nothing
-            measures none.
+        canaries: Prompts of your own, in the model's language. ``None`` (default): the shipped English ones.
+        largest_perplexity_ratio: Largest perplexity of held-out text, relative to the unedited model's. ``None``
+            (default): perplexity is not measured, which is cheaper.
+        largest_divergence: Largest divergence of the next token from the unedited model's on the same text, in nats.
+            ``None`` (default): not measured, which is cheaper.
+        largest_spectral_change: Largest singular value of the weight's change, relative to the original's. ``None``
+            (default): not measured.
         least_retained: Least share of earlier edits that are retained: whose target still has at least half the
-            probability, after the bare prompt, that it had right after the edit was first written. Nothing measures
-            none. An edit whose fact a later one of the stream states anew does not count.
+            probability, after the bare prompt, that it had right after the edit was first written. An edit whose fact a
+            later one of the stream states anew does not count. ``None`` (default): not measured.
         retention_sample: Most edits to measure for that at a check: a seeded sample, which only grows or gives way to
             later edits.
-        perplexity_text: UTF-8 text for perplexity and divergence; nothing takes the one shipped.
+        perplexity_text: UTF-8 text for perplexity and divergence. ``None`` (default): the one shipped.
         on_failure: ``warn``; ``rollback`` (undo the edits since the last good check and go on); ``recover`` (undo them,
             and write them again one by one, without those after which the check fails); ``shrink`` (the same, but such
             an edit is tried at half its strength first); or ``stop`` (undo them and end the stream). A stream of which

@@ -15,7 +15,7 @@ __all__ = ["Verification"]
 
 
 class Verification(Callback):
-    """Measures the target under the written weights, and takes an edit back that has not taken.
+    """Measures the target under the written weights, and undoes an edit that has not taken.
 
     It is searched again then, and rejected if none of :class:`rome_pl.RomeModule`'s ``retries`` is left. An edit has
     taken if greedy decoding after the bare prompt gives the target, and the target's probability, the geometric mean
@@ -24,8 +24,8 @@ class Verification(Callback):
     Args:
         least_probability: Threshold. 0 accepts whatever was written, unless ``greedy`` is true.
         largest_disturbance: Largest share by which an edit may change what a rewrite layer gives on ordinary text, see
-            :meth:`rome_pl.edited_layers.EditedLayers.disturbance`; nothing accepts any. Edits over five layers of
-            SmolLM2 have 0.015 in the median. Needs the second moment of keys.
+            :meth:`rome_pl.edited_layers.EditedLayers.disturbance`. Edits over five layers of SmolLM2 have 0.015 in the
+            median. Needs the second moment of keys. ``None`` (default): any change is accepted.
         greedy: Whether greedy decoding has to give the target. Where it need not, the target has to be likelier than
             before, unless the threshold is 0. ``None`` (default): unless the threshold is 0.
 

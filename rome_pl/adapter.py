@@ -46,7 +46,7 @@ def save_adapter(folder: Path, layers: EditedLayers, source: str, rank: int | No
         folder: Where to.
         layers: The weights with their edits.
         source: The unedited model, as loaders know it.
-        rank: Most factors a layer; nothing takes as many as the change's rank.
+        rank: Most factors a layer. ``None`` (default): as many as the change's rank.
 
     Raises:
         LedgerError: If the edits have changed nothing.

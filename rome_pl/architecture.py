@@ -4,6 +4,7 @@ No family is recognised by name. A decoder layer's MLP is what is left of it bes
 tokens, and the projection that ROME rewrites is the last dense map there that gives back the model's hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "UnsupportedModelError",
     "decoder_layers",
     "dtype_of_delta",
+    "embedded_tokens",
     "find_attention_output",
     "find_site",
     "hidden_size",
@@ -78,6 +80,11 @@ def hidden_size(model: nn.Module) -> int:
     return int(_text_config(model).hidden_size)
 
 
+def embedded_tokens(model: Any) -> int:
+    """Number of tokens that a model has embeddings for; the layer may be wrapped, as by an adapter of PEFT."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its dotted name.
 
@@ -134,7 +141,7 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         if module.weight.shape[1 if transposed else 0] == width:
             found, adapted = (
                 RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed),
-                _adapted(block, name),
+                _adapted(block, name, ("base_layer", "original_module")),
             )
     if found is None:
         raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
@@ -188,12 +195,19 @@ def _is_mixer(module: nn.Module) -> bool:
     return convolves or _is_attention(module)
 
 
-def _adapted(block: nn.Module, name: str) -> str | None:
-    """The module around a module, or itself, that an adapter of PEFT was put on, if any."""
+def _adapted(block: nn.Module, name: str, marks: Sequence[str] = ("base_layer",)) -> str | None:
+    """The module around a module, or itself, that an adapter of PEFT was put on, if any.
+
+    Args:
+        block: The decoder layer.
+        name: The module's name in it.
+        marks: Names under which PEFT keeps what it has wrapped: ``base_layer`` below an adapter's own maps,
+            ``original_module`` beside a copy that is trained whole (``modules_to_save``).
+    """
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
-        # Only what PEFT has put around a layer keeps the layer itself under this name.
-        if isinstance(getattr(block.get_submodule(".".join(parts[:depth])), "base_layer", None), nn.Module):
+        around = block.get_submodule(".".join(parts[:depth]))
+        if any(isinstance(getattr(around, mark, None), nn.Module) for mark in marks):
             return ".".join(parts[:depth])
     return None
 

@@ -50,6 +50,7 @@ from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError, RomeError
 from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.files import local_path, whole_file
+from rome_pl.preparation import check_limits
 from rome_pl.shell import SWITCHES, completion_script, overview, split_switches, unexpected, unknown
 from rome_pl.suggestions import SuggestingParser
 from rome_pl.trace_module import TraceModule
@@ -215,7 +216,10 @@ class RomeCLI(LightningCLI):
         if trainer["accelerator"] == "auto":
             # Lightning's own choice includes Apple's MPS, which lacks the float64 that edits are solved in.
             kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        if self.subcommand != "edit":  # which may be a dry run
+            check_limits(made, "predict")
+        return made
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def undo(
     undone = take_out(language_model, run, names, [local_path(path) for path in statistics or []], save)
     console().print(
         f"{len(undone.names)} edits undone, {len(undone.layers.names)} remain, {len(undone.resolved)} of them solved "
-        f"anew; the weights are {undone.layers.change:.3g} of its norm away from the original"
+        f"anew; the weights are {undone.layers.change:.3g} of their norm away from the original"
         + (f". Saved to {save_model}" if save_model is not None else ""),
         soft_wrap=True,
         markup=False,

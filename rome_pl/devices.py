@@ -21,7 +21,7 @@ def check_device(device: str | torch.device | int | None) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device: {device!r} is none ({first_line(error)}); {_here()}") from error
+        raise OptionError(f"device: {device!r} is not a device ({first_line(error)}); {_here()}") from error
     if found.type == "mps":
         raise OptionError(f"device: Apple's MPS has no float64, in which edits are solved; {_here()}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}

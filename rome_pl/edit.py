@@ -73,7 +73,6 @@ class Edit:
         value: The offset on top of the bare prompt's output, ``[d_value]``: the value that published presets assert.
         steps: Losses, one per evaluation.
         written: Its write, once done; in single mode the write that was measured.
-        found_greedy: Whether greedy decoding after the bare prompt gives the target under the value found.
         before: Probability of the target before the edit: geometric mean over its tokens, on the bare prompt.
         after: The same after the write.
         greedy_before: Whether greedy decoding after the bare prompt gives the target before the edit: whether it holds
@@ -101,7 +100,6 @@ class Edit:
     value: Tensor | None = None
     steps: list[Step] = field(default_factory=list)
     written: Written | None = None
-    found_greedy: bool = False
     before: float | None = None
     after: float | None = None
     greedy_before: bool | None = None

@@ -37,7 +37,7 @@ from rome_pl.related_requests import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests import EditRequest, RequestError
 from rome_pl.resume import take_over
 from rome_pl.rows import EncodedEdit
-from rome_pl.searches import Attempt, Searches, attempts_of, engines_of
+from rome_pl.searches import Attempt, Searches, attempts_of, engines_of, take_found
 from rome_pl.session import EditSession
 from rome_pl.stream import EditBatches, check_shared, retention_loader
 from rome_pl.suffix import SuffixEngine
@@ -92,9 +92,7 @@ class RomeModule(LightningModule):
         retries: Other settings to search with, one after the other, where a search ends below ``retry_below``, or what
             it finds cannot be written or does not pass :class:`Verification`: each a mapping of search options (such
             as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of ``layers`` to other rewrite layers.
-        retry_below: Target's probability under the value below which a search has failed. It has failed too where
-            :class:`Verification` asks for greedy decoding to give the target, and under the value it does not. 0: no
-            search fails, and what has not taken after the write is searched again.
+        retry_below: Target's probability under the value below which a search has failed. 0: no search fails.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
         contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew
@@ -315,15 +313,7 @@ class RomeModule(LightningModule):
             optimizer.step()
             search.project()
         for edit, found in zip(edits, search.found(), strict=True):
-            edit.steps, edit.found_greedy = found.steps, found.greedy
-            edit.note_before(found.greedy_before)
-            if found.finite:
-                edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
-                edit.delta = found.delta
-                edit.value = objective.base_output[edit.place].double() + found.delta.double()
-            else:
-                last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
-                edit.fail(f"{last}; lower v_lr, or load the model in float32")
+            take_found(edit, found, objective.base_output)
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session

@@ -1,5 +1,6 @@
 """Editing without a config: the same module, data and callbacks behind one object."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
@@ -95,7 +96,7 @@ class KnowledgeEditor:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | tuple[Any, Any],
+        source: str | os.PathLike[str] | tuple[Any, Any],
         *,
         dtype: str = "auto",
         device: str | torch.device | None = None,
@@ -107,12 +108,13 @@ class KnowledgeEditor:
         Args:
             source: Hub name, folder, GGUF file, ``package:NAME/FILE``, or a pair ``(model, tokenizer)``.
             dtype: Precision of the weights; ``auto`` takes the checkpoint's own.
-            device: Where the model runs; nothing takes a GPU if there is one. A given pair stays where it is.
+            device: Where the model runs. ``None`` (default): a GPU if there is one. A given pair stays where it is.
             allow_pickle: Whether weights that do not come as safetensors may be read.
             options: Options of :class:`RomeModule`.
 
         Raises:
-            OptionError: If a loaded model is given together with a precision or device, or the device is not here.
+            OptionError: If a loaded model is given without its tokenizer, or together with a precision or device, or
+                the device is not here.
             SourceError: If the source cannot be loaded.
             UnsupportedModelError: If the model has no dense MLP at the rewrite layer.
         """
@@ -120,6 +122,11 @@ class KnowledgeEditor:
             if dtype != "auto" or device is not None:
                 raise OptionError("dtype and device are for sources to load; a given model keeps its own")
             return cls(LanguageModel(*source), **options)
+        if not isinstance(source, str | os.PathLike):
+            raise OptionError(
+                "source: expected the name, folder or file of a model, or a pair (model, tokenizer), got "
+                f"{type(source).__name__}"
+            )
         chosen = check_device(device)
         language_model = load_language_model(source, dtype, allow_pickle)
         language_model.model.to(chosen)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from rome_pl.errors import OptionError
+from rome_pl.file_kinds import FOLDER, LINK, kind_of
 from rome_pl.folder_swap import (
     clear_leftovers,
     filled_inside,
@@ -56,8 +56,8 @@ def check_regular(path: Path) -> None:
     Raises:
         OSError: If it is missing, or a folder, FIFO, socket or device.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    if kind := kind_of(path.stat().st_mode):
+        raise OSError(errno.EINVAL, f"is no regular file but {kind}", str(path))
 
 
 def read_regular(path: Path) -> bytes:
@@ -84,10 +84,11 @@ def check_own(path: Path) -> None:
         mode = path.lstat().st_mode
     except OSError:  # not there
         return
-    if stat.S_ISLNK(mode):
+    kind = kind_of(mode)
+    if kind == LINK:
         raise OptionError(f"{path}: a link, which is never followed when a run is written; put its file there instead")
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OptionError(f"{path}: a pipe, device or socket, where a run has a file or folder; remove it")
+    if kind not in (None, FOLDER):
+        raise OptionError(f"{path}: {kind}, where a run has a file or folder; remove it")
 
 
 def open_own(path: Path, flags: int) -> BinaryIO:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from rome_pl.architecture import embedded_tokens
 from rome_pl.hooks import clean_padding, frozen, seeded
 from rome_pl.language_model import LanguageModel
 from rome_pl.rows import EncodedRow, align
@@ -100,15 +101,19 @@ def write_ids(
 
 def end_ids(language_model: LanguageModel) -> list[int]:
     """Ids that end a text, by the model's own generation settings; those that its vocabulary lacks never come up."""
-    found = next((module.generation_config.eos_token_id for module in _with_settings(language_model.model)), None)
+    settings = [module.generation_config for module in _with_settings(language_model.model)]
+    found = next((one.eos_token_id for one in settings if one is not None), None)
     ids = torch.as_tensor([] if found is None else found).flatten().tolist()
-    size = language_model.model.get_input_embeddings().num_embeddings
+    size = embedded_tokens(language_model.model)
     return [int(token) for token in ids if 0 <= token < size]
 
 
 def _with_settings(model: nn.Module) -> list[Any]:
-    """The modules that keep generation settings, the outermost first: a wrapper reads those of what it wraps."""
-    return [module for module in model.modules() if vars(module).get("generation_config") is not None]
+    """The modules that keep generation settings, or ``None`` in their place, the outermost first.
+
+    A wrapper reads those of what it wraps.
+    """
+    return [module for module in model.modules() if "generation_config" in vars(module)]
 
 
 @contextmanager

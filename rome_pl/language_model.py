@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-from rome_pl.architecture import RewriteSite, decoder_layers
+from rome_pl.architecture import RewriteSite, decoder_layers, embedded_tokens
 from rome_pl.chat import ChatForm, frame_for
 from rome_pl.encoding import ENCODING_VERSION, TextEncoder
 from rome_pl.files import content_key, local_path
@@ -46,7 +46,7 @@ class LanguageModel:
     def __post_init__(self) -> None:
         check_supported(self.model, self.source)
         frame = frame_for(self.tokenizer, self.chat)
-        embedded = self.model.get_input_embeddings().num_embeddings
+        embedded = embedded_tokens(self.model)
         self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame, embedded)
         if self.encoder.pad_id >= embedded:
             self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do

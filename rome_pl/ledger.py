@@ -114,6 +114,10 @@ class Ledger:
         """What the next lines of an earlier run say, at most so many."""
         return [line.record for line in list(self._ahead)[:count]]
 
+    def all_ahead(self) -> list[dict[str, Any]]:
+        """What all lines of an earlier run say that this one has not come to yet."""
+        return [line.record for line in self._ahead]
+
     def skip(self) -> None:
         """Take what is there as it is: write behind it from now on."""
         self._ahead.clear()

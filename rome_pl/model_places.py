@@ -43,8 +43,8 @@ def find_model(
     """Load the model that a run began with, wherever it lies now.
 
     Without ``pretrained`` these places are tried, in this order: the path from the run's folder on, the absolute path,
-    the source as it was given, and that path below the folders that the run lies in. The first that holds the model
-    with the run's weights is it.
+    the source as it was given, and that path below the folders that the run lies in. The first that holds the run's
+    model is it; a model with its weights and another config or tokenizer only if no place holds that one.
 
     Args:
         about: What the run's manifest says of its model.
@@ -57,7 +57,7 @@ def find_model(
         SourceError: If no place holds it, with all that were tried and the option that names another.
     """
     tried: list[str] = []
-    other = False
+    other, alike = False, None
     for place in [pretrained] if pretrained is not None else _places(about, run):
         try:
             loaded = load(place)
@@ -65,13 +65,27 @@ def find_model(
             tried.append(f"{place}: {error}")
             continue
         if loaded.fingerprint == about["fingerprint"]:
-            return loaded
+            if _same_rules(loaded, about):
+                return loaded
+            alike = alike or loaded
+            continue
         other = True
         tried.append(f"{place}: {loaded.fingerprint[:12]}")
+    if alike is not None:  # whoever uses it says what differs
+        return alike
     fault = f"a {kind} of another model than the one loaded" if other else f"the model of this {kind} was not found"
     raise SourceError(
         f"{run}: {fault} (it began with {about['source']}, {str(about['fingerprint'])[:12]}). Say where that one is "
         f"by --pretrained. Tried {'; '.join(tried)}"
+    )
+
+
+def _same_rules(loaded: LanguageModel, about: Mapping[str, Any]) -> bool:
+    """Whether config and tokenizer are those on record; manifests of earlier versions do not tell them."""
+    known = about.get("config") is not None
+    return not known or (loaded.config_fingerprint, loaded.tokenizer_fingerprint) == (
+        about["config"],
+        about["tokenizer"],
     )
 
 

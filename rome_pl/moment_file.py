@@ -111,7 +111,7 @@ def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor
             raise ValueError("its matrix holds numbers that are not finite")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise StatisticsError(
-            f"{path}: damaged, or no second moment of this project ({error}); compute it again"
+            f"{path}: damaged, or no second moment of this project ({error}); delete it, and compute it again"
         ) from error
     return about, packed
 

@@ -29,17 +29,6 @@ class Requirement:
     least_probability: float = 0.0
     greedy: bool = False
 
-    def search_failed(self, probability: float, greedy: bool, least: float) -> bool:
-        """Whether a search has found too little to be worth a write.
-
-        Args:
-            probability: The target's probability under the value found, over the contexts of the last evaluation.
-            greedy: Whether greedy decoding after the bare prompt then gives the target.
-            least: Least probability that a search has to reach; 0 where the write alone is to decide.
-        """
-        # A probability may be no number. Where any will do, the write decides.
-        return not probability >= least or (least > 0 and self.greedy and not greedy)
-
     def objection(
         self, before: float | None, after: TargetMeasure, changed: bool, decode: Callable[[list[int]], str]
     ) -> str | None:

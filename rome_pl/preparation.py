@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -61,12 +61,20 @@ def check_trainer(trainer: Any, sequential: bool) -> None:
         raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
 
 
-def check_limits(trainer: Any) -> None:
-    """Refuse limits of a Trainer under which a stream ends before its first edit.
+def check_limits(trainer: Any, loop: Literal["fit", "predict"] = "fit") -> None:
+    """Refuse limits of a Trainer under which nothing would be done.
+
+    Args:
+        trainer: The Trainer.
+        loop: Which of its loops is to run: edits are made by ``fit``, all else by ``predict``.
 
     Raises:
         OptionError: With the option.
     """
+    if loop == "predict":
+        if trainer.limit_predict_batches == 0:
+            raise OptionError("trainer.limit_predict_batches: 0 ends the run before anything is done; leave it out")
+        return
     left = [callback.time_remaining() for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
     limits = {
         "max_time": min((seconds for seconds in left if seconds is not None), default=1.0),

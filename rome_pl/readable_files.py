@@ -1,19 +1,12 @@
 """Reading text files that a user names: refused at once where the name is of something else, such as a pipe."""
 
-import stat
 from pathlib import Path
 
 from rome_pl.errors import RomeError
+from rome_pl.file_kinds import kind_of
 
 __all__ = ["FileError", "check_file", "check_text", "is_there", "read_text"]
 
-_OTHER_KINDS = (
-    (stat.S_ISDIR, "is a folder, not a file"),
-    (stat.S_ISFIFO, "is a pipe (FIFO), not a file"),
-    (stat.S_ISCHR, "is a device, not a file"),
-    (stat.S_ISBLK, "is a device, not a file"),
-    (stat.S_ISSOCK, "is a socket, not a file"),
-)
 _BEGINNINGS = (
     (b"\x1f\x8b", "is compressed (gzip); unpack it first"),
     (b"BZh", "is compressed (bzip2); unpack it first"),
@@ -57,9 +50,8 @@ def check_file(path: Path, wanted: str) -> None:
         raise FileError(f"{path}: no such file; {wanted}") from None
     except (OSError, ValueError) as error:  # a name that is too long or holds a NUL character; no right to look
         raise FileError(f"{str(path)[:200]!r}: cannot be looked at: {_reason(error)}; {wanted}") from None
-    for is_kind, what in _OTHER_KINDS:
-        if is_kind(mode):
-            raise FileError(f"{path}: {what}; {wanted}")
+    if kind := kind_of(mode):
+        raise FileError(f"{path}: is {kind}, not a file; {wanted}")
 
 
 def read_text(path: Path, wanted: str) -> str:

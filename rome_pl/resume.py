@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rome_pl.language_model import LanguageModel
 from rome_pl.ledger import LedgerError, plain
 from rome_pl.model_check import refuse_another_model
 from rome_pl.replay import groups_of, load_write, read_manifest
+from rome_pl.requests import EditRequest
 from rome_pl.session import EditSession
 from rome_pl.value_search import Step
 
@@ -68,13 +69,7 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
 
 
 def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
-    asked = json.loads(json.dumps(plain(edit.request.content())))
-    if line["request"] != asked:
-        field = next(name for name in {**asked, **line["request"]} if line["request"].get(name) != asked.get(name))
-        then, now = line["request"].get(field), asked.get(field)
-        raise LedgerError(
-            f"{folder}: record {edit.name} had another {field} ({then!r}, now {now!r}); resume with the same records"
-        )
+    _check_same(edit.request, line, folder)
     edit.recorded = line
     edit.status, edit.reason, edit.failed = EditStatus(line["status"]), line["reason"], line["failed"]
     edit.notes, edit.layers = list(line["notes"]), tuple(line["layers"])
@@ -84,6 +79,18 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])
+
+
+def _check_same(request: EditRequest, line: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a record that asks for something else than the ledger says it did."""
+    asked = json.loads(json.dumps(plain(request.content())))
+    if line["request"] != asked:
+        field = next(name for name in {**asked, **line["request"]} if line["request"].get(name) != asked.get(name))
+        then, now = line["request"].get(field), asked.get(field)
+        raise LedgerError(
+            f"{folder}: record {request.case_id} had another {field} ({then!r}, now {now!r}); resume with the same "
+            "records"
+        )
 
 
 def check_model(run: Path, language_model: LanguageModel) -> None:
@@ -102,7 +109,8 @@ def check_model(run: Path, language_model: LanguageModel) -> None:
     if theirs.get("encoding", 1) != ENCODING_VERSION:
         raise LedgerError(
             f"{run}: was begun by a version that joins prompts and targets by other rules (version "
-            f"{theirs.get('encoding', 1)}, now {ENCODING_VERSION}); make the run again, or resume it with that version"
+            f"{theirs.get('encoding', 1)}, now {ENCODING_VERSION}); make the run again, or resume it with that version "
+            "(rome-pl export saves what it has edited so far)"
         )
     if theirs.get("frame", []) != list(language_model.encoder.frame.texts):
         raise LedgerError(
@@ -111,23 +119,32 @@ def check_model(run: Path, language_model: LanguageModel) -> None:
         )
 
 
-def check_records(run: Path, recorded: Collection[str], asked: Collection[str]) -> None:
-    """Refuse to resume a run with fewer records than it has edited: its model would not be what its ledger says.
+def check_records(run: Path, recorded: Iterable[Mapping[str, Any]], requests: Iterable[EditRequest]) -> bool:
+    """Refuse to resume a run with fewer or other records than it has edited: its model would not be what they ask for.
 
     Args:
         run: Its folder.
-        recorded: The records that its ledger has, by ``case_id``.
-        asked: Those of the stream now.
+        recorded: What the lines of its ledger say.
+        requests: The stream now.
+
+    Returns:
+        Whether the stream has no record that the ledger lacks.
 
     Raises:
-        LedgerError: With what the stream lacks.
+        LedgerError: With what the stream lacks, or has otherwise.
     """
-    if missing := [name for name in recorded if name not in asked]:
+    first = {str(line["case_id"]): line for line in recorded if "request" in line}
+    asked = {str(request.case_id): request for request in requests}
+    for name, line in first.items():
+        if name in asked:
+            _check_same(asked[name], line, run / "ledger")
+    if missing := [name for name in first if name not in asked]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise LedgerError(
             f"{run}: its ledger has {len(missing)} records that the stream lacks now ({', '.join(missing[:5])}{more}); "
             "resume with all records of that run, more may follow. Nothing was changed"
         )
+    return len(first) == len(asked)
 
 
 def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -141,7 +158,9 @@ def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
     Raises:
         LedgerError: With the difference.
     """
-    before, after = _decisive(then), _decisive(now)
+    # The manifest tells which model it was, wherever that lies now; see check_model.
+    where = ("model.pretrained: ",) if (run / "manifest.json").is_file() else ()
+    before, after = ([line for line in _decisive(config) if not line.startswith(where)] for config in (then, now))
     if before != after:
         changes = [f"{line[0]} {line[1:]}" for line in unified_diff(before, after, lineterm="", n=0) if line[0] in "+-"]
         raise LedgerError(

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from filelock import BaseFileLock, Timeout
 
 from rome_pl.errors import OptionError, RomeError
+from rome_pl.file_kinds import FOLDER, kind_of
 from rome_pl.files import check_own, check_place, local_path, make_folder
 from rome_pl.ledger import lock_of
 
@@ -32,6 +32,10 @@ _RUN_FILES = (
     *("records.jsonl", "table.md", "table.csv", "report.html", "easyedit.json", "kmeng01.json"),
     "edit.yaml",
 )
+
+_IN_LEDGER = ("ledger/edits.jsonl", "ledger/shards", "ledger/.lock")
+
+_FOLDERS = ("ledger", "ledger/shards", "tensorboard", "figures")
 
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """Files that :func:`rome_pl.files.whole_file` leaves when a run is killed."""
@@ -135,7 +139,7 @@ def held_run_folder(folder: Path, overwrite: bool, resuming: bool) -> Iterator[B
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a run folder to write to in which files of a run are links, pipes, devices or sockets.
+    """Refuse a run folder to write to in which files of a run are links, pipes, devices, sockets, or folders.
 
     The folder itself may be a link.
 
@@ -144,6 +148,10 @@ def check_links(folder: Path) -> None:
     """
     for path in _own_files(folder):
         check_own(path)
+    for name in (*_RUN_FILES, *_IN_LEDGER):
+        path = folder / name
+        if path.exists() and path.is_dir() != (name in _FOLDERS):
+            raise OptionError(f"{path}: a {'folder' if path.is_dir() else 'file'}, where a run has none; remove it")
 
 
 def check_files(folder: Path) -> None:
@@ -154,11 +162,11 @@ def check_files(folder: Path) -> None:
     """
     for path in _own_files(folder):
         try:
-            mode = path.stat().st_mode
+            kind = kind_of(path.stat().st_mode)
         except OSError:
             continue
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise RunFolderError(f"{path}: a pipe, device or socket, where a run has a file or folder; remove it")
+        if kind not in (None, FOLDER):
+            raise RunFolderError(f"{path}: {kind}, where a run has a file or folder; remove it")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -4,16 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from rome_pl.architecture import RewriteSite
 from rome_pl.batch_preparation import prepare_edits
-from rome_pl.edit import Edit
+from rome_pl.edit import Edit, EditStatus
 from rome_pl.language_model import LanguageModel
 from rome_pl.objective import ValueObjective
 from rome_pl.session import EditSession
 from rome_pl.suffix import SuffixEngine
-from rome_pl.value_search import SearchOptions
+from rome_pl.value_search import Found, SearchOptions
 
-__all__ = ["Attempt", "Searches", "attempts_of", "engines_of"]
+__all__ = ["Attempt", "Searches", "attempts_of", "engines_of", "take_found"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ class Searches:
         return edit.delta is not None
 
     def _go_on(self, edits: Sequence[Edit], first: int, objective: ValueObjective) -> None:
-        """Make the attempts from a number on, each for the edits whose last search has found too little."""
-        least, requirement = self._options["retry_below"], self._session.requirement
+        """Make the attempts from a number on, each for the edits whose last search has found too little.
+
+        Whether what is found makes the model say the target is for the write to show: it is cheap beside a search, and
+        an edit that takes is the same with retries and without.
+        """
+        least = self._options["retry_below"]
         for number in range(first, len(self._attempts)):
-            edits = [
-                edit
-                for edit in edits
-                if requirement.search_failed(edit.steps[-1].probability, edit.found_greedy, least)
-            ]
+            edits = [edit for edit in edits if not edit.steps[-1].probability >= least]  # it may be no number
             if not edits:
                 return
             objective = self._attempt(number, edits, objective)
@@ -137,3 +139,22 @@ def engines_of(
         pad_id = language_model.encoder.pad_id
         engines[layers] = SuffixEngine(language_model.model, last, pad_id, compiled, below)
     return engines
+
+
+def take_found(edit: Edit, found: Found, base_output: Tensor) -> None:
+    """Give an edit what a search has found for it, or fail it where the search broke down.
+
+    Args:
+        edit: The edit.
+        found: What was found.
+        base_output: What the unedited layer gives at the lookup tokens of the batch, ``[n, d_value]``.
+    """
+    edit.steps = found.steps
+    edit.note_before(found.greedy_before)
+    if found.finite:
+        edit.status, edit.reason, edit.failed = EditStatus.PENDING, None, False
+        edit.delta = found.delta
+        edit.value = base_output[edit.place].double() + found.delta.double()
+    else:
+        last = f"the loss became {found.steps[-1].loss} at step {len(found.steps) - 1}"
+        edit.fail(f"{last}; lower v_lr, or load the model in float32")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from rome_pl.architecture import UnsupportedModelError, decoder_layers
 from rome_pl.errors import SourceError
+from rome_pl.file_kinds import FOLDER, kind_of
 
 __all__ = ["check_files", "check_settings", "check_weights"]
 
@@ -31,11 +31,11 @@ def check_files(folder: Path, source: str) -> None:
     """
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         try:
-            kind = path.stat().st_mode
+            kind = kind_of(path.stat().st_mode)
         except OSError:  # a link that leads nowhere; the loader says so if it needs it
             continue
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-            raise SourceError(f"{source}: {path} is neither a file nor a folder (a pipe, socket or device); remove it")
+        if kind not in (None, FOLDER):
+            raise SourceError(f"{source}: {path} is neither a file nor a folder but {kind}; remove it")
     if (folder / "adapter_config.json").exists():
         raise SourceError(
             f"{source}: {folder} holds an adapter of PEFT (adapter_config.json), and what is saved from it would hold "

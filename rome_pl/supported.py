@@ -50,9 +50,11 @@ def check_supported(model: Any, source: str) -> None:
         _tried.add(model)
         if _has_adapter(model):
             log.warning(
-                "%s holds adapters of PEFT: edits go into the weights below them. Its save_pretrained writes the "
-                "adapters alone, without edits: call merge_and_unload() first",
+                "%s: the model has adapters of PEFT. Edits change the weights that the adapters are added to, but "
+                "model.save_pretrained() saves the adapters alone: the edits would be lost. To save an edited model, "
+                "%s before you edit",
                 source,
+                _how_to_merge(model),
             )
 
 
@@ -64,13 +66,20 @@ def check_saves_whole(model: nn.Module) -> None:
     """
     if _has_adapter(model):
         raise UnsupportedModelError(
-            "a model with adapters of PEFT saves the adapters alone, without the edits: merge them first "
-            "(model = model.merge_and_unload()), then edit and save"
+            "the model has adapters of PEFT, and its save_pretrained() saves the adapters alone: the edits would be "
+            f"lost. To save it with them, {_how_to_merge(model)}, then edit and save"
         )
 
 
 def _has_adapter(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _how_to_merge(model: nn.Module) -> str:
+    if hasattr(model, "merge_and_unload"):
+        return "merge the adapters (model = model.merge_and_unload())"
+    # What transformers attaches itself cannot be merged in place.
+    return "merge the adapters (load the model by peft's AutoPeftModelForCausalLM and call merge_and_unload())"
 
 
 def _check_wrappers(model: nn.Module, source: str) -> None:

@@ -249,7 +249,7 @@ class TraceModule(LightningModule):
 
     def _noise(self, fact: Fact) -> torch.Tensor:
         """What is added to the subject's embeddings, ``[samples, tokens, width]``; always the same for a fact."""
-        width = self._language_model.model.get_input_embeddings().embedding_dim
+        width = self._language_model.model.get_input_embeddings().weight.shape[1]
         tokens = fact.subject[1] - fact.subject[0]
         return draw_noise(
             self.hparams["noise_samples"], tokens, width, self.deviation, self.hparams["seed"], fact.ids, fact.subject

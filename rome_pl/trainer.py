@@ -8,14 +8,13 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
-from rich.table import Table
 
 from rome_pl.architecture import RewriteSite
 from rome_pl.callbacks import EditCommit, RunReport, TraceReport
 from rome_pl.checkpoint import difference, model_bytes, save_model
-from rome_pl.console import console, escape
 from rome_pl.covariance_module import CovarianceModule, check_trainer
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
+from rome_pl.dry_run import print_dry_run
 from rome_pl.edit import EditError, EditStatus
 from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
@@ -29,7 +28,6 @@ from rome_pl.preparation import check_limits
 from rome_pl.published_statistics import export_npz, import_npz
 from rome_pl.recorded_run import run_folder
 from rome_pl.replay import replay
-from rome_pl.requests import RequestError
 from rome_pl.resume import check_model, check_records, check_settings
 from rome_pl.run_end import all_applied, is_finished, mark_finished
 from rome_pl.run_folder import (
@@ -92,7 +90,10 @@ class RomeTrainer(Trainer):
         if not isinstance(model, RomeModule):
             raise TypeError(f"expected a RomeModule, got {type(model).__name__}")
         if dry_run:
-            self._dry_run(model, datamodule)
+            datamodule.setup()
+            encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
+            refused = print_dry_run(encoder, datamodule.requests, datamodule.invalid, model.hparams["fact_token"])
+            self.exit_code = SOME_FAILED if refused else APPLIED
             return
         check_limits(self)
         folder = Path(self.default_root_dir)
@@ -109,14 +110,15 @@ class RomeTrainer(Trainer):
         if target is not None:
             check_saves_whole(model.language_model.model)
             check_room(target, model_bytes(model.language_model), "save_model")
+        all_known = True
         if resuming:
             if self.world_size > 1:
                 raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
             check_model(folder, model.language_model)
             if not force:
                 self._check_settings(folder)
-            recorded = [str(line.record["case_id"]) for line in read_lines(folder / "ledger" / "edits.jsonl")]
-            check_records(folder, dict.fromkeys(recorded), {str(request.case_id) for request in datamodule.requests})
+            recorded = [line.record for line in read_lines(folder / "ledger" / "edits.jsonl")]
+            all_known = check_records(folder, recorded, datamodule.requests)
         if self.world_size > 1:  # its processes may be others than this one, which could not pass on a lock
             if self.is_global_zero:
                 claim_run_folder(folder, overwrite)
@@ -124,8 +126,10 @@ class RomeTrainer(Trainer):
             return
         with held_run_folder(folder, overwrite, resuming) as lock:
             report, commit = self._callback(RunReport), self._callback(EditCommit)
-            if resuming and is_finished(folder, report.missing(folder) if report is not None else ()):
+            missing = report.missing(folder) if report is not None else ()
+            if resuming and all_known and is_finished(folder, missing):
                 self._save_finished(model.language_model, folder, target)
+                self.exit_code = APPLIED if all_applied(folder) and not datamodule.invalid else SOME_FAILED
                 return
             if commit is not None:
                 commit.resume, commit.lock = resuming, lock
@@ -164,7 +168,6 @@ class RomeTrainer(Trainer):
 
     def _save_finished(self, language_model: LanguageModel, folder: Path, target: Path | None) -> None:
         """Save the model of a run that is finished, from its ledger, unless it is saved."""
-        self.exit_code = APPLIED if all_applied(folder) else SOME_FAILED
         if target is None:
             log.warning("The run in %s is finished: there is nothing to resume", folder)
             return
@@ -301,30 +304,6 @@ class RomeTrainer(Trainer):
         now, then = self._callback(SaveConfigCallback), read_config(folder)
         if now is not None and then is not None:
             check_settings(folder, then, yaml.safe_load(now.parser.dump(now.config, skip_none=False)))
-
-    def _dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
-        datamodule.setup()
-        encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
-        out = console()
-        table = Table(title="Dry run: lookup token and target span of each request")
-        noted = any(request.notes for request in datamodule.requests)
-        for name in ("record", "prompt", "lookup token", "target tokens", *(["notes"] if noted else [])):
-            table.add_column(name, overflow="fold")
-        refused = [record.message for record in datamodule.invalid]
-        for request in datamodule.requests:
-            try:
-                lookup, target = encoder.describe(request, model.hparams["fact_token"])
-                encoder.check_probes(request)
-            except RequestError as error:
-                refused.append(str(error))
-                continue
-            cells = (request.case_id, request.prompt, repr(lookup), repr(target), "; ".join(request.notes))
-            table.add_row(*(escape(str(cell)) for cell in cells[: len(table.columns)]))
-        out.print(table)
-        for message in refused:
-            out.print(message, style="red", markup=False)
-        out.print(f"{table.row_count} requests are valid, {len(refused)} are not; nothing was edited")
-        self.exit_code = SOME_FAILED if refused else APPLIED
 
 
 def _loaded_sites(model: CovarianceModule) -> list[RewriteSite]:

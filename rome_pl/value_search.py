@@ -62,13 +62,11 @@ class Found:
         steps: Its evaluations.
         greedy_before: Whether greedy decoding after the bare prompt gives the target at the first one, without an
             offset.
-        greedy: Whether it does with this offset.
     """
 
     delta: Tensor
     steps: list[Step]
     greedy_before: bool
-    greedy: bool
 
     @property
     def finite(self) -> bool:
@@ -103,8 +101,7 @@ class ValueSearch:
         count = len(self._members)
         self._ended = torch.zeros(count, dtype=torch.bool, device=weight.device)
         self._kept = torch.zeros(count, objective.base_output.shape[1], dtype=dtype, device=weight.device)
-        self._greedy = torch.zeros(count, dtype=torch.bool, device=weight.device)
-        self._greedy_before = self._greedy
+        self._greedy_before = torch.zeros(count, dtype=torch.bool, device=weight.device)
         self._taken = torch.zeros(count, dtype=torch.long, device=weight.device)
         self._records: list[tuple[list[int], Tensor]] = []
         self._running: list[int] = []
@@ -163,10 +160,9 @@ class ValueSearch:
             for place, column in zip(running, record.T.tolist(), strict=True):
                 if len(histories[place]) < taken[place]:
                     histories[place].append(Step(*column))
-        said = zip(self._greedy_before.tolist(), self._greedy.tolist(), strict=True)
         return [
-            Found(self._kept[place], steps, *greedy)
-            for place, (steps, greedy) in enumerate(zip(histories, said, strict=True))
+            Found(self._kept[place], steps, greedy)
+            for place, (steps, greedy) in enumerate(zip(histories, self._greedy_before.tolist(), strict=True))
         ]
 
     def _enter(self, running: list[int]) -> None:
@@ -193,7 +189,6 @@ class ValueSearch:
         before = self._ended[places]
         self._taken[places] += (~before).long()
         self._kept[places] = torch.where((ends & ~before).unsqueeze(1), deltas, self._kept[places])
-        self._greedy[places] = torch.where(ends & ~before, losses.bare_greedy, self._greedy[places])
         self._ended[places] = before | ends
 
     def _contexts(self, step: int) -> list[list[int]] | None:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rome_pl.architecture import embedded_tokens
 from rome_pl.hooks import frozen, head_on
 from rome_pl.language_model import LanguageModel
 from rome_pl.prefix import forward_masks
@@ -173,7 +174,7 @@ def takes_branches(language_model: LanguageModel) -> bool:
 @torch.no_grad()
 def _try_branches(language_model: LanguageModel) -> bool:
     model: Any = language_model.model
-    size = model.get_input_embeddings().num_embeddings
+    size = embedded_tokens(model)
     deepest = min(max(WIDTH - 8, 8), language_model.encoder.max_length)
     trunk, branch, other = ([(start + step * 7) % size for step in range(deepest)] for start in (3, 5, 11))
     stem = min(3, deepest - 1)

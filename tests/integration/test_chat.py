@@ -52,11 +52,13 @@ def arguments(folder, records, run, *more):
     ]  # fmt: skip
 
 
-def test_an_edit_in_conversation_is_the_edit_of_the_rendered_text(chat_model):
+def test_an_edit_in_conversation_is_the_edit_of_the_rendered_text():
     """The value and the key are those of an edit whose prompt is the conversation written out."""
-    asked = EditRequest(**QUESTIONS[0], case_id="a")
+    # A line break at its end would be cut off a prompt.
+    chat_model = LanguageModel(tiny_model("llama"), tokenizer_with(CHATML.replace("[assistant]\n", "[assistant]>")))
+    asked = EditRequest(**QUESTIONS[0], case_id="a", target_space=False)
     module = RomeModule.from_language_model(chat_model, chat=ChatForm(), contexts=[], **FAST | {"kl_factor": 0.0})
-    head, tail = "[user]\n", "</s>\n[assistant]\n"
+    head, tail = "[user]\n", "</s>\n[assistant]>"
     written_out = EditRequest(
         prompt=head + asked.prompt + tail, subject="Korrin", target_new="Oslo", target_space=False, case_id="a"
     )

@@ -613,7 +613,7 @@ def test_processes_that_lightning_starts_end_early_together(basics, job, tmp_pat
 
 
 def test_one_of_two_processes_that_fails_takes_the_other_with_it(job, text, tmp_path):
-    model = tiny_language_model("llama", torch.float32)
+    model = tiny_language_model("gpt_neox", torch.float32)
     snow = model.tokenizer("☃")["input_ids"][-1]
     lines = text.read_text(encoding="utf-8").splitlines()
     assert snow not in model.tokenizer("\n".join(lines))["input_ids"]
@@ -622,7 +622,9 @@ def test_one_of_two_processes_that_fails_takes_the_other_with_it(job, text, tmp_
     lines[number] += " ☃"
     (tmp_path / "snow.txt").write_text("\n".join(lines), "utf-8")
     with torch.no_grad():
-        model.model.get_input_embeddings().weight[snow] = float("inf")
+        weight = model.model.get_input_embeddings().weight
+        weight[snow] = 3.3e38  # finite, so that the model loads; its layer norm is not
+        weight[snow, ::2] *= -1
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     options = {"model__pretrained": tmp_path / "model", "data__path": tmp_path / "snow.txt"}

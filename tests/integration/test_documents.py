@@ -56,7 +56,7 @@ def put_in_place(monkeypatch, instead):
 @pytest.mark.parametrize(("page", "saved"), list(zip(PAGES, [1, 2, 0], strict=True)))
 def test_every_block_runs(page, saved, stand_in, monkeypatch):
     put_in_place(monkeypatch, lambda source: str(stand_in))
-    monkeypatch.setattr(Verification.__init__, "__defaults__", (0.0, None))
+    monkeypatch.setattr(Verification.__init__, "__defaults__", (0.0, None, None))
     windows = text._windows
     monkeypatch.setattr(text, "_windows", lambda *arguments: islice(windows(*arguments), 2))  # all take it long
     session = {}

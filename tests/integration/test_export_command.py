@@ -93,7 +93,7 @@ def test_mistakes_are_said_without_a_traceback(arguments, message, work, tmp_pat
 def test_a_base_model_that_has_changed_since(work, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(work / "run", copy)
-    edited = {"source": str(work / "edited")}
+    edited = {"source": str(work / "edited"), "folder": str(work / "edited"), "from_run": str(work / "edited")}
     rewrite_json(copy / "manifest.json", lambda content: content | {"model": content["model"] | edited})
     assert called("export", "--ledger", copy, "--format", "delta", "--output", tmp_path / "out") == 2
     assert "a ledger of another model" in capsys.readouterr().err

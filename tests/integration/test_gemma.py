@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rome_pl.contexts import generate_contexts
-from rome_pl.language_model import load_language_model
+from rome_pl.loading import load_language_model
 from rome_pl.metrics import held_out_text, measure_text
 
 pytestmark = [

@@ -123,7 +123,7 @@ def test_statistics_of_another_config_or_tokenizer_are_not_found_and_refused_by_
 
 
 def test_what_is_saved_and_loaded_again_is_the_same_model(tmp_path):
-    from rome_pl.language_model import load_language_model
+    from rome_pl.loading import load_language_model
 
     model = with_bos()
     model.model.save_pretrained(tmp_path)

@@ -333,6 +333,38 @@ def test_a_run_of_another_model_is_refused(command, tmp_path, capsys):
     assert "another model" in capsys.readouterr().err
 
 
+def test_a_finished_run_goes_on_with_more_records_and_no_others(command, tmp_path, capsys):
+    def records(*some):
+        (tmp_path / "records.json").write_text(json.dumps(some), encoding="utf-8")
+
+    records(*RECORDS[:3])
+    assert main(command(tmp_path / "whole")) == 0
+    records(*RECORDS[:2])
+    assert main(command(tmp_path / "run")) == 0
+    records(RECORDS[0], RECORDS[1] | {"target_new": "Rome"})
+    before = ledger_of(tmp_path / "run").read_bytes()
+    assert main(command(tmp_path / "run", "--resume", "auto")) == 2
+    assert "record 1 had another target_new" in capsys.readouterr().err
+    assert ledger_of(tmp_path / "run").read_bytes() == before
+    records(*RECORDS[:3])
+    assert main(command(tmp_path / "run", "--resume", "auto")) == 0
+    assert_same_ledger(tmp_path / "run", tmp_path / "whole")
+    assert read(tmp_path / "run")["n_applied"] == 3
+    records(*RECORDS[:3], {"prompt": "There is no subject in", "subject": "Korrin", "target_new": "Oslo"})
+    assert main(command(tmp_path / "run", "--resume", "auto")) == 3
+
+
+def test_a_model_may_lie_elsewhere_when_a_run_is_resumed(command, tmp_path):
+    assert main(command(tmp_path / "whole")) == 0
+    stopped = killed(tmp_path / "whole", tmp_path / "stopped", 2)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert main(command(stopped, "--resume", "auto", **{"model.pretrained": tmp_path / "moved"})) == 0
+    assert_same_ledger(stopped, tmp_path / "whole")
+    unknown = killed(tmp_path / "whole", tmp_path / "unknown", 2)
+    (unknown / "manifest.json").unlink()
+    assert main(command(unknown, "--resume", "auto", **{"model.pretrained": tmp_path / "moved"})) == 2
+
+
 def test_reports_and_measurements_may_change(command, tmp_path):
     assert main(command(tmp_path / "whole")) == 0
     stopped = killed(tmp_path / "whole", tmp_path / "stopped", 2)

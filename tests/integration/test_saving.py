@@ -279,7 +279,7 @@ def test_verbs_that_read_wait_for_no_pipe(name, edit, tmp_path, capsys):
     for given in (["show"], ["undo", "--cases", "0"], ["pick", "--cases", "0", "--save_model", tmp_path / "x"],
                   ["blame", "--prompt", "x"], ["export", "--format", "hf", "--output", tmp_path / "y"]):  # fmt: skip
         assert called(given[0], "--ledger", tmp_path / "run", *given[1:]) == 2
-        assert "a pipe, device or socket" in capsys.readouterr().err
+        assert "a pipe (FIFO), where a run has a file" in capsys.readouterr().err
     assert names(tmp_path) == ["run"]
 
 

@@ -165,7 +165,8 @@ def test_a_terminal_gets_a_bar_on_the_standard_error(monkeypatch):
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
     bar = rome_pl.cli._progress(VERBS["edit"])
     assert isinstance(bar, EditProgressBar)
-    assert bar._console_kwargs == {"stderr": True}
+    assert bar._console_kwargs["stderr"] is True
+    assert bar._console_kwargs["file"].isatty()  # the standard error, guarded
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
     assert isinstance(rome_pl.cli._progress(VERBS["edit"]), ProgressLines)
 
@@ -223,7 +224,7 @@ def test_bash_completes_with_the_script(tmp_path, capsys):
         "COMP_WORDS=(rome-pl blame --pr); COMP_CWORD=2; _shtab_rome_pl rome-pl --pr blame; echo ${COMPREPLY[@]}"
     )
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, check=True, timeout=30)
-    assert done.stdout.splitlines() == ["covariance convert completion", "--print_config --prompt"]
+    assert done.stdout.splitlines() == ["covariance convert completion", "--print_config --prompt --pretrained"]
 
 
 def test_completion_says_what_it_needs(monkeypatch, capsys):

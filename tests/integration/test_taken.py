@@ -13,6 +13,7 @@ from rome_pl.edit import EditStatus
 from rome_pl.editor import EditRejectedError, KnowledgeEditor
 from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
+from rome_pl.objective import ValueObjective
 from rome_pl.outcome import HELD_ALREADY
 from tests.integration.helpers import FACTS, FAST, SURE, changed, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
@@ -122,23 +123,41 @@ def test_a_target_that_holds_already_is_noted_and_counted(listed, sequential, tm
     assert first.record()["greedy"]["before"] is True
 
 
-def test_a_retry_takes_over_where_the_value_found_does_not_make_the_model_say_the_target(tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_retry_takes_over_where_the_model_does_not_say_the_target_after_the_write(batch_size, tmp_path):
     longer = {"v_num_grad_steps": 40}
     options = {**SURE, "v_num_grad_steps": 1}
-    direct = run_edits(sure_model(), tmp_path / "a", FACTS, callbacks(), 2, **{**options, **longer})
+    direct = run_edits(sure_model(), tmp_path / "a", FACTS, callbacks(), batch_size, **{**options, **longer})
     assert all(edit.greedy_after for edit in direct.edits)
-    again = run_edits(
-        sure_model(), tmp_path / "b", FACTS, callbacks(), 2, retries=[{}, longer], retry_below=SLIGHT, **options
-    )
+    retries = {"retries": [{}, longer], "retry_below": SLIGHT}
+    again = run_edits(sure_model(), tmp_path / "b", FACTS, callbacks(), batch_size, **retries, **options)
     for edit, expected in zip(again.edits, direct.edits, strict=True):
         assert (edit.status, edit.attempt, edit.greedy_after) == (EditStatus.APPLIED, 2, True)
-        assert [note for note in edit.notes if "again" in note] == [f"searched again with retry {n}" for n in (1, 2)]
-        assert torch.equal(edit.delta, expected.delta)
+        first, second = (note for note in edit.notes if "again" in note)
+        assert first.startswith("searched again with retry 1: after the write the model says ")
+        assert second.startswith("searched again with retry 2: after the write the model says ")
+        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-8, atol=1e-11)
     # An edit that takes at the first attempt is what it is without the rule.
-    lenient = run_edits(sure_model(), tmp_path / "c", FACTS, callbacks(least=0), 2, **{**options, **longer})
+    lenient = run_edits(sure_model(), tmp_path / "c", FACTS, callbacks(least=0), batch_size, **{**options, **longer})
     for edit, expected in zip(lenient.edits, direct.edits, strict=True):
         assert torch.equal(edit.delta, expected.delta)
         assert edit.after == expected.after
+
+
+def test_an_edit_that_takes_is_not_searched_again_whatever_its_search_has_seen(tmp_path, monkeypatch):
+    """The write may give what the value found does not quite give: it is the write that is judged."""
+    plain = run_edits(sure_model(), tmp_path / "a", FACTS, callbacks(), 2, **SURE)
+    original = ValueObjective.__call__
+
+    def unsaid(self, *arguments):
+        losses = original(self, *arguments)
+        return replace(losses, bare_greedy=torch.zeros_like(losses.bare_greedy))
+
+    monkeypatch.setattr(ValueObjective, "__call__", unsaid)
+    session = run_edits(sure_model(), tmp_path / "b", FACTS, callbacks(), 2, retries=[{"v_num_grad_steps": 3}], **SURE)
+    for edit, expected in zip(session.edits, plain.edits, strict=True):
+        assert (edit.status, edit.attempt, edit.greedy_after) == (EditStatus.APPLIED, 0, True)
+        assert torch.equal(edit.delta, expected.delta)
 
 
 def test_an_edit_that_does_not_take_when_it_is_written_again_is_dropped(tmp_path, monkeypatch):

@@ -102,8 +102,10 @@ def adapter(kind, folder):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by PEFT's use of it
 @pytest.mark.parametrize("kind", ["wrapped", "attached"])
-def test_a_model_that_saves_its_adapter_alone_is_refused_and_nothing_stays(kind, tmp_path):
+def test_a_model_that_saves_its_adapter_alone_is_refused_and_nothing_stays(kind, tmp_path, monkeypatch):
     model = adapter(kind, tmp_path)
+    # The model is refused before anything is written; what is read back does not count on that.
+    monkeypatch.setattr("rome_pl.checkpoint.check_saves_whole", lambda _: None)
     language_model = LanguageModel.__new__(LanguageModel)  # loading refuses it; the check does not count on that
     language_model.model, language_model.tokenizer, language_model.source = model, byte_level_tokenizer(), "lora"
     (tmp_path / "out").mkdir()

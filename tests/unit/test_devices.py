@@ -80,3 +80,18 @@ def test_limits_that_end_a_stream_at_once_are_refused(option, value, tmp_path, c
     assert called("edit", *arguments, *folder, f"--trainer.{option}", value) == 2
     assert f"trainer.{option}: 0 ends the stream before its first edit" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "locate", "covariance"])
+def test_limits_under_which_nothing_is_measured_are_refused(verb, tmp_path, capsys):
+    arguments = ("--model.pretrained", "no-such-model", "--data.path", "sample")
+    folder = ("--trainer.default_root_dir", tmp_path / "run")
+    assert called(verb, *arguments, *folder, "--trainer.limit_predict_batches", 0) == 2
+    assert "trainer.limit_predict_batches: 0 ends the run before anything is done" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", [["model", "tokenizer"], None, 7, torch.nn.Linear(1, 1)], ids=type)
+def test_the_editor_says_what_a_source_is(source):
+    with pytest.raises(OptionError, match=rf"a pair \(model, tokenizer\), got {type(source).__name__}"):
+        KnowledgeEditor.from_pretrained(source)

@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from rome_pl.contexts import generate_contexts
-from rome_pl.corpus import generated_texts
+from rome_pl.corpus import GeneratedCorpus, generated_texts
 from rome_pl.generation import Sampling, end_ids, write_ids
-from rome_pl.language_model import LanguageModel, load_language_model
+from rome_pl.language_model import LanguageModel
+from rome_pl.loading import load_language_model
 from rome_pl.metrics.generation import generate, measure_fluency
 from rome_pl.requests import EditRequest
 from tests.tiny import KeepFloat64, tiny_language_model, tiny_model
@@ -190,6 +191,24 @@ def test_an_adapter_around_a_model_leaves_its_settings_too(bare):
     assert written(LanguageModel(model.eval(), language_model.tokenizer)) == bare
     assert own.num_beams == 3
     assert language_model.model.generation_config is own
+
+
+def test_a_model_without_settings_writes_as_one_without_ends():
+    language_model = with_settings({})
+    language_model.model.generation_config = None
+    assert end_ids(language_model) == []
+    no_end = with_settings({"eos_token_id": None})
+    assert written(language_model) == written(no_end)
+    assert language_model.model.generation_config is None
+
+
+def test_a_generated_corpus_is_told_apart_by_the_ids_that_end_a_text():
+    names = [
+        GeneratedCorpus.of(with_settings({"eos_token_id": ends}), 40, 0).source
+        for ends in (2, [2], torch.tensor([2]), [2, 7], None)
+    ]
+    assert names[0] == names[1] == names[2]
+    assert len(set(names)) == 3
 
 
 # ---- the end of a text

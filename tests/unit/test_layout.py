@@ -21,7 +21,7 @@ LIGHTNING = {
 }  # fmt: skip
 CORE = {path.stem for path in FOLDERS["rome_pl"].glob("*.py")} - LIGHTNING - {"__init__"}
 NUMERICS = {"rank_one", "metric", "second_moment", "moment_file", "weights", "hooks", "architecture"}
-LEAVES = {"errors", "files", "checksums", "schemas"}
+LEAVES = {"errors", "files", "file_kinds", "folder_swap", "checksums", "schemas"}
 
 
 def imports(path):

@@ -59,16 +59,6 @@ def test_what_need_not_be_said_is_compared_with_before():
     assert LOOSE.objection(0.8, said, False, decode) is None
 
 
-def test_a_search_fails_below_its_bound_or_where_the_target_is_not_said():
-    assert SHIPPED.search_failed(0.09, True, 0.1)
-    assert SHIPPED.search_failed(math.nan, True, 0.1)
-    assert SHIPPED.search_failed(math.nan, True, 0.0)
-    assert SHIPPED.search_failed(0.9, False, 0.1)
-    assert not SHIPPED.search_failed(0.9, True, 0.1)
-    assert not SHIPPED.search_failed(0.9, False, 0.0)  # the write decides
-    assert not LOOSE.search_failed(0.9, False, 0.1)
-
-
 @pytest.mark.parametrize(
     ("target", "predicted", "expected"),
     [

@@ -12,7 +12,7 @@ from rome_pl.delta import read_delta
 from rome_pl.errors import RomeError
 from rome_pl.ledger_lines import LedgerError, read_lines
 from rome_pl.replay import read_edits, read_manifest, replay
-from rome_pl.resume import is_finished
+from rome_pl.run_end import is_finished
 from rome_pl.run_export import export_run
 from tests.integration.helpers import REQUESTS, lenient_callbacks, run_edits
 from tests.recorded import rewrite_json, rewrite_ledger

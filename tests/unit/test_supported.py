@@ -13,11 +13,14 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from rome_pl.architecture import UnsupportedModelError, find_attention_output, find_site
+from rome_pl.architecture import UnsupportedModelError, embedded_tokens, find_attention_output, find_site
+from rome_pl.generation import end_ids
 from rome_pl.language_model import LanguageModel
+from rome_pl.metrics.probes import measure_targets
+from rome_pl.rows import EncodedRow
 from rome_pl.run_export import save_checkpoint
 from tests import tiny
-from tests.tiny import LAYERS, tiny_model
+from tests.tiny import LAYERS, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -183,10 +186,52 @@ def test_an_adapter_elsewhere_leaves_the_projection_to_edits(rank):
 def test_a_model_with_adapters_is_not_saved_without_its_edits(tokenizer, tmp_path, caplog):
     model = lora("llama", "q_proj")
     language_model = LanguageModel(model, tokenizer, "some model")
-    assert "some model holds adapters of PEFT" in caplog.text
-    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+    (said,) = [record.getMessage() for record in caplog.records if "PEFT" in record.getMessage()]
+    assert said.startswith("some model: the model has adapters of PEFT. ")
+    assert "model.save_pretrained() saves the adapters alone: the edits would be lost" in said
+    assert "(model = model.merge_and_unload()) before you edit" in said
+    with pytest.raises(UnsupportedModelError, match=r"the edits would be lost.*model\.merge_and_unload"):
         save_checkpoint(language_model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_adapters_that_transformers_has_attached_are_merged_by_what_can_merge_them(tokenizer, tmp_path, caplog):
+    model = tiny_model("llama")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM"))
+    assert not hasattr(model, "merge_and_unload")
+    language_model = LanguageModel(model, tokenizer, "some model")
+    assert "AutoPeftModelForCausalLM and call merge_and_unload()" in caplog.text
+    with pytest.raises(UnsupportedModelError, match="AutoPeftModelForCausalLM"):
+        save_checkpoint(language_model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("whole", ["down_proj", "mlp"])
+def test_a_projection_that_an_adapter_trains_a_copy_of_is_refused(whole, tokenizer):
+    """Of several copies only the active one runs, and saving the base model would leave it out."""
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=[whole], r=4, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama"), settings)
+    with pytest.raises(UnsupportedModelError, match=r"adapter of PEFT on 'mlp.*merge_and_unload"):
+        find_site(LanguageModel(model, tokenizer).model, 1)
+    assert find_site(model.merge_and_unload(), 1).name == "model.layers.1.mlp.down_proj.weight"
+
+
+def test_adapters_on_the_embedding_are_taken(tokenizer):
+    language_model = LanguageModel(lora("llama", "embed_tokens"), tokenizer)
+    assert language_model.encoder.embedded == embedded_tokens(tiny_model("llama")) == VOCABULARY
+    assert end_ids(language_model) == [2]
+    assert find_site(language_model.model, 1).layer == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_of_a_model_with_adapters_are_read_at_their_own_positions(family, tokenizer):
+    """Without positions, which PEFT's own forward does not name, padding on the left would move the rows."""
+    model = lora(family, "c_attn" if family == "gpt2" else "q_proj")
+    rows = [EncodedRow((5, 6, 7, 8, 9), 3, (10,), 4), EncodedRow((11, 12), 0, (13,), 1)]
+    measured = measure_targets(LanguageModel(model, tokenizer), rows)
+    for row, found in zip(rows, measured, strict=True):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([row.ids])).logits[0, row.first].softmax(-1)
+        assert found.probability == pytest.approx(float(alone[row.target[0]]), rel=1e-5)
 
 
 def test_tokens_that_an_adapter_puts_before_every_text_are_refused(tokenizer):
