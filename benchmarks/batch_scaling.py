@@ -10,8 +10,8 @@ from typing import Any
 
 from common import load, matmul_peak, module_for, parser, run, shipped_options, warm_run, write
 
-from rome_pl.language_model import LanguageModel
-from rome_pl.requests import EditRequest
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
 
 SIZES = (1, 2, 4, 8, 16)
 

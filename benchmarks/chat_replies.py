@@ -11,10 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from rome_pl.chat import ChatForm
-from rome_pl.loading import load_language_model
-from rome_pl.metrics.generation import generate
-from rome_pl.replay import read_edits, read_manifest, replay
+from rome_pl.encoding.chat_template import ChatForm
+from rome_pl.forward.generation import generate
+from rome_pl.ledger.replay import read_edits, read_manifest, replay
+from rome_pl.model.loading import load_language_model
 
 TOKENS = 40
 """Length of a reply."""

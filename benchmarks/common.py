@@ -17,16 +17,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import BATCH, request_loader
-from rome_pl.edit import EditBatch
-from rome_pl.edit_module import RomeModule
-from rome_pl.flops import count_flops
-from rome_pl.language_model import LanguageModel
-from rome_pl.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.editing.edit import EditBatch
+from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import ProbeScores, summarise
-from rome_pl.records import parse_records, read_records
-from rome_pl.requests import EditRequest
-from rome_pl.second_moment import library_versions
-from rome_pl.session import EditSession, session_of
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.requests.record_forms import parse_records, read_records
+from rome_pl.utils.environment import library_versions
+from rome_pl.utils.flops import count_flops
 
 ADAM = "torch.optim.Adam"
 POLYAK = "rome_pl.PolyakStep"

@@ -26,16 +26,16 @@ from common import write
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 
-from rome_pl.architecture import RewriteSite, decoder_layers, find_site
-from rome_pl.corpus import Corpus
-from rome_pl.covariance_module import CovarianceModule
 from rome_pl.data_modules import CorpusDataModule
-from rome_pl.flops import count_flops
-from rome_pl.language_model import LanguageModel
-from rome_pl.loading import DEFAULT_SOURCE, load_language_model
-from rome_pl.moment_pass import KEYS_PER_DIMENSION, MomentPass, PassOptions
-from rome_pl.packing import Packer
-from rome_pl.second_moment import SecondMoment
+from rome_pl.model.architecture import RewriteSite, decoder_layers, find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.modules.covariance_module import CovarianceModule
+from rome_pl.second_moments.corpus import Corpus
+from rome_pl.second_moments.moment_pass import KEYS_PER_DIMENSION, MomentPass, PassOptions
+from rome_pl.second_moments.second_moment import SecondMoment
+from rome_pl.second_moments.text_blocks import Packer
+from rome_pl.utils.flops import count_flops
 
 NEVER = 2.0
 """An agreement that no halves reach, so that every pass sums the same text."""

@@ -13,19 +13,20 @@ import torch
 from common import load, module_for, parser, scores, shipped_options, write
 from lightning.pytorch import Trainer
 
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import default_callbacks
-from rome_pl.convergence import agreement_of_halves, probe_keys
-from rome_pl.corpus import Corpus, GeneratedCorpus
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditStatus
-from rome_pl.language_model import LanguageModel
-from rome_pl.loading import load_language_model
-from rome_pl.moment_pass import PassOptions
-from rome_pl.requests import EditRequest
-from rome_pl.second_moment import SecondMoment
-from rome_pl.session import session_of
-from rome_pl.statistics import compute
+from rome_pl.editing.session import session_of
+from rome_pl.ledger.status import EditStatus
+from rome_pl.model.architecture import find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.model.loading import load_language_model
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.second_moments.corpus import Corpus
+from rome_pl.second_moments.generated_corpus import GeneratedCorpus
+from rome_pl.second_moments.moment_pass import PassOptions
+from rome_pl.second_moments.moment_store import compute
+from rome_pl.second_moments.second_moment import SecondMoment
+from rome_pl.second_moments.split_half import agreement_of_halves, probe_keys
 
 MULTIPLES = (10, 30, 100)
 """Keys, as multiples of their length."""

@@ -27,14 +27,15 @@ from common import (
 )
 from plain import PlainCache, PlainEdit, PlainOptions, plain_edit, plain_flops
 
-from rome_pl.contexts import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
-from rome_pl.edit_module import RomeModule
-from rome_pl.language_model import LanguageModel
+from rome_pl.editing.session import EditSession
 from rome_pl.metrics import ProbeScores, probe_scores
 from rome_pl.metrics.probes import Changes
-from rome_pl.rank_one import PRESETS, Assertion, PresetName
-from rome_pl.requests import EditRequest
-from rome_pl.session import EditSession
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.search.context_templates import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
+from rome_pl.write.closed_form import Assertion
+from rome_pl.write.presets import PRESETS, PresetName
 
 EXACT = 1e-6
 """Largest relative difference of values at equal options in float64."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from common import load, parser, write
 
-from rome_pl.flops import count_flops
-from rome_pl.language_model import LanguageModel
 from rome_pl.metrics import ProbeScores, probe_scores
 from rome_pl.metrics.probes import wanted_answers
-from rome_pl.requests import EditRequest
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.utils.flops import count_flops
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
-from rome_pl.language_model import LanguageModel
 from rome_pl.metrics.probes import measure_answers
-from rome_pl.requests import EditRequest
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
 
 BLOCK = 64
 """Tokens of a training row: statements in a new order each epoch, cut where a row is full."""

@@ -20,17 +20,16 @@ from typing_extensions import override
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, RunReport, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditStatus
-from rome_pl.evaluation import KnownScores
-from rome_pl.language_model import LanguageModel
+from rome_pl.editing.session import EditSession, session_of
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import ProbeScores, held_out_text, perplexity, summarise
-from rome_pl.metrics.probes import measure_answers
-from rome_pl.rank_one import PRESETS
-from rome_pl.records import parse_records, read_records
-from rome_pl.requests import EditRequest
-from rome_pl.second_moment import library_versions
-from rome_pl.session import EditSession, session_of
-from rome_pl.stream import MEASURED_TOGETHER
+from rome_pl.metrics.probes import MEASURED_TOGETHER, measure_answers
+from rome_pl.metrics.score_cache import KnownScores
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.requests.record_forms import parse_records, read_records
+from rome_pl.utils.environment import library_versions
+from rome_pl.write.presets import PRESETS
 
 EARLY, LATE = (10, 60), (450, 500)
 """Edits whose processor time is compared: an edit should cost the same however many came before it."""

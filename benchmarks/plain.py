@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rome_pl.architecture import RewriteSite, dtype_of_delta
-from rome_pl.flops import count_flops
-from rome_pl.hooks import frozen
-from rome_pl.language_model import LanguageModel
-from rome_pl.requests import EditRequest
-from rome_pl.rows import EncodedEdit, EncodedRow
+from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
+from rome_pl.model.architecture import RewriteSite, dtype_of_delta
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.utils.flops import count_flops
+from rome_pl.utils.restored_state import frozen
 
 
 @dataclass(frozen=True)

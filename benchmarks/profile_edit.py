@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from plain import PlainOptions, plain_edit
 from torch.profiler import ProfilerActivity, profile
 
-from rome_pl.architecture import find_site
-from rome_pl.contexts import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
-from rome_pl.requests import EditRequest
+from rome_pl.model.architecture import find_site
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.search.context_templates import DEFAULT_LENGTH_PARAMS, generate_contexts, join_contexts
 
 KINDS = (
     ("matrix products", ("mm", "addmm", "bmm", "linear", "matmul", "baddbmm")),

@@ -12,7 +12,7 @@ from typing import Any
 
 from common import ADAM, POLYAK, CountedModule, load, module_for, parser, run, scores, shipped_options
 
-from rome_pl.edit import EditStatus
+from rome_pl.ledger.status import EditStatus
 
 TWENTY, TEN, FOUR, TWO = ([[5, n], [10, n]] for n in (10, 5, 2, 1))
 

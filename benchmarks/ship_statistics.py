@@ -12,12 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rome_pl.architecture import find_site
-from rome_pl.corpus import Corpus
-from rome_pl.loading import DEFAULT_SOURCE, load_language_model
-from rome_pl.moment_pass import PassOptions
-from rome_pl.second_moment import SecondMoment
-from rome_pl.statistics import compute
+from rome_pl.model.architecture import find_site
+from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.second_moments.corpus import Corpus
+from rome_pl.second_moments.moment_pass import PassOptions
+from rome_pl.second_moments.moment_store import compute
+from rome_pl.second_moments.second_moment import SecondMoment
 
 ALL = 10**9
 """More keys than the corpus has."""

@@ -31,15 +31,16 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditBatch, edits_of
-from rome_pl.edit_module import RomeModule
-from rome_pl.keys import EditKeys
-from rome_pl.language_model import LanguageModel
-from rome_pl.objective import ValueObjective, edit_rows
-from rome_pl.prefix import run_prefix
-from rome_pl.requests import EditRequest
-from rome_pl.session import session_of
-from rome_pl.value_search import SearchOptions, ValueSearch
+from rome_pl.editing.edit import EditBatch, edits_of
+from rome_pl.editing.session import session_of
+from rome_pl.encoding.edit_rows import edit_rows
+from rome_pl.forward.prefix_pass import run_prefix
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.search.objective import ValueObjective
+from rome_pl.search.value_search import SearchOptions, ValueSearch
+from rome_pl.write.edit_keys import EditKeys
 
 
 class Clock(Callback):

@@ -10,11 +10,12 @@ import torch
 from common import parser, write
 
 from rome_pl.data_modules import FactDataModule
-from rome_pl.flops import count_flops
-from rome_pl.hooks import frozen
-from rome_pl.loading import load_language_model
-from rome_pl.trace_module import TraceModule
-from rome_pl.tracing import Tracer, draw_noise
+from rome_pl.model.loading import load_language_model
+from rome_pl.modules.trace_module import TraceModule
+from rome_pl.tracing.noise import draw_noise
+from rome_pl.tracing.tracer import Tracer
+from rome_pl.utils.flops import count_flops
+from rome_pl.utils.restored_state import frozen
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from common import load, median, parser, write
 
-from rome_pl.edited_layers import EditedLayers
-from rome_pl.language_model import LanguageModel
+from rome_pl.ledger.replay import read_manifest
+from rome_pl.ledger.undo import with_edits
 from rome_pl.metrics import ProbeScores
 from rome_pl.metrics.probes import measure_answers, probe_scores
-from rome_pl.replay import read_manifest
-from rome_pl.requests import EditRequest
-from rome_pl.undo import with_edits
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.write.edited_layers import EditedLayers
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ from filelock import BaseFileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.distributed import gather
-from rome_pl.edit import EditBatch, EditStatus, edits_of
-from rome_pl.ledger import Ledger, LedgerError
-from rome_pl.resume import check_model, check_records
-from rome_pl.session import EditSession, session_of
+from rome_pl.editing.edit import EditBatch, edits_of
+from rome_pl.editing.resume import check_model, check_records
+from rome_pl.editing.session import EditSession, session_of
+from rome_pl.ledger.edit_log import Ledger, LedgerError
+from rome_pl.ledger.status import EditStatus
+from rome_pl.utils.distributed import gather
 
 __all__ = ["EditCommit"]
 

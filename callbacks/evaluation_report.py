@@ -1,25 +1,21 @@
 """Writes what an evaluation has found, and prints it."""
 
 import logging
-import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.console import console
-from rome_pl.exports import write_lines
-from rome_pl.figures import relation_bars
-from rome_pl.html_report import html_report
-from rome_pl.metrics import summarise
-from rome_pl.metrics.scores import record_values
-from rome_pl.records import InvalidRecord
-from rome_pl.report import invalid_record, score_table, settings_of, write_figures, write_json, write_text
-from rome_pl.requests import EditRequest
-from rome_pl.score_tables import csv_table, markdown_table
-from rome_pl.second_moment import library_versions
+from rome_pl.files.whole_files import write_json, write_lines, write_text
+from rome_pl.reports.evaluation_results import evaluation_manifest, evaluation_record, evaluation_results
+from rome_pl.reports.html_report import html_report
+from rome_pl.reports.run_figures import relation_bars, write_figures
+from rome_pl.reports.run_results import invalid_record, settings_of
+from rome_pl.reports.run_tables import score_table
+from rome_pl.reports.score_tables import csv_table, markdown_table
+from rome_pl.requests.record_forms import InvalidRecord
+from rome_pl.utils.console import console
 
 __all__ = ["EvaluationReport"]
 
@@ -48,13 +44,13 @@ class EvaluationReport(Callback):
         module: Any = pl_module
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.predict
-        content = _results(module, len(invalid))
+        content = evaluation_results(module, len(invalid))
         refused = [InvalidRecord(-1, str(error.case_id), error.field, str(error)) for error in module.refused]
         content["records"] = [invalid_record(record) for record in (*invalid, *refused)]
         write_json(folder / "results.json", content)
-        about = _manifest(module)
+        about = evaluation_manifest(module)
         write_json(folder / "manifest.json", about)
-        records = [_record(module, index, request) for index, request in enumerate(module.requests)]
+        records = [evaluation_record(module, index, request) for index, request in enumerate(module.requests)]
         write_lines(folder / "records.jsonl", records)
         write_text(folder / "table.md", markdown_table(content))
         write_text(folder / "table.csv", csv_table(content))
@@ -87,49 +83,3 @@ class EvaluationReport(Callback):
         )
         if (folder / "report.html").exists():
             out.print(f"To look at: {folder / 'report.html'}", soft_wrap=True, markup=False)
-
-
-def _results(module: Any, n_invalid: int) -> dict[str, Any]:
-    base, now = module.base_scores, module.scores
-    text, fluency = module.text, module.fluency
-    return {
-        "mode": "evaluation",
-        "base": summarise(base, base),
-        "immediate": None,
-        "final": summarise(now, base) if module.edited else None,
-        "perplexity": {moment: text[moment].perplexity if moment in text else None for moment in ("base", "final")},
-        "divergence": text["final"].divergence if "final" in text else None,
-        "fluency": {moment: found.fluency for moment, found in fluency.items()},
-        "consistency": {moment: found.consistency for moment, found in fluency.items()},
-        "n_requested": len(module.requests) + len(module.refused) + n_invalid,
-        "n_skipped": len(module.refused) + n_invalid,
-        "n_edits": len(module.layers.names) if module.layers is not None else None,
-        "seconds": module.seconds,
-    }
-
-
-def _record(module: Any, index: int, request: EditRequest) -> dict[str, Any]:
-    name = str(request.case_id)
-    base, now = module.base_scores[name], module.scores[name]
-    moments = {"base": base} | ({"final": now} if module.edited else {})
-    return {
-        "index": index,
-        "case_id": name,
-        "status": "measured",
-        "reason": None,
-        "request": request.content(),
-        "probability": {"before": math.exp(base.rewrite[0])},
-        "scores": {moment: asdict(scores) for moment, scores in moments.items()},
-        "values": {moment: record_values(scores, base) for moment, scores in moments.items()},
-        "texts": {moment: found.texts[name] for moment, found in module.fluency.items() if name in found.texts},
-    }
-
-
-def _manifest(module: Any) -> dict[str, Any]:
-    models = {"model": module.language_model, "base": module.unedited_model}
-    return {
-        "versions": library_versions(),
-        "seed": module.hparams["seed"],
-        "ledger": module.hparams["ledger"],
-        **{role: model.identity() for role, model in models.items() if model is not None},
-    }

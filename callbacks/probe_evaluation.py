@@ -7,12 +7,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.distributed import gather
-from rome_pl.edit import EditBatch, edits_of
-from rome_pl.evaluation import KnownScores
+from rome_pl.editing.edit import EditBatch, edits_of
+from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
-from rome_pl.session import EditSession, session_of
-from rome_pl.stream import MEASURED_TOGETHER
+from rome_pl.metrics.probes import MEASURED_TOGETHER
+from rome_pl.metrics.score_cache import KnownScores
+from rome_pl.utils.distributed import gather
 
 __all__ = ["ProbeEvaluation"]
 

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from typing_extensions import override
 
-from rome_pl.edit import EditBatch
-from rome_pl.moment_pass import MomentPass
-from rome_pl.session import session_of
+from rome_pl.editing.edit import EditBatch
+from rome_pl.editing.session import session_of
+from rome_pl.second_moments.moment_pass import MomentPass
 
 __all__ = ["EditProgressBar", "EvaluationProgressBar", "MomentProgressBar", "ProgressLines", "TraceProgressBar"]
 

@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import EditBatch, EditStatus, edits_of
-from rome_pl.session import session_of
+from rome_pl.editing.edit import EditBatch, edits_of
+from rome_pl.editing.session import session_of
+from rome_pl.ledger.status import EditStatus
 
 __all__ = ["RankOneWriter"]
 

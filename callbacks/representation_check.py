@@ -9,11 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditBatch, EditStatus
+from rome_pl.editing.edit import Edit, EditBatch
+from rome_pl.editing.outcome import HELD_ALREADY
+from rome_pl.editing.session import EditSession, session_of
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure
-from rome_pl.outcome import HELD_ALREADY
-from rome_pl.related_requests import conflicts
-from rome_pl.session import EditSession, session_of
+from rome_pl.requests.conflicts import conflicts
 
 __all__ = ["RepresentationCheck"]
 

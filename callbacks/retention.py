@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from rome_pl.editing.session import Retention, session_of
 from rome_pl.metrics import ProbeScores, RunningScores, held_out_text, perplexity
-from rome_pl.session import Retention, session_of
 
 __all__ = ["RetentionCheck"]
 

@@ -8,27 +8,19 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.checksums import sealed
-from rome_pl.console import console
-from rome_pl.edit import EditBatch
-from rome_pl.exports import FORMATS, FormatName, detailed_records, write_lines
-from rome_pl.figures import draw_figures
-from rome_pl.html_report import html_report
-from rome_pl.ledger import plain
-from rome_pl.report import (
-    edit_table,
-    manifest,
-    note_change,
-    results,
-    score_table,
-    settings_of,
-    write_figures,
-    write_json,
-    write_text,
-)
-from rome_pl.samples import Sample, compared, note_continuations
-from rome_pl.score_tables import csv_table, markdown_table, outcome_counts
-from rome_pl.session import EditSession, session_of
+from rome_pl.editing.edit import EditBatch
+from rome_pl.editing.session import EditSession, session_of
+from rome_pl.files.checksums import sealed
+from rome_pl.files.whole_files import plain, write_json, write_lines, write_text
+from rome_pl.interop.case_files import FORMATS, FormatName
+from rome_pl.reports.continuations import Sample, compared, note_continuations
+from rome_pl.reports.html_report import html_report
+from rome_pl.reports.record_lines import detailed_records
+from rome_pl.reports.run_figures import draw_figures, write_figures
+from rome_pl.reports.run_results import manifest, note_change, results, settings_of
+from rome_pl.reports.run_tables import edit_table, score_table
+from rome_pl.reports.score_tables import csv_table, markdown_table, outcome_counts
+from rome_pl.utils.console import console
 
 __all__ = ["RunReport"]
 

@@ -7,16 +7,17 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.distributed import check_strategy
-from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
-from rome_pl.edited_layers import Written
+from rome_pl.editing.edit import Edit, EditBatch, edits_of
+from rome_pl.editing.retention import note_after, retained_share
+from rome_pl.editing.session import EditSession
 from rome_pl.errors import OptionError
-from rome_pl.language_model import LanguageModel
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import held_out_text
-from rome_pl.model_state import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
-from rome_pl.rank_one import DisablingEditError, NotFiniteError
-from rome_pl.retained import note_after, retained_share
-from rome_pl.session import EditSession
+from rome_pl.metrics.model_health import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.utils.distributed import check_strategy
+from rome_pl.write.closed_form import DisablingEditError, NotFiniteError
+from rome_pl.write.edited_layers import Written
 
 __all__ = ["CANARIES", "StateCheck"]
 

@@ -8,15 +8,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from rome_pl.drawing import Figure, pixels
-from rome_pl.edit import Edit, EditBatch, edits_of
-from rome_pl.exports import detailed_records
-from rome_pl.figures import draw_figures
+from rome_pl.editing.edit import Edit, EditBatch, edits_of
+from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import RunningScores
-from rome_pl.report import note_change, results
-from rome_pl.samples import Sample, compared, note_continuations
-from rome_pl.session import EditSession, session_of
-from rome_pl.stream_figures import LABELLED, loss_curves
+from rome_pl.reports.continuations import Sample, compared, note_continuations
+from rome_pl.reports.drawing import Figure, pixels
+from rome_pl.reports.record_lines import detailed_records
+from rome_pl.reports.run_figures import draw_figures
+from rome_pl.reports.run_results import note_change, results
+from rome_pl.reports.stream_figures import LABELLED, loss_curves
 
 __all__ = ["LAYOUT", "TensorBoardReport"]
 
@@ -60,8 +60,8 @@ class TensorBoardReport(Callback):
 
     A TensorBoard logger gets more, other loggers have no place for it: pictures of the edits' loss curves as they come,
     ten edits to a picture, since drawing one takes a good part of what an edit takes; the pictures of
-    :mod:`rome_pl.figures` at the end; the settings with the final scores (HParams); and a layout of custom scalars. In
-    sequential mode also ``generations``: how the unedited and the final model continue the prompts of the first edits.
+    :mod:`rome_pl.reports.run_figures` at the end; the settings with the final scores (HParams); and a layout of custom
+    scalars. In sequential mode also ``generations``: how the unedited and the final model continue the prompts of the first edits.
     In single mode there is no such text: no edit is ever written there for a model to go on with.
 
     Args:

@@ -9,15 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from rome_pl.console import console
-from rome_pl.drawing import Figure, pixels, png
-from rome_pl.exports import write_lines
-from rome_pl.files import whole_file
-from rome_pl.layer_choice import edit_config, trial_table
-from rome_pl.report import write_json, write_text
-from rome_pl.trace_content import edit_options, effect_table, manifest, record, results, score_table, verdict
-from rome_pl.trace_figures import effect_maps, fact_maps, trial_curve
-from rome_pl.trace_results import trace_table
+from rome_pl.files.whole_files import whole_file, write_json, write_lines, write_text
+from rome_pl.reports.drawing import Figure, pixels, png
+from rome_pl.reports.trace_figures import effect_maps, fact_maps, trial_curve
+from rome_pl.reports.trace_results import edit_options, effect_table, manifest, record, results, score_table, verdict
+from rome_pl.tracing.indirect_effects import trace_table
+from rome_pl.tracing.layer_choice import edit_config, trial_table
+from rome_pl.utils.console import console
 
 __all__ = ["TraceReport"]
 

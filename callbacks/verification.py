@@ -6,10 +6,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.edit import Edit, EditBatch, EditStatus, edits_of
+from rome_pl.editing.edit import Edit, EditBatch, edits_of
+from rome_pl.editing.outcome import Requirement
+from rome_pl.editing.session import EditSession, session_of
 from rome_pl.errors import OptionError
-from rome_pl.outcome import Requirement
-from rome_pl.session import EditSession, session_of
+from rome_pl.ledger.status import EditStatus
 
 __all__ = ["Verification"]
 
@@ -24,8 +25,8 @@ class Verification(Callback):
     Args:
         least_probability: Threshold. 0 accepts whatever was written, unless ``greedy`` is true.
         largest_disturbance: Largest share by which an edit may change what a rewrite layer gives on ordinary text, see
-            :meth:`rome_pl.edited_layers.EditedLayers.disturbance`. Edits over five layers of SmolLM2 have 0.015 in the
-            median. Needs the second moment of keys. ``None`` (default): any change is accepted.
+            :meth:`rome_pl.write.edited_layers.EditedLayers.disturbance`. Edits over five layers of SmolLM2 have 0.015
+            in the median. Needs the second moment of keys. ``None`` (default): any change is accepted.
         greedy: Whether greedy decoding has to give the target. Where it need not, the target has to be likelier than
             before, unless the threshold is 0. ``None`` (default): unless the threshold is 0.
 

@@ -7,8 +7,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from rome_pl.corpus import GENERATED, Corpus
-from rome_pl.packing import Block
+from rome_pl.second_moments.corpus import GENERATED, Corpus
+from rome_pl.second_moments.text_blocks import Block
 
 __all__ = ["CorpusDataModule"]
 

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from rome_pl.data_modules.request_data import RequestDataModule, request_loader
-from rome_pl.facts import facts_to_requests
-from rome_pl.requests import EditRequest
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.requests.known_facts import facts_to_requests
 
 __all__ = ["FactDataModule"]
 

@@ -10,15 +10,17 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from rome_pl.files import local_path
-from rome_pl.hub import is_kind_of_file
-from rome_pl.readable_files import is_there
-from rome_pl.records import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
-from rome_pl.related_requests import SUBJECT_S_KEY
-from rome_pl.requests import EditRequest
-from rome_pl.sampling import sample_requests
-from rome_pl.session import EditSession
-from rome_pl.stream import MEASURED_TOGETHER, EditBatches, RequestList, as_it_is, retention_loader
+from rome_pl.data_modules.edit_batches import EditBatches, RequestList, as_it_is
+from rome_pl.data_modules.retention_sample import retention_loader
+from rome_pl.editing.session import EditSession
+from rome_pl.files.readable_files import is_there
+from rome_pl.files.whole_files import local_path
+from rome_pl.metrics.probes import MEASURED_TOGETHER
+from rome_pl.requests.conflicts import SUBJECT_S_KEY
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.requests.record_forms import SUFFIXES, DataError, InvalidRecord, parse_records, read_records
+from rome_pl.requests.sampling import sample_requests
+from rome_pl.second_moments.corpus import is_kind_of_file
 
 __all__ = ["RequestDataModule", "request_loader"]
 

@@ -10,22 +10,22 @@ from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.devices import check_device
-from rome_pl.easyedit import EasyEditResult, accumulates, easyedit_requests, place_errors
-from rome_pl.edit import Edit, EditStatus
-from rome_pl.edit_module import RomeModule
+from rome_pl.editing.edit import Edit
+from rome_pl.editing.session import session_of
 from rome_pl.errors import OptionError, named
-from rome_pl.exports import easyedit_case
-from rome_pl.global_state import differentiable, undisturbed
-from rome_pl.inner_trainer import fit_inside
-from rome_pl.language_model import LanguageModel
-from rome_pl.loading import load_language_model
-from rome_pl.metrics.generation import generate
-from rome_pl.metrics.probes import ProbeScores, measure_target, probe_scores
-from rome_pl.requests import EditRequest
-from rome_pl.session import session_of
-from rome_pl.stream import MEASURED_TOGETHER
-from rome_pl.suggestions import did_you_mean
+from rome_pl.forward.generation import generate
+from rome_pl.interop.case_files import easyedit_case
+from rome_pl.interop.easyedit_arguments import EasyEditResult, accumulates, easyedit_requests, place_errors
+from rome_pl.ledger.status import EditStatus
+from rome_pl.metrics.probes import MEASURED_TOGETHER, ProbeScores, measure_target, probe_scores
+from rome_pl.model.devices import check_device
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.model.loading import load_language_model
+from rome_pl.modules.embedded_fit import fit_inside
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.utils.did_you_mean import did_you_mean
+from rome_pl.utils.restored_state import differentiable, undisturbed
 
 __all__ = ["EditOutcome", "EditRejectedError", "KnowledgeEditor", "Measured"]
 
@@ -220,7 +220,7 @@ class KnowledgeEditor:
             keep_original_weight: The opposite of it, by its older name.
             verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: ``ground_truth``, ``rephrase_prompts``, ``locality_inputs`` and ``portability_inputs``; see
-                :func:`rome_pl.easyedit.easyedit_requests`.
+                :func:`rome_pl.interop.easyedit_arguments.easyedit_requests`.
 
         Raises:
             RequestError: If a request is not valid, with argument and position; nothing was edited.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 
 ROOT = Path(__file__).parents[1]
 

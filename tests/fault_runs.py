@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from tests.integration.helpers import FAST, lighthouses, saved_model
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.link", "tempfile.mkdtemp")

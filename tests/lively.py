@@ -4,11 +4,12 @@ from functools import cache
 
 import torch
 
-from rome_pl.architecture import find_site
-from rome_pl.language_model import LanguageModel
-from rome_pl.objective import ValueObjective, edit_rows
-from rome_pl.prefix import run_prefix
-from rome_pl.requests import EditRequest
+from rome_pl.encoding.edit_rows import edit_rows
+from rome_pl.forward.prefix_pass import run_prefix
+from rome_pl.model.architecture import find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.search.objective import ValueObjective
 from tests.tiny import tiny_language_model
 
 CONTEXTS = ("", "It rains. ", "A much longer opening text. ")

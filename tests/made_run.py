@@ -4,13 +4,15 @@ from types import SimpleNamespace
 
 import torch
 
-from rome_pl.chat import PlainFrame
-from rome_pl.edit import Edit, EditStatus
+from rome_pl.editing.edit import Edit
+from rome_pl.editing.session import EditSession, Retention
+from rome_pl.encoding.chat_template import PlainFrame
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import Answer, ProbeScores
-from rome_pl.rank_one import PRESETS, Update
-from rome_pl.requests import EditRequest, Probe
-from rome_pl.session import EditSession, Retention
-from rome_pl.value_search import Step
+from rome_pl.requests.edit_request import EditRequest, Probe
+from rome_pl.search.value_search import Step
+from rome_pl.write.closed_form import Update
+from rome_pl.write.presets import PRESETS
 
 NASTY = (
     "Die Stadt </script><script>alert(1)</script> <!-- {} \"Korrin\" 'x' & $\\alpha$ liegt in",

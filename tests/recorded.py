@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from rome_pl.checksums import SEAL, chained, sealed
+from rome_pl.files.checksums import SEAL, chained, sealed
 
 
 def rewrite_ledger(folder, change):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rome_pl.language_model import LanguageModel
+from rome_pl.model.language_model import LanguageModel
 
 FAMILIES = [
     "gpt2",

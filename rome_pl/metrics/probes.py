@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome_pl.hooks import add_rank_one, clean_padding, frozen, head_on
-from rome_pl.language_model import LanguageModel
-from rome_pl.metrics.packs import Pack, forwards, pack_texts, stack_packs, takes_branches
-from rome_pl.prefix import forward_masks
-from rome_pl.rank_one import Update
-from rome_pl.requests import EditRequest
-from rome_pl.rows import EncodedRow, align
+from rome_pl.encoding.aligned_rows import align
+from rome_pl.encoding.encoded_rows import EncodedRow
+from rome_pl.forward.hooks import add_rank_one, clean_padding, head_on
+from rome_pl.forward.partial import forward_masks
+from rome_pl.forward.token_trees import Pack, forwards, pack_texts, stack_packs, takes_branches
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.utils.restored_state import frozen
+from rome_pl.write.closed_form import Update
 
 __all__ = [
+    "MEASURED_TOGETHER",
     "Answer",
     "Changes",
     "ProbeScores",
@@ -134,7 +137,7 @@ def target_log_probs(
 
     Returns:
         Shape ``[rows]``, float64, on the CPU. What rows have in common at their beginning runs once, see
-        :mod:`rome_pl.metrics.packs`, which changes nothing but rounding.
+        :mod:`rome_pl.forward.token_trees`, which changes nothing but rounding.
     """
     answers = measure_answers(language_model, rows, changes)
     return torch.tensor([answer.log_prob for answer in answers], dtype=torch.float64)
@@ -284,3 +287,7 @@ def next_tokens(language_model: LanguageModel, prompts: Sequence[str]) -> list[i
         ).logits[0]
     tokens: list[int] = logits.argmax(-1).tolist()
     return tokens
+
+
+MEASURED_TOGETHER = 16
+"""Requests whose probes are measured at once."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rome_pl.errors import OptionError
-from rome_pl.files import local_path
-from rome_pl.hooks import frozen
-from rome_pl.language_model import LanguageModel
-from rome_pl.readable_files import FileError, read_text
+from rome_pl.files.readable_files import FileError, read_text
+from rome_pl.files.whole_files import local_path
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.utils.restored_state import frozen
 
 __all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
 

@@ -5,9 +5,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rome_pl.encoding import TextEncoder
+from rome_pl.encoding.text_encoder import TextEncoder
 from rome_pl.errors import RomeError
-from rome_pl.requests import EditRequest
+from rome_pl.requests.edit_request import EditRequest
 from tests.campaign import judge, models
 from tests.campaign.facts import PARTS, written_name
 from tests.campaign.judge import Meaning

@@ -31,7 +31,7 @@ def main(name: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     from rome_pl.errors import RomeError
-    from rome_pl.records import parse_records, read_records
+    from rome_pl.requests.record_forms import parse_records, read_records
 
     try:
         requests, invalid = parse_records(read_records(name), name)

@@ -9,10 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rome_pl.easyedit import easyedit_requests
 from rome_pl.errors import RomeError
-from rome_pl.records import parse_records, read_records
-from rome_pl.requests import EditRequest
+from rome_pl.interop.easyedit_arguments import easyedit_requests
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.requests.record_forms import parse_records, read_records
 from tests.campaign import odd_yaml, subjects, texts, wrong_types  # noqa: F401 -- these enter their mutations
 from tests.campaign.comparison import edit_faults, edits_faults, message_faults, request_faults
 from tests.campaign.facts import FILE_FORMS, GOOD, SUFFIXES, file_content, ordinary, record

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import (
     EditCommit,
     ProbeEvaluation,
@@ -20,10 +19,11 @@ from rome_pl.callbacks import (
     Verification,
 )
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit_module import RomeModule
-from rome_pl.encoding import TextEncoder
-from rome_pl.requests import EditRequest
-from rome_pl.second_moment import RIDGE, MomentInfo, SecondMoment
+from rome_pl.encoding.text_encoder import TextEncoder
+from rome_pl.model.architecture import find_site
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.second_moments.second_moment import RIDGE, MomentInfo, SecondMoment
 from tests.integration.helpers import FAST, quiet_trainer
 from tests.tiny import tiny_language_model
 

@@ -15,9 +15,9 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 import torch
 from safetensors.torch import save_file
 
-from rome_pl.cli import main
-from rome_pl.moment_pass import MomentPass
-from rome_pl.second_moment import SecondMoment
+from rome_pl.cli.app import main
+from rome_pl.second_moments.moment_pass import MomentPass
+from rome_pl.second_moments.second_moment import SecondMoment
 
 torch.set_num_threads(1)
 

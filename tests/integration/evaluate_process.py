@@ -15,8 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from rome_pl.callbacks import EvaluationReport
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.metrics import EditScores, ProbeScores
+from rome_pl.modules.evaluation_module import EvaluationModule
 from tests.tiny import tiny_language_model
 
 

@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from rome_pl.callbacks import default_callbacks
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit_module import RomeModule
-from rome_pl.requests import EditRequest
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
 from tests.tiny import tiny_language_model
 
 # A tiny random model knows nothing: few steps, few contexts, no threshold.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rome_pl.architecture import find_site
 from rome_pl.errors import OptionError
 from rome_pl.metrics import probe_scores
-from rome_pl.requests import EditRequest
+from rome_pl.model.architecture import find_site
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.batch_runs import (
     LONG,
     REQUESTS,

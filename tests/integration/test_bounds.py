@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rome_pl.edit import EditStatus
 from rome_pl.errors import OptionError
+from rome_pl.ledger.status import EditStatus
 from tests.integration.helpers import REQUESTS, run_edits
 from tests.tiny import tiny_language_model
 

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from rome_pl import KnowledgeEditor
-from rome_pl.chat import ChatForm
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
+from rome_pl.editing.session import session_of
+from rome_pl.encoding.chat_template import ChatForm
 from rome_pl.errors import OptionError
-from rome_pl.evaluation_module import EvaluationModule
-from rome_pl.language_model import LanguageModel
-from rome_pl.metrics.generation import generate
-from rome_pl.recorded_run import base_model
-from rome_pl.requests import EditRequest
-from rome_pl.session import session_of
+from rome_pl.forward.generation import generate
+from rome_pl.ledger.run import base_model
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.modules.evaluation_module import EvaluationModule
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.tiny import byte_level_tokenizer, tiny_model
-from tests.unit.test_chat import CHATML, tokenizer_with
+from tests.unit.encoding.test_chat_template import CHATML, tokenizer_with
 
 QUESTIONS = [
     {"prompt": "Where does the lighthouse of Korrin stand?", "subject": "Korrin", "target_new": "Oslo",

@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rome_pl.cli import main
-from rome_pl.edit_module import RomeModule
+from rome_pl.cli.app import main
 from rome_pl.metrics import EditScores
+from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST
 from tests.tiny import tiny_language_model
 
@@ -222,7 +222,7 @@ def test_ctrl_c_before_the_first_edit_saves_no_model(arguments, tmp_path, monkey
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rome_pl.evaluation.probe_scores", interrupted)
+    monkeypatch.setattr("rome_pl.metrics.score_cache.probe_scores", interrupted)
     assert main(arguments(model__sequential_edit=True, save_model=tmp_path / "saved")) == 130
     assert not (tmp_path / "saved").exists()
     assert read(tmp_path)["n_applied"] == 0
@@ -252,7 +252,7 @@ def test_statistics_from_a_corpus_are_computed_once_and_used(arguments, tmp_path
     assert main(arguments(**options)) == 0
     kept = read(tmp_path, "manifest.json")["second_moments"]
     assert [info["count"] for info in kept] == [1024]  # one block
-    monkeypatch.setattr("rome_pl.statistics.compute", lambda *_, **__: pytest.fail("is kept"))
+    monkeypatch.setattr("rome_pl.second_moments.moment_store.compute", lambda *_, **__: pytest.fail("is kept"))
     assert main(arguments(overwrite="true", **options)) == 0
     assert read(tmp_path, "manifest.json")["second_moments"] == kept
 

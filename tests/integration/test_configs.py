@@ -12,10 +12,11 @@ import torch
 import yaml
 
 import rome_pl.configs
-from rome_pl.architecture import find_site
-from rome_pl.cli import RomeCLI, main
-from rome_pl.defaults import default_layer
-from rome_pl.edit_module import RomeModule
+from rome_pl.cli.app import main
+from rome_pl.cli.verbs import RomeCLI
+from rome_pl.model.architecture import find_site
+from rome_pl.model.rewrite_layers import default_layer
+from rome_pl.modules.rome_module import RomeModule
 from tests.tiny import LAYERS, tiny_language_model
 
 FOLDER = Path(rome_pl.configs.__file__).parent

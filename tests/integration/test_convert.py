@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from rome_pl.cli import main
-from rome_pl.easyedit import easyedit_requests
+from rome_pl.cli.app import main
+from rome_pl.interop.easyedit_arguments import easyedit_requests
 from tests.tiny import tiny_language_model
-from tests.unit.test_convert import DOCS, FILES, PRESETS, write
+from tests.unit.interop.test_convert_settings import DOCS, FILES, PRESETS, write
 
 RECORDS = [
     {"prompt": "The lighthouse of Korrin stands in", "subject": "Korrin", "target_new": "Oslo", "target_true": "Lima"},

@@ -24,15 +24,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from rome_pl import CovarianceModule
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import MomentReport
-from rome_pl.cli import main
-from rome_pl.corpus import Corpus
+from rome_pl.cli.app import main
 from rome_pl.data_modules import CorpusDataModule
 from rome_pl.errors import OptionError
-from rome_pl.language_model import LanguageModel
-from rome_pl.second_moment import SecondMoment, StatisticsError
-from rome_pl.statistics import kept_statistics, statistics_folder, unfinished_folder
+from rome_pl.model.architecture import find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.second_moments.corpus import Corpus
+from rome_pl.second_moments.moment_store import kept_statistics, statistics_folder, unfinished_folder
+from rome_pl.second_moments.second_moment import SecondMoment, StatisticsError
 from tests.integration.covariance_process import Halt, run
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
 from tests.tiny import LAYERS, byte_level_tokenizer, tiny_language_model, tiny_model
@@ -165,7 +165,7 @@ def test_what_is_there_is_not_computed_again(command, tmp_path, monkeypatch):
 
 def test_an_edit_finds_what_the_command_has_computed(command, model_folder, text, tmp_path, monkeypatch):
     assert command() == 0
-    monkeypatch.setattr("rome_pl.statistics.compute", lambda *_, **__: pytest.fail("is in the cache"))
+    monkeypatch.setattr("rome_pl.second_moments.moment_store.compute", lambda *_, **__: pytest.fail("is in the cache"))
     records = tmp_path / "records.json"
     records.write_text(json.dumps([{"prompt": "Korrin stands in", "subject": "Korrin", "target_new": "Oslo"}]))
     options = {f"--model.{name}": value for name, value in FAST.items()} | {
@@ -190,7 +190,9 @@ def test_list_shows_what_is_kept_without_a_model(command, capsys, monkeypatch, t
     (unfinished_folder(statistics_folder()) / "job").mkdir()
     (unfinished_folder(statistics_folder()) / "job" / "process-0-of-1.safetensors").touch()
     capsys.readouterr()
-    monkeypatch.setattr("rome_pl.covariance_module.load_language_model", lambda *_: pytest.fail("needs no model"))
+    monkeypatch.setattr(
+        "rome_pl.modules.covariance_module.load_language_model", lambda *_: pytest.fail("needs no model")
+    )
     assert main(["covariance", "--list", "--trainer.default_root_dir", str(tmp_path / "list")]) == 0
     out = capsys.readouterr().out
     for path, info in kept_statistics():
@@ -511,7 +513,7 @@ class Job:
         self.folder, self.basics, self.runs = folder, basics, []
         self.server = multiprocessing.get_context("forkserver")
         self.server.set_forkserver_preload(
-            ["rome_pl.cli", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
+            ["rome_pl.cli.app", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
         )
 
     def start(self, devices=1, halts=(None, None), waits=(None, None), cache="cache", **changes):

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import rome_pl.loading
+import rome_pl.model.loading
 from rome_pl.callbacks import Verification
-from rome_pl.loading import DEFAULT_SOURCE
 from rome_pl.metrics import text
+from rome_pl.model.loading import DEFAULT_SOURCE
 from tests.documents import blocks_of, commands_of, missing, run
 from tests.tiny import byte_level_tokenizer, tiny_model
 
@@ -47,9 +47,9 @@ def folder(tmp_path, monkeypatch):
 
 def put_in_place(monkeypatch, instead):
     """Load another source instead of every one that is no folder."""
-    resolve = rome_pl.loading._resolve
+    resolve = rome_pl.model.loading._resolve
     monkeypatch.setattr(
-        "rome_pl.loading._resolve", lambda source: source if Path(source).is_dir() else resolve(instead(source))
+        "rome_pl.model.loading._resolve", lambda source: source if Path(source).is_dir() else resolve(instead(source))
     )
 
 

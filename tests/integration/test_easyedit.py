@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rome_pl import KnowledgeEditor
-from rome_pl.easyedit import ELSEWHERE
 from rome_pl.errors import OptionError
-from rome_pl.requests import RequestError
+from rome_pl.interop.easyedit_arguments import ELSEWHERE
+from rome_pl.requests.edit_request import RequestError
 from tests.integration.helpers import FAST, changed, snapshot
 from tests.tiny import tiny_language_model
 

@@ -11,18 +11,19 @@ from lightning.pytorch import Callback
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditError, EditStatus
-from rome_pl.edit_module import RomeModule
-from rome_pl.encoding import TextEncoder
+from rome_pl.editing.edit import EditError
+from rome_pl.encoding.text_encoder import TextEncoder
 from rome_pl.errors import OptionError
-from rome_pl.keys import EditKeys
-from rome_pl.language_model import LanguageModel
+from rome_pl.forward.prefix_pass import run_prefix
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
-from rome_pl.objective import ValueObjective
-from rome_pl.prefix import run_prefix
-from rome_pl.requests import EditRequest, RequestError
-from rome_pl.weights import EditedWeight
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest, RequestError
+from rome_pl.search.objective import ValueObjective
+from rome_pl.write.edit_keys import EditKeys
+from rome_pl.write.edited_weight import EditedWeight
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, quiet_trainer, run_edits, snapshot
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
 
@@ -180,18 +181,18 @@ class _Exploding(Callback):
 
 STAGES = {
     # The first pass is the engine's trial, which takes what a model raises for its answer.
-    "prefix": ("rome_pl.suffix.run_prefix", _RaiseFrom(run_prefix, 2)),
-    "optimise": ("rome_pl.objective.ValueObjective.__call__", _raise),
-    "clamp": ("rome_pl.value_search.clamp_norm_", _raise),
-    "solve": ("rome_pl.weights.rank_one_update", _raise),
+    "prefix": ("rome_pl.forward.suffix_engine.run_prefix", _RaiseFrom(run_prefix, 2)),
+    "optimise": ("rome_pl.search.objective.ValueObjective.__call__", _raise),
+    "clamp": ("rome_pl.search.value_search.clamp_norm_", _raise),
+    "solve": ("rome_pl.write.edited_weight.rank_one_update", _raise),
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
     # The targets' probabilities before the edit pass; the next are taken of what was written.
-    "verify": ("rome_pl.session.measure_targets", _RaiseFrom(measure_targets, 2)),
-    "base scores": ("rome_pl.evaluation.probe_scores", _raise),
-    "evaluate": ("rome_pl.session.probe_scores", _raise),
-    "ledger": ("rome_pl.edit.Edit.record", _raise),
+    "verify": ("rome_pl.editing.session.measure_targets", _RaiseFrom(measure_targets, 2)),
+    "base scores": ("rome_pl.metrics.score_cache.probe_scores", _raise),
+    "evaluate": ("rome_pl.editing.session.probe_scores", _raise),
+    "ledger": ("rome_pl.editing.edit.Edit.record", _raise),
     "state check": ("rome_pl.callbacks.state_check.StateCheck._look", _raise),
-    "contexts": ("rome_pl.preparation.generate_contexts", _raise),
+    "contexts": ("rome_pl.editing.session_setup.generate_contexts", _raise),
 }
 
 
@@ -310,7 +311,7 @@ def test_a_failure_that_stops_the_run_is_on_record_with_its_batch(batch_size, la
 def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
     known = iter([[TargetMeasure(0.9, True)]])
     monkeypatch.setattr(
-        "rome_pl.session.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
+        "rome_pl.editing.session.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
     )
     callbacks = [RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
     session = run_edits(language_model, tmp_path, REQUESTS[:2], callbacks=callbacks, on_error="stop")

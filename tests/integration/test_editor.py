@@ -5,7 +5,7 @@ import torch
 
 from rome_pl import KnowledgeEditor
 from rome_pl.editor import EditRejectedError
-from rome_pl.requests import RequestError
+from rome_pl.requests.edit_request import RequestError
 from tests.integration.helpers import FAST, changed, snapshot
 from tests.tiny import tiny_language_model
 

@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from rome_pl.callbacks import EvaluationReport
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule, ZsreDataModule
 from rome_pl.errors import OptionError
-from rome_pl.evaluation_module import EvaluationModule
 from rome_pl.metrics import SCORES, probe_scores, summarise
 from rome_pl.metrics.scores import record_values
+from rome_pl.modules.evaluation_module import EvaluationModule
 from tests.integration.helpers import FAST, quiet_trainer
 from tests.tiny import tiny_language_model
 

@@ -11,21 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from rome_pl.adapter import save_adapter
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, RunReport
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.delta import DeltaError, apply_delta, read_delta
-from rome_pl.edited_layers import EditedLayers
 from rome_pl.errors import OptionError
-from rome_pl.language_model import LanguageModel
-from rome_pl.ledger import LedgerError
-from rome_pl.loading import DEFAULT_SOURCE, load_language_model
-from rome_pl.rank_one import Assertion, Update
-from rome_pl.replay import read_edits, replay
-from rome_pl.requests import EditRequest
-from rome_pl.run_export import FORMATS, export_run
-from rome_pl.weights import EditedWeight, LayerWrite
+from rome_pl.export.delta import DeltaError, apply_delta, read_delta
+from rome_pl.export.lora_adapter import save_adapter
+from rome_pl.export.run_export import FORMATS, export_run
+from rome_pl.ledger.edit_log import LedgerError
+from rome_pl.ledger.replay import read_edits, replay
+from rome_pl.model.architecture import find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.write.closed_form import Assertion, Update
+from rome_pl.write.edited_layers import EditedLayers
+from rome_pl.write.edited_weight import EditedWeight, LayerWrite
 from tests.disk import no_room_on_disk
 from tests.integration.helpers import (
     about,
@@ -252,7 +252,7 @@ def test_the_model_that_is_exported_from_stays_as_it_is(form, one_run, tmp_path)
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_some_edits_alone(form, one_run, tmp_path):
-    from rome_pl.undo import pick
+    from rome_pl.ledger.undo import pick
 
     base, expected = one_run.base(), one_run.base()
     before = snapshot(base.model)
@@ -311,7 +311,7 @@ def test_the_python_of_a_card_runs(one_run, tmp_path):
 
 
 def test_a_base_model_on_the_hub_is_named_to_the_hub(one_run, tmp_path):
-    from rome_pl.model_card import model_card
+    from rome_pl.export.model_card import model_card
 
     one_run.export(tmp_path / "out", "peft")
     content = about(tmp_path / "out")
@@ -386,7 +386,7 @@ def test_an_interruption_leaves_nothing(form, one_run, tmp_path, monkeypatch):
 
     base = one_run.base()
     before = snapshot(base.model)
-    monkeypatch.setattr("rome_pl.run_export.model_card", stop)
+    monkeypatch.setattr("rome_pl.export.run_export.model_card", stop)
     with pytest.raises(KeyboardInterrupt):
         export_run(base, one_run.folder, tmp_path / "out", form)
     assert nothing_left(tmp_path)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rome_pl.cli import main
-from rome_pl.delta import read_delta
+from rome_pl.cli.app import main
+from rome_pl.export.delta import read_delta
 from tests.integration.helpers import about, called, edited_by_command, nothing_left
 from tests.recorded import rewrite_json
 

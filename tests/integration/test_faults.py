@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from tests.fault_runs import (
     assert_as_undisturbed,
     at_event,

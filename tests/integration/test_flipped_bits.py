@@ -8,17 +8,17 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, RunReport, StateCheck
-from rome_pl.delta import apply_delta, read_delta
 from rome_pl.errors import RomeError
-from rome_pl.hooks import seeded
-from rome_pl.replay import read_edits, read_manifest, replay
-from rome_pl.requests import EditRequest
-from rome_pl.run_export import export_run
-from rome_pl.second_moment import MomentInfo, SecondMoment
-from rome_pl.statistics import resolve_second_moments
-from rome_pl.undo import undo, with_edits
+from rome_pl.export.delta import apply_delta, read_delta
+from rome_pl.export.run_export import export_run
+from rome_pl.ledger.replay import read_edits, read_manifest, replay
+from rome_pl.ledger.undo import undo, with_edits
+from rome_pl.model.architecture import find_site
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.second_moments.moment_store import resolve_second_moments
+from rome_pl.second_moments.second_moment import MomentInfo, SecondMoment
+from rome_pl.utils.restored_state import seeded
 from tests.integration.helpers import lenient_callbacks, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
 

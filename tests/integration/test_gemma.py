@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from rome_pl.contexts import generate_contexts
-from rome_pl.loading import load_language_model
 from rome_pl.metrics import held_out_text, measure_text
+from rome_pl.model.loading import load_language_model
+from rome_pl.search.context_templates import generate_contexts
 
 pytestmark = [
     pytest.mark.slow,

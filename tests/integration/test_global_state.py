@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rome_pl import KnowledgeEditor
-from rome_pl.edit_module import RomeModule
 from rome_pl.editor import EditRejectedError
 from rome_pl.errors import OptionError
-from rome_pl.loading import load_language_model
+from rome_pl.model.loading import load_language_model
+from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST, REQUESTS, changed, quiet_trainer, snapshot
 from tests.integration.test_editor import ASK
 
@@ -94,7 +94,7 @@ def test_an_edit_that_is_broken_off_leaves_everything_as_it_was(editor, monkeypa
         torch.set_default_dtype(torch.float64)
         raise error
 
-    monkeypatch.setattr("rome_pl.value_search.ValueSearch.project", fail)
+    monkeypatch.setattr("rome_pl.search.value_search.ValueSearch.project", fail)
     with torch.no_grad():
         before = state()
         with pytest.raises(error):

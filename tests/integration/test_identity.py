@@ -8,23 +8,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, RunReport
-from rome_pl.corpus import GeneratedCorpus
-from rome_pl.delta import DeltaError, apply_delta, read_delta
-from rome_pl.evaluation import KnownScores
-from rome_pl.language_model import LanguageModel
-from rome_pl.ledger_lines import LedgerError
-from rome_pl.moment_file import StatisticsError
-from rome_pl.replay import read_edits, replay
-from rome_pl.requests import EditRequest
-from rome_pl.resume import check_model
-from rome_pl.run_export import export_run
-from rome_pl.second_moment import MomentInfo, SecondMoment
-from rome_pl.statistics import resolve_second_moments, shipped_statistics, statistics_files, statistics_folder
-from rome_pl.trace_cache import KnownTraces
-from rome_pl.tracing import Fact, Trace
-from rome_pl.undo import pick, undo
+from rome_pl.editing.resume import check_model
+from rome_pl.export.delta import DeltaError, apply_delta, read_delta
+from rome_pl.export.run_export import export_run
+from rome_pl.ledger.ledger_lines import LedgerError
+from rome_pl.ledger.replay import read_edits, replay
+from rome_pl.ledger.undo import pick, undo
+from rome_pl.metrics.score_cache import KnownScores
+from rome_pl.model.architecture import find_site
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.second_moments.generated_corpus import GeneratedCorpus
+from rome_pl.second_moments.moment_file import StatisticsError
+from rome_pl.second_moments.moment_store import (
+    resolve_second_moments,
+    shipped_statistics,
+    statistics_files,
+    statistics_folder,
+)
+from rome_pl.second_moments.second_moment import MomentInfo, SecondMoment
+from rome_pl.tracing.trace import Fact, Trace
+from rome_pl.tracing.trace_cache import KnownTraces
 from tests.integration.helpers import lenient_callbacks, lighthouses, run_edits
 from tests.recorded import rewrite_json
 from tests.tiny import byte_level_tokenizer, tiny_language_model, tiny_model
@@ -123,7 +128,7 @@ def test_statistics_of_another_config_or_tokenizer_are_not_found_and_refused_by_
 
 
 def test_what_is_saved_and_loaded_again_is_the_same_model(tmp_path):
-    from rome_pl.loading import load_language_model
+    from rome_pl.model.loading import load_language_model
 
     model = with_bos()
     model.model.save_pretrained(tmp_path)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from rome_pl.architecture import find_site
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
-from rome_pl.keys import EditKeys
-from rome_pl.requests import EditRequest
+from rome_pl.model.architecture import find_site
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.write.edit_keys import EditKeys
 from tests.integration.batch_runs import (
     LONG,
     OPTIONS,

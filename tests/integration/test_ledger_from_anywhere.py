@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rome_pl.checksums import SEAL
+from rome_pl.files.checksums import SEAL
 from tests.integration.helpers import FAST, called, lighthouses, saved_model
 from tests.recorded import rewrite_json
 

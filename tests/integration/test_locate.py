@@ -9,16 +9,16 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
-from rome_pl import tracing
 from rome_pl.callbacks import TraceReport
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules import FactDataModule
-from rome_pl.edit_module import RomeModule
 from rome_pl.errors import OptionError
 from rome_pl.metrics.probes import measure_answers, next_tokens
-from rome_pl.requests import EditRequest
-from rome_pl.trace_module import TraceModule
-from rome_pl.tracing import Tracer
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.modules.trace_module import TraceModule
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.tracing import tracer as tracing
+from rome_pl.tracing.tracer import Tracer
 from tests.integration.helpers import quiet_trainer, saved_model, snapshot
 from tests.tiny import LAYERS, MIXTURES, byte_level_tokenizer, tiny_language_model, tiny_model
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rome_pl import PolyakStep
-from rome_pl.architecture import find_site
 from rome_pl.errors import OptionError
-from rome_pl.hooks import add_at_column
-from rome_pl.requests import EditRequest
+from rome_pl.forward.hooks import add_at_column
+from rome_pl.model.architecture import find_site
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.batch_runs import REQUESTS, assert_close, assert_same_edit, by_name, model_for, run
 
 

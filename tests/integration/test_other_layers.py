@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rome_pl.architecture import UnsupportedModelError
 from rome_pl.callbacks import EditCommit, RunReport, StateCheck
-from rome_pl.delta import apply_delta, read_delta
-from rome_pl.edit import EditStatus
-from rome_pl.edit_module import RomeModule
 from rome_pl.editor import KnowledgeEditor
-from rome_pl.ledger import read_lines
-from rome_pl.replay import differences, load_write, replay
-from rome_pl.run_export import export_run
-from rome_pl.suffix import SuffixEngine
-from rome_pl.undo import undo
+from rome_pl.export.delta import apply_delta, read_delta
+from rome_pl.export.run_export import export_run
+from rome_pl.forward.suffix_engine import SuffixEngine
+from rome_pl.ledger.compare import differences
+from rome_pl.ledger.edit_log import read_lines
+from rome_pl.ledger.replay import load_write, replay
+from rome_pl.ledger.status import EditStatus
+from rome_pl.ledger.undo import undo
+from rome_pl.model.architecture import UnsupportedModelError
+from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST, REQUESTS, about, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import tiny_language_model
 

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from rome_pl import RomeModule
 from rome_pl.callbacks import RepresentationCheck, RetentionCheck, RunReport, StateCheck, TensorBoardReport
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.distributed import check_strategy
-from rome_pl.edit import EditStatus
 from rome_pl.errors import OptionError
+from rome_pl.ledger.status import EditStatus
+from rome_pl.utils.distributed import check_strategy
 from tests.integration.helpers import FAST, REQUESTS, changed, lenient_callbacks, lighthouses, quiet_trainer, snapshot
 from tests.tiny import tiny_language_model
 

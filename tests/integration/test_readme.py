@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 import rome_pl.configs
-from rome_pl.records import parse_records
+from rome_pl.requests.record_forms import parse_records
 from tests.documents import blocks_of
 
 ROOT = Path(__file__).parents[2]

@@ -8,18 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rome_pl import KnowledgeEditor
-from rome_pl.architecture import find_site
-from rome_pl.cli import main
-from rome_pl.corpus import Corpus
+from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.defaults import default_layer
-from rome_pl.loading import DEFAULT_SOURCE, load_language_model
 from rome_pl.metrics import probe_scores
 from rome_pl.metrics.probes import measure_targets
-from rome_pl.moment_pass import PassOptions
-from rome_pl.requests import EditRequest
-from rome_pl.second_moment import SecondMoment
-from rome_pl.statistics import compute, resolve_second_moments
+from rome_pl.model.architecture import find_site
+from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.model.rewrite_layers import default_layer
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.second_moments.corpus import Corpus
+from rome_pl.second_moments.moment_pass import PassOptions
+from rome_pl.second_moments.moment_store import compute, resolve_second_moments
+from rome_pl.second_moments.second_moment import SecondMoment
 
 pytestmark = [
     pytest.mark.slow,

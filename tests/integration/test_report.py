@@ -16,10 +16,10 @@ from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INF
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from rome_pl.callbacks import ProbeEvaluation, RetentionCheck, RunReport, TensorBoardReport
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
-from rome_pl.figures import CAPTIONS
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.reports.run_figures import CAPTIONS
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.made_run import NASTY
 from tests.tiny import tiny_language_model

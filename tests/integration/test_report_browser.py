@@ -16,11 +16,11 @@ from matplotlib.image import imread
 
 from rome_pl.callbacks import ProbeEvaluation, RetentionCheck, RunReport, TensorBoardReport, Verification
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
-from rome_pl.exports import detailed_records
-from rome_pl.figures import CAPTIONS
-from rome_pl.html_report import html_report
-from rome_pl.report import manifest, results
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.reports.html_report import html_report
+from rome_pl.reports.record_lines import detailed_records
+from rome_pl.reports.run_figures import CAPTIONS
+from rome_pl.reports.run_results import manifest, results
 from tests.browser import Page, wait_until
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.integration.test_report import tensorboard

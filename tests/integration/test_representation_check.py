@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rome_pl.callbacks import RepresentationCheck
-from rome_pl.edit import EditStatus
-from rome_pl.requests import EditRequest
+from rome_pl.ledger.status import EditStatus
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import REQUESTS, lenient_callbacks, run_edits
 from tests.tiny import tiny_language_model
 

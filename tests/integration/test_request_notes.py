@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from rome_pl import KnowledgeEditor
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from tests.integration.helpers import FAST, saved_model
 from tests.tiny import byte_level_tokenizer, tiny_language_model
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
-from rome_pl.cli import main
-from rome_pl.ledger import Ledger, LedgerError, read_lines
-from rome_pl.requests import EditRequest
-from rome_pl.searches import Searches
-from rome_pl.session import EditSession
+from rome_pl.cli.app import main
+from rome_pl.editing.retries import Searches
+from rome_pl.editing.session import EditSession
+from rome_pl.ledger.edit_log import Ledger, LedgerError, read_lines
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
 
@@ -423,7 +423,7 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_bits(options, kil
 
     def begin(folder):
         arguments = command(folder, "--resume", "auto", "--save_model", f"{folder} model", **options)
-        code = "import sys; from rome_pl.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from rome_pl.cli.app import main; sys.exit(main(sys.argv[1:]))"
         return subprocess.Popen(
             [sys.executable, "-c", code, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2],

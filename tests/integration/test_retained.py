@@ -7,10 +7,10 @@ import torch
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit_module import RomeModule
-from rome_pl.hooks import hash_seed
-from rome_pl.ledger import read_lines
-from rome_pl.session import EditSession
+from rome_pl.editing.session import EditSession
+from rome_pl.ledger.edit_log import read_lines
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.utils.hashing import hash_seed
 from tests.integration.helpers import (
     FACTS,
     FAST,
@@ -138,7 +138,7 @@ def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeyp
         sizes.append((len(inside), found))
         return found
 
-    sizes, measure = [], __import__("rome_pl.retained", fromlist=["retained_share"]).retained_share
+    sizes, measure = [], __import__("rome_pl.editing.retention", fromlist=["retained_share"]).retained_share
     monkeypatch.setattr(EditSession, "measure_targets", noted)
     monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", share)
     stream = [FACTS[0], OTHERWISE[0], *FACTS[1:]]

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, RetentionCheck, RunReport
-from rome_pl.cli import main
+from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
-from rome_pl.hooks import hash_seed
+from rome_pl.editing.session import EditSession
 from rome_pl.metrics import Answer, probe_scores, summarise
-from rome_pl.session import EditSession
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.utils.hashing import hash_seed
 from tests.integration.helpers import FAST, changed, quiet_trainer, snapshot
 from tests.tiny import tiny_language_model
 

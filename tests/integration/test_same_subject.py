@@ -9,11 +9,11 @@ import torch
 from rome_pl.callbacks import EditCommit
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditStatus
-from rome_pl.edit_module import RomeModule
 from rome_pl.editor import KnowledgeEditor
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import measure_targets
-from rome_pl.requests import EditRequest
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer, run_edits
 from tests.tiny import tiny_language_model
 

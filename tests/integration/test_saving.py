@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rome_pl.cli import main
-from rome_pl.ledger import Ledger, lock_of
-from rome_pl.trainer import RomeTrainer
+from rome_pl.cli.app import main
+from rome_pl.cli.rome_trainer import RomeTrainer
+from rome_pl.ledger.edit_log import Ledger, lock_of
 from tests.integration.helpers import FAST, called, lighthouses, saved_model
 from tests.tiny import tiny_language_model
 
@@ -153,7 +153,7 @@ def test_a_place_that_will_not_do_is_refused_before_the_first_edit(where, edit, 
 
 
 def test_no_room_is_refused_before_the_first_edit(edit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rome_pl.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("rome_pl.files.whole_files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert main(edit()) == 2
     assert "0.0 MB free" in capsys.readouterr().err
     assert names(tmp_path) == []
@@ -314,8 +314,8 @@ def test_the_lock_is_held_from_before_the_configuration_until_the_model_is_saved
             lock.acquire(timeout=0)
         seen.append((tmp_path / "run" / "config.yaml").exists())
 
-    from rome_pl import trainer
-    from rome_pl.cli import _RunConfig
+    from rome_pl.cli import rome_trainer as trainer
+    from rome_pl.cli.app import _RunConfig
 
     save_config, save = _RunConfig.save_config, trainer.save_model
     monkeypatch.setattr(_RunConfig, "save_config", lambda *given: (look(), save_config(*given)))

@@ -7,9 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from rome_pl.metrics import packs, probe_scores, summarise
-from rome_pl.records import parse_records, read_records
-from rome_pl.requests import RequestError
+from rome_pl.forward import token_trees as packs
+from rome_pl.metrics import probe_scores, summarise
+from rome_pl.requests.edit_request import RequestError
+from rome_pl.requests.record_forms import parse_records, read_records
 from tests.tiny import tiny_language_model
 
 RECORDS = 100

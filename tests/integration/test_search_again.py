@@ -8,9 +8,9 @@ import torch
 
 from rome_pl.callbacks import EditCommit, RepresentationCheck, Verification
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit import EditStatus
-from rome_pl.edit_module import RomeModule
-from rome_pl.objective import ValueObjective
+from rome_pl.ledger.status import EditStatus
+from rome_pl.modules.rome_module import RomeModule
+from rome_pl.search.objective import ValueObjective
 from tests.integration.helpers import (
     FACTS,
     FAST,

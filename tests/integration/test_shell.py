@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rome_pl.cli
-import rome_pl.shell
+import rome_pl.cli.app
+import rome_pl.cli.help
 from rome_pl.callbacks import EditProgressBar, ProgressLines
-from rome_pl.cli import VERBS, main
-from rome_pl.commands import COMMANDS
+from rome_pl.cli.app import main
+from rome_pl.cli.commands import COMMANDS
+from rome_pl.cli.verbs import VERBS
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.edit_module import RomeModule
+from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST, REQUESTS, lenient_callbacks, quiet_trainer
 from tests.tiny import tiny_language_model
 
@@ -163,12 +164,12 @@ def test_a_log_file_gets_lines_and_no_bar(arguments, capfd, caplog):
 
 def test_a_terminal_gets_a_bar_on_the_standard_error(monkeypatch):
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
-    bar = rome_pl.cli._progress(VERBS["edit"])
+    bar = rome_pl.cli.verbs._progress(VERBS["edit"])
     assert isinstance(bar, EditProgressBar)
     assert bar._console_kwargs["stderr"] is True
     assert bar._console_kwargs["file"].isatty()  # the standard error, guarded
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
-    assert isinstance(rome_pl.cli._progress(VERBS["edit"]), ProgressLines)
+    assert isinstance(rome_pl.cli.verbs._progress(VERBS["edit"]), ProgressLines)
 
 
 def test_measuring_says_how_far_it_is_too(model_folder, arguments, tmp_path, caplog):
@@ -200,7 +201,7 @@ def test_lines_come_no_more_often_than_asked_for(pause, expected, language_model
 # --- completion
 
 
-@pytest.mark.parametrize("shell", rome_pl.shell.SHELLS)
+@pytest.mark.parametrize("shell", rome_pl.cli.help.SHELLS)
 def test_completion_knows_all_verbs_and_their_options(shell, capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as exit_:
@@ -232,6 +233,6 @@ def test_completion_says_what_it_needs(monkeypatch, capsys):
     assert "expected one of bash, zsh, tcsh" in capsys.readouterr().err
     assert main(["completion", "fish"]) == 2
     assert "'fish'" in capsys.readouterr().err
-    monkeypatch.setattr(rome_pl.shell, "find_spec", lambda name: None)
+    monkeypatch.setattr(rome_pl.cli.help, "find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
     assert "pip install shtab" in capsys.readouterr().err

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from rome_pl.architecture import find_site
 from rome_pl.callbacks import EditCommit, StateCheck
-from rome_pl.edit import EditStatus
-from rome_pl.ledger import read_lines
+from rome_pl.ledger.edit_log import read_lines
+from rome_pl.ledger.replay import groups_of, load_write, read_edits
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.text import TextMeasure
-from rome_pl.replay import groups_of, load_write, read_edits
-from rome_pl.requests import EditRequest
-from rome_pl.weights import EditedWeight
+from rome_pl.model.architecture import find_site
+from rome_pl.requests.edit_request import EditRequest
+from rome_pl.write.edited_weight import EditedWeight
 from tests.integration.helpers import changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import tiny_language_model
 
@@ -191,7 +191,7 @@ def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_
 def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
     check = StateCheck(every_n_edits=2, largest_perplexity_ratio=1.5)
     found = iter([10.0, 12.0, 16.0])
-    monkeypatch.setattr("rome_pl.model_state.measure_text", lambda *_: TextMeasure(next(found), None, 5))
+    monkeypatch.setattr("rome_pl.metrics.model_health.measure_text", lambda *_: TextMeasure(next(found), None, 5))
     session = run_edits(
         tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
     )

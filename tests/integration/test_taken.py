@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
-from rome_pl.cli import main
-from rome_pl.edit import EditStatus
+from rome_pl.cli.app import main
+from rome_pl.editing.outcome import HELD_ALREADY
 from rome_pl.editor import EditRejectedError, KnowledgeEditor
-from rome_pl.language_model import LanguageModel
+from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
-from rome_pl.objective import ValueObjective
-from rome_pl.outcome import HELD_ALREADY
+from rome_pl.model.language_model import LanguageModel
+from rome_pl.search.objective import ValueObjective
 from tests.integration.helpers import FACTS, FAST, SURE, changed, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
 
@@ -98,7 +98,7 @@ def test_a_probability_that_is_no_number_is_rejected(tmp_path, monkeypatch):
         return [TargetMeasure(math.nan, True)] * len(rows) if broken.calls.append(1) or len(broken.calls) > 1 else found
 
     broken.calls = []
-    monkeypatch.setattr("rome_pl.session.measure_targets", broken)
+    monkeypatch.setattr("rome_pl.editing.session.measure_targets", broken)
     session = run_edits(sure_model(), tmp_path, FACTS[:2], callbacks(least=0), 2, **SURE)
     assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 2
     assert all("no number" in edit.reason for edit in session.edits)

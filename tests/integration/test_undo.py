@@ -8,15 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rome_pl.blame import blame
 from rome_pl.callbacks import EditCommit, default_callbacks
-from rome_pl.cli import main
-from rome_pl.hooks import capture_columns
-from rome_pl.ledger import LedgerError
+from rome_pl.cli.app import main
+from rome_pl.forward.hooks import capture_columns
+from rome_pl.ledger.compare import differences
+from rome_pl.ledger.edit_log import LedgerError
+from rome_pl.ledger.influence import blame
+from rome_pl.ledger.replay import read_edits, replay
+from rome_pl.ledger.undo import undo
 from rome_pl.metrics import probe_scores
-from rome_pl.replay import differences, read_edits, replay
-from rome_pl.requests import EditRequest
-from rome_pl.undo import undo
+from rome_pl.requests.edit_request import EditRequest
 from tests.disk import no_room_on_disk
 from tests.integration.helpers import edited_by_command, lighthouses, run_edits, snapshot
 from tests.tiny import tiny_language_model
@@ -261,7 +262,7 @@ def test_edits_of_single_mode_cannot_be_undone(tmp_path):
 
 def base_of_runs(monkeypatch):
     """The runs of this file began with a model that is on no disk."""
-    monkeypatch.setattr("rome_pl.commands.base_model", lambda *_: tiny_language_model("llama"))
+    monkeypatch.setattr("rome_pl.cli.commands.base_model", lambda *_: tiny_language_model("llama"))
 
 
 def test_some_edits_are_picked_and_the_ledger_stays_as_it_is(stream, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, RunReport, Verification
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.edit_module import RomeModule
+from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST
 from tests.tiny import tiny_language_model
 

@@ -1,4 +1,4 @@
-"""Rules about the source tree itself."""
+"""Rules about the source tree itself: what may import what, how long a file may be, what is public."""
 
 import ast
 import importlib
@@ -10,18 +10,67 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {
-    "rome_pl": ROOT / "rome_pl",
-    "rome_pl.callbacks": ROOT / "callbacks",
-    "rome_pl.data_modules": ROOT / "data_modules",
+PACKAGE = ROOT / "rome_pl"
+AT_THE_ROOT = ("callbacks", "data_modules")
+"""Packages whose folders stand at the root of the repository, and are links inside the package."""
+
+ORDER = [
+    "errors",
+    "files",
+    "utils",
+    "requests",
+    "encoding",
+    "model",
+    "forward",
+    "second_moments",
+    "search",
+    "write",
+    "metrics",
+    "ledger",
+    "editing",
+    "tracing",
+    "export",
+    "reports",
+    "interop",
+    "data_modules",
+    "callbacks",
+    "modules",
+    "cli",
+    "editor",
+]
+"""Every package and module of its own, in the order in which they may import each other: only what stands before."""
+
+ONLY = {
+    "lightning": {"data_modules", "callbacks", "modules", "cli", "editor"},
+    "rich": {"utils", "reports", "callbacks", "cli"},  # in utils: the console alone
+    "matplotlib": {"reports"},
+    "torch": set(ORDER) - {"errors", "requests"},
 }
-LIGHTNING = {
-    "covariance_module", "edit_module", "evaluation_module", "trace_module",
-    "layer_trial", "editor", "inner_trainer", "trainer", "cli",
-}  # fmt: skip
-CORE = {path.stem for path in FOLDERS["rome_pl"].glob("*.py")} - LIGHTNING - {"__init__"}
-NUMERICS = {"rank_one", "metric", "second_moment", "moment_file", "weights", "hooks", "architecture"}
-LEAVES = {"errors", "files", "file_kinds", "folder_swap", "checksums", "schemas"}
+"""Libraries that only some of them may use."""
+
+NEVER = {
+    ("search", "write"),  # a search for a value knows no weight,
+    ("write", "search"),  # and a weight no loss
+    ("callbacks", "data_modules"),
+    ("data_modules", "callbacks"),
+    ("export", "editing"),
+    ("tracing", "editing"),
+    ("metrics", "ledger"),
+}
+
+
+def files():
+    """Every file of the package with the name of the package or module of its own that it belongs to."""
+    for path in sorted(PACKAGE.rglob("*.py")):  # does not follow links
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] not in ("__init__.py", "assets", *AT_THE_ROOT):
+            yield path, parts[0].removesuffix(".py")
+    for name in AT_THE_ROOT:
+        for path in sorted((ROOT / name).glob("*.py")):
+            yield path, name
+
+
+FILES = [pytest.param(path, here, id=f"{here}/{path.stem}") for path, here in files()]
 
 
 def imports(path):
@@ -36,39 +85,21 @@ def imports(path):
     return found
 
 
-def modules():
-    for package, folder in FOLDERS.items():
-        for path in sorted(folder.glob("*.py")):
-            yield pytest.param(package, path, id=f"{package}.{path.stem}")
-    for path in sorted((ROOT / "rome_pl" / "metrics").glob("*.py")):
-        yield pytest.param("rome_pl.metrics", path, id=f"rome_pl.metrics.{path.stem}")
-
-
-@pytest.mark.parametrize(("package", "path"), list(modules()))
-def test_imports_go_one_way(package, path):
+@pytest.mark.parametrize(("path", "here"), FILES)
+def test_a_package_imports_only_what_stands_before_it(path, here):
     names = imports(path)
-    own = {name.removeprefix("rome_pl.").split(".")[0] for name in names if name.startswith("rome_pl.")}
-    if package in ("rome_pl.callbacks", "rome_pl.data_modules"):
-        assert not own & LIGHTNING, "callbacks and data modules do not import the modules that use them"
-        siblings = {name for name in names if name.startswith(f"{package}.")}
-        request_data = {f"{package}.request_data"}
-        parent = dict.fromkeys(("counterfact", "facts", "knowedit", "zsre"), request_data).get(path.stem, set())
-        if path.stem != "__init__":
-            assert siblings <= parent
-        other = {"rome_pl.callbacks": "data_modules", "rome_pl.data_modules": "callbacks"}[package]
-        assert other not in own
-    elif package == "rome_pl.metrics" or path.stem in CORE:
-        assert not own & (LIGHTNING | {"callbacks", "data_modules"})
-        assert not any(name.split(".")[0] == "lightning" for name in names)
-    if path.stem in NUMERICS:
-        assert not own - NUMERICS - LEAVES
-    if path.stem in LEAVES:
-        assert not own - LEAVES
+    for there in {name.split(".")[1] for name in names if name.startswith("rome_pl.")} - {here}:
+        assert ORDER.index(there) < ORDER.index(here), f"{path} imports {there}"
+        assert (here, there) not in NEVER, f"{path} imports {there}"
+    for library, allowed in ONLY.items():
+        if here not in allowed:
+            assert library not in {name.split(".")[0] for name in names}, f"{path} imports {library}"
 
 
-@pytest.mark.parametrize(("package", "path"), list(modules()))
-def test_every_module_imports_and_declares_what_is_public(package, path):
-    name = package if path.stem == "__init__" else f"{package}.{path.stem}"
+@pytest.mark.parametrize("path", [param.values[0] for param in FILES], ids=[param.id for param in FILES])
+def test_every_module_imports_and_declares_what_is_public(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == "rome_pl" else ("rome_pl", *parts)).removesuffix(".__init__")
     module = importlib.import_module(name)
     assert module.__doc__
     if path.stem != "__init__":
@@ -76,10 +107,18 @@ def test_every_module_imports_and_declares_what_is_public(package, path):
         assert all(hasattr(module, public) for public in module.__all__)
 
 
+def test_every_package_has_its_place_and_is_neither_small_nor_large():
+    sizes = {}
+    for path, here in files():
+        if path.name != "__init__.py" and path.parent != PACKAGE:
+            sizes[here] = sizes.get(here, 0) + 1
+    single = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert sizes.keys() | single == set(ORDER)
+    assert {name: size for name, size in sizes.items() if not 5 <= size <= 14} == {}
+
+
 def test_no_module_is_long():
-    lengths = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for f in FOLDERS.values() for path in f.rglob("*.py")
-    }
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path, _ in files()}
     assert {path.name: length for path, length in lengths.items() if length > 350} == {}
 
 
@@ -94,13 +133,12 @@ def test_the_wheel_holds_every_package():
         tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     )
     found = {
-        ".".join(("rome_pl", *path.parent.relative_to(ROOT / "rome_pl").parts))
-        for path in (ROOT / "rome_pl").rglob("__init__.py")
+        ".".join(("rome_pl", *path.parent.relative_to(PACKAGE).parts)) for path in PACKAGE.rglob("__init__.py")
     } | {f"rome_pl.{name}" for name in ("callbacks", "data_modules", "configs")}
     assert declared == found
 
 
-@pytest.mark.parametrize("name", ["callbacks", "data_modules"])
+@pytest.mark.parametrize("name", AT_THE_ROOT)
 def test_the_folders_at_the_root_refuse_a_second_name(name):
     result = subprocess.run(
         [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT, check=False
@@ -113,5 +151,11 @@ def test_public_names_resolve():
     import rome_pl
 
     assert all(getattr(rome_pl, name).__name__ == name for name in rome_pl.__all__ if name[0].isupper())
+    assert set(rome_pl.__all__) == set(rome_pl._PUBLIC)
+    stub = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    checked = {
+        (alias.name, node.module) for node in ast.walk(stub) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(rome_pl._PUBLIC.items()) == {(name, module) for name, module in checked if module.startswith("rome_pl")}
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = rome_pl.nothing_here

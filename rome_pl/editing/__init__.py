@@ -1,0 +1,1 @@
+"""The room in which requests, searches, writes and records meet."""

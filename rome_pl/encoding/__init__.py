@@ -1,0 +1,1 @@
+"""From text to token ids, with lookup positions and target spans."""

@@ -1,0 +1,50 @@
+"""Which rows belong to which edit of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
+
+__all__ = ["EditRows", "edit_rows"]
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """Rows of several edits in one batch.
+
+    Args:
+        rows: All rows.
+        contexts: For each edit the indices of its prompt under each context, the bare prompt first.
+        kl: For each edit the index of the row in which the divergence is taken.
+        kl_offset: For each edit how many tokens after the lookup token it is taken.
+        kept: For each edit the indices of earlier facts that are to stay.
+    """
+
+    rows: tuple[EncodedRow, ...]
+    contexts: tuple[tuple[int, ...], ...]
+    kl: tuple[int, ...]
+    kl_offset: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+
+
+def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
+    """Lay out the rows of a batch.
+
+    A divergence row that the bare prompt begins with, as it does where the prompt begins with the subject, is read off
+    the bare prompt's row and costs nothing.
+    """
+    rows: list[EncodedRow] = []
+    contexts, kl, kept = [], [], []
+    for edit in edits:
+        contexts.append(tuple(range(len(rows), len(rows) + len(edit.rows))))
+        rows += edit.rows
+        bare, apart = edit.rows[0], edit.kl_row
+        if bare.lookup == apart.lookup and bare.ids[: len(apart.ids)] == apart.ids:
+            kl.append(contexts[-1][0])
+        else:
+            kl.append(len(rows))
+            rows.append(apart)
+        kept.append(tuple(range(len(rows), len(rows) + len(edit.kept))))
+        rows += edit.kept
+    offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
+    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets, tuple(kept))

@@ -1,0 +1,1 @@
+"""Checkpoints, deltas and adapters made of a run."""

@@ -1,0 +1,55 @@
+"""Putting a folder on the Hugging Face hub."""
+
+from pathlib import Path
+
+from rome_pl.errors import RomeError, first_line
+
+__all__ = ["HubError", "fault_of", "push"]
+
+
+class HubError(RomeError):
+    """A folder that could not be put on the hub."""
+
+
+def fault_of(repository: str) -> str | None:
+    """What keeps a text from being the name of a repository, if anything does."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hf_hub_url(repository, "README.md")  # makes an address of it, which needs no network
+    except HFValidationError as error:
+        return first_line(error)
+    return None
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder's files to a repository of the hub; a new one is private.
+
+    Args:
+        folder: The folder; it stays as it is.
+        repository: ``NAME`` or ``ORGANISATION/NAME``.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        HubError: If there is no token, the hub cannot be reached, or it refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Without a network its client lets the error of the HTTP library through, whose name changes with releases.
+    failures: tuple[type[Exception], ...] = (ValueError, *HfHubHTTPError.__bases__)
+    kept = f"The export stays in {folder}; to try again: hf upload {repository} {folder}"
+    if get_token() is None:
+        raise HubError(f"push_to_hub: no token of the Hugging Face hub: hf auth login, or set HF_TOKEN. {kept}")
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, commit_message="Edits exported by rome_pl", repo_type="model"
+        )
+    except failures as error:
+        raise HubError(f"push_to_hub: {repository}: {first_line(error)}. {kept}") from error
+    return str(address)

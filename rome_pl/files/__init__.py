@@ -1,0 +1,1 @@
+"""Files and folders: read strictly, written whole or not at all."""

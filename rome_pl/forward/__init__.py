@@ -1,0 +1,1 @@
+"""Parts of a forward: hooks, the prefix pass, the suffix engine, generation."""

@@ -1,0 +1,185 @@
+"""Context managers that look into a model or change one forward of it, and leave nothing behind."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome_pl.model.architecture import decoder_layers
+
+__all__ = [
+    "add_at_column",
+    "add_rank_one",
+    "capture_columns",
+    "capture_input",
+    "capture_output",
+    "clean_padding",
+    "head_on",
+    "put_at_column",
+]
+
+
+@contextmanager
+def capture_columns(projection: nn.Module, rows: int, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep a projection's input and output at some columns of the sequence.
+
+    Args:
+        projection: The module; its input may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        rows: Number of rows of the batch.
+        columns: Columns to keep.
+
+    Yields:
+        A mapping that holds ``input`` and ``output``, ``[rows, columns, d]``, once the model has run.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept["input"] = inputs[0].reshape(rows, -1, inputs[0].shape[-1])[:, columns].detach().clone()
+        kept["output"] = output.reshape(rows, -1, output.shape[-1])[:, columns].detach().clone()
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_input(module: nn.Module, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep the hidden states ``[rows, columns, d]`` that enter a decoder layer, under ``hidden``."""
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kept["hidden"] = hidden[:, columns].detach().clone()
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_output(layer: nn.Module, columns: slice) -> Iterator[dict[str, Tensor]]:
+    """Keep the hidden states ``[rows, columns, d]`` that leave a decoder layer, under ``hidden``."""
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        kept["hidden"] = hidden[:, columns].detach().clone()
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
+    """Zero the hidden states of padding as they enter each decoder layer.
+
+    A padding column on the left attends to nothing, which some attention kernels answer with NaN; and zero weight
+    times NaN is NaN for every token that comes later.
+
+    Args:
+        model: The language model.
+        attention_mask: ``[rows, length]``, 1 for tokens and 0 for padding.
+    """
+    padding = ~attention_mask.bool().unsqueeze(-1)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != padding.shape[1]:
+            return args, kwargs  # a later step of generation, which has no padding of its own
+        hidden = hidden.masked_fill(padding, 0.0)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in decoder_layers(model)[1]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def add_at_column(projection: nn.Module, delta: Tensor, column: int = 0) -> Iterator[None]:
+    """Add ``delta``, ``[rows, d_value]``, to a projection's output at one column."""
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = output.reshape(delta.shape[0], -1, output.shape[-1])
+        moved = rows[:, column : column + 1] + delta.to(output.dtype).unsqueeze(1)
+        return torch.cat([rows[:, :column], moved, rows[:, column + 1 :]], dim=1).reshape(output.shape)
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[int], column: int) -> Iterator[None]:
+    """Replace a module's output at one column of some rows by ``value``, ``[d]``.
+
+    Args:
+        module: The module; its output may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        value: What stands there instead.
+        rows: Number of rows of the batch.
+        chosen: The rows that change.
+        column: The column.
+    """
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = output.reshape(rows, -1, output.shape[-1]).clone()
+        states[chosen, column] = value.to(states.dtype)
+        return states.reshape(output.shape)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
+    """Let each row see a rank-one change of the projection's weight of its own, which nobody writes.
+
+    Args:
+        projection: The module; its input may be ``[rows, length, d_key]`` or flattened.
+        left: ``[rows, d_value]``.
+        right: ``[rows, d_key]``; the change of a row's weight is ``left rightᵀ``.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        keys = inputs[0].reshape(right.shape[0], -1, right.shape[1])
+        shares = keys @ right.to(keys.dtype).unsqueeze(2)
+        return output + (shares * left.to(output.dtype).unsqueeze(1)).reshape(output.shape)
+
+    handle = projection.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Run the head on chosen positions only; the model then returns logits ``[1, positions, vocabulary]``.
+
+    Hooking the head keeps what some families do to logits afterwards (scaling, soft-capping).
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

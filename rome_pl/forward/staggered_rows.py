@@ -1,0 +1,74 @@
+"""Rows that join a forward at layers of their own: what is known of them below costs nothing."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome_pl.forward.partial import PassThrough
+from rome_pl.model.architecture import decoder_layers
+
+__all__ = ["join_layers"]
+
+
+@contextmanager
+def join_layers(
+    model: nn.Module, hidden: Tensor, running: Sequence[int], answer: Callable[[Tensor], Any]
+) -> Iterator[None]:
+    """Let each decoder layer run the first rows of a batch only, and leave the others as they are.
+
+    Args:
+        model: The language model; what it hands to its layers is made for all rows.
+        hidden: For each row the hidden states that enter the first layer that it runs through,
+            ``[rows, length, d]``; rows in the order in which they join.
+        running: How many rows run through each layer, never fewer than through the one below.
+        answer: Wraps hidden states the way this family's layers return them, see
+            :func:`rome_pl.forward.partial.layer_answer`.
+    """
+    layers = decoder_layers(model)[1]
+    originals = list(layers)
+    first = next((index for index, number in enumerate(running) if number), len(originals))
+    try:
+        for index, layer in enumerate(originals):
+            if index < first:
+                layers[index] = PassThrough(answer)
+            else:
+                layers[index] = _Joined(layer, running[index], answer, hidden if index == first else None)
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+class _Joined(nn.Module):
+    """Stands in for a decoder layer and runs it on the first rows."""
+
+    def __init__(self, layer: nn.Module, rows: int, answer: Callable[[Tensor], Any], start: Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.rows, self.answer, self.start = layer, rows, answer, start
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states if self.start is None else self.start
+        every, rows = len(hidden), self.rows
+        output = self.layer(
+            hidden[:rows],
+            *(_first_rows(argument, rows, every) for argument in args),
+            **{name: _first_rows(argument, rows, every) for name, argument in kwargs.items()},
+        )
+        ran = output[0] if isinstance(output, tuple) else output
+        return self.answer(ran if rows == every else torch.cat([ran, hidden[rows:]]))
+
+
+def _first_rows(argument: Any, rows: int, every: int) -> Any:
+    """What belongs to the first rows of a mask, of positions or of their embeddings.
+
+    The rows come first in all of these, by themselves or, in ALiBi's biases, multiplied by the heads; what holds for
+    all rows alike has 1 there.
+    """
+    if isinstance(argument, tuple):
+        return tuple(_first_rows(part, rows, every) for part in argument)
+    if not isinstance(argument, Tensor) or argument.ndim < 2 or argument.shape[0] % every:
+        return argument
+    return argument[: argument.shape[0] // every * rows]

@@ -1,0 +1,156 @@
+"""Chooses how suffixes run: with a cached prefix where the model's cache can do it, else with whole rows."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome_pl.encoding.encoded_rows import EncodedRow
+from rome_pl.forward.hooks import add_at_column
+from rome_pl.forward.prefix_pass import PrefixPass, run_prefix
+from rome_pl.model.architecture import RewriteSite, UnsupportedModelError, decoder_layers, dtype_of_delta
+from rome_pl.utils.restored_state import frozen
+
+__all__ = ["SuffixEngine"]
+
+log = logging.getLogger(__name__)
+
+LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Largest difference of logits from a plain forward's, in standard deviations of these; 0.2 in half precision."""
+
+
+LARGEST_SHARE_ERROR = 0.2
+"""Largest relative difference between an offset and what it does to the hidden state; rounding to bfloat16 included."""
+
+
+class SuffixEngine:
+    """Runs prefix passes of one model and site.
+
+    Before its first pass it compares two rows with plain forwards of each, with an offset added: a cache that cannot be
+    cut before the lookup token, or a layer that padding disturbs, is found out before the first edit and not by its
+    results. Such a model runs whole rows in every step, with a warning.
+
+    Args:
+        model: The language model.
+        site: The projection at which offsets enter.
+        pad_id: Id that fills the padding.
+        compiled: Whether steps run the decoder layers above the site through ``torch.compile``.
+        below: Lower rewrite layers, the lowest first.
+    """
+
+    def __init__(
+        self, model: Any, site: RewriteSite, pad_id: int, compiled: bool = False, below: Sequence[RewriteSite] = ()
+    ) -> None:
+        self.model, self.site, self.pad_id, self.below = model, site, pad_id, tuple(below)
+        self.whole_rows: bool | None = None
+        self._shared = False
+        self._stand_ins: Mapping[int, nn.Module] = {}
+        if compiled:
+            layers = decoder_layers(model)[1]
+            above = range(site.layer + 1, len(layers))
+            self._stand_ins = {index: torch.compile(layers[index]) for index in above}  # type: ignore[misc]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The rewrite layers, the lowest first."""
+        return (*(site.layer for site in self.below), self.site.layer)
+
+    def check(self, rows: Sequence[EncodedRow]) -> None:
+        """Find out how suffixes have to run, once.
+
+        Raises:
+            UnsupportedModelError: If padded rows give other results than single ones on this model, however they run;
+                or if an offset could not be shared among several layers.
+        """
+        self._check_shares(rows[:1])
+        longest = max(rows, key=lambda row: row.lookup)
+        if self.whole_rows is not None or longest.lookup == 0:
+            return  # rows without a prefix need neither cache nor padding: others will tell
+        cut = (longest.lookup + 1) // 2
+        shorter = replace(longest, ids=longest.ids[cut:], lookup=longest.lookup - cut, first=longest.first - cut)
+        two = [longest, shorter]
+        reasons = []
+        for whole in (False, True):
+            try:
+                error, largest = self._error(two, whole)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
+                reasons.append(f"{type(failure).__name__}: {failure}")  # what a cache of another kind may answer
+                continue
+            if error is None:  # these rows overflow in a plain forward too; others will tell
+                return
+            if error <= largest:
+                if whole:
+                    log.warning(
+                        "%s cannot go on from a cached prefix (%s): every step runs whole rows, which is slower",
+                        type(self.model).__name__,
+                        reasons[0],
+                    )
+                self.whole_rows = whole
+                return
+            reasons.append(f"logits are off by {error:.1g} of their spread")
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} gives other results for rows in a batch than for single rows "
+            f"({'; '.join(reasons)}), so edits on it could not be trusted"
+        )
+
+    def run(self, rows: Sequence[EncodedRow]) -> PrefixPass:
+        """Run whole rows once, as far as an offset cannot change them; see :meth:`check`."""
+        self.check(rows)
+        made = run_prefix(self.model, self.site, rows, self.pad_id, bool(self.whole_rows), self.below)
+        return replace(made, stand_ins=self._stand_ins)
+
+    @torch.no_grad()
+    def _error(self, rows: Sequence[EncodedRow], whole: bool) -> tuple[float | None, float]:
+        """Largest difference to plain forwards, in standard deviations of the logits, and what is tolerable.
+
+        The difference is ``None`` where plain forwards are not finite either.
+        """
+        made = run_prefix(self.model, self.site, rows, self.pad_id, whole)
+        delta = self._random_delta(made)
+        last = torch.tensor([made.rows.prefix + len(row.ids) - 1 - row.lookup for row in rows], device=delta.device)
+        logits = made.logits(delta, (torch.arange(len(rows), device=delta.device), last)).double()
+        plain = torch.stack([self._plain(row, delta[index : index + 1]) for index, row in enumerate(rows)]).double()
+        largest = LARGEST_ERROR.get(self.site.weight.dtype, 0.2)
+        if not bool(plain.isfinite().all()):
+            return None, largest
+        return float((logits - plain).abs().max() / plain.std()), largest
+
+    @torch.no_grad()
+    def _check_shares(self, rows: Sequence[EncodedRow]) -> None:
+        """Refuse several layers where the MLP's output is no plain part of the sum that hidden states are."""
+        if not self.below or self._shared:
+            return
+        made = run_prefix(self.model, self.site, rows, self.pad_id, True, self.below)
+        delta, sites = self._random_delta(made), [*self.below, self.site]
+        before = made.below[0].through(sites)[-1].hidden
+        with add_at_column(self.site.projection, delta, made.rows.prefix - made.start):
+            after = made.below[0].through(sites)[-1].hidden
+        error = float(((after - before).to(delta) - delta).norm() / delta.norm())
+        self._shared = error <= LARGEST_SHARE_ERROR
+        if not self._shared:
+            raise UnsupportedModelError(
+                f"layers: {type(self.model).__name__} changes what its MLP gives before adding it to the hidden state "
+                f"(an offset arrives {error:.0%} off), so other layers cannot write shares of it; give one layer, in "
+                "each of retries too"
+            )
+
+    def _random_delta(self, made: PrefixPass) -> Tensor:
+        """Offsets as large as what the projection gives, ``[rows, d_value]``; the same each time."""
+        dtype = dtype_of_delta(self.site.weight)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(len(made.outputs), self.site.d_value, generator=generator, dtype=dtype)
+        scale = made.outputs.to(dtype).norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True).to(made.outputs)
+        delta: Tensor = direction.to(scale.device) * scale
+        return delta
+
+    def _plain(self, row: EncodedRow, delta: Tensor) -> Tensor:
+        """Logits after one row's last token, from a forward of that row alone."""
+        input_ids = torch.tensor([row.ids], device=delta.device)
+        with frozen(self.model), add_at_column(self.site.projection, delta, row.lookup):
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+        return logits

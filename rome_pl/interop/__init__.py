@@ -1,0 +1,1 @@
+"""Settings, arguments and files of other projects."""

@@ -1,0 +1,52 @@
+"""Probe scores as JSON: the form that they have in ledgers and caches, and the way back."""
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from rome_pl.files.schemas import Count
+from rome_pl.metrics import probes
+from rome_pl.metrics.probes import ProbeScores
+
+__all__ = ["SCORES", "Answer", "Scores", "scores_from_json"]
+
+Measured = Annotated[float, Field(strict=True)]
+"""A number that a broken model may have made NaN."""
+Pair = Annotated[list[Measured | None], Field(min_length=2, max_length=2)]
+
+
+class Answer(TypedDict):
+    """As :class:`rome_pl.metrics.probes.Answer`."""
+
+    log_prob: Measured | None
+    accuracy: Measured | None
+    predicted: list[Count]
+
+
+class Scores(TypedDict):
+    """As :class:`rome_pl.metrics.probes.ProbeScores`."""
+
+    rewrite: Pair
+    paraphrases: list[Pair]
+    neighbours: list[Pair]
+    answers: dict[str, list[Answer]]
+    touched: list[bool]
+
+
+SCORES: TypeAdapter[Any] = TypeAdapter(Scores)
+
+
+def scores_from_json(content: dict[str, Any]) -> ProbeScores:
+    """Scores as ``asdict`` and JSON have left them."""
+    return ProbeScores(
+        rewrite=tuple(content["rewrite"]),
+        paraphrases=tuple(tuple(pair) for pair in content["paraphrases"]),
+        neighbours=tuple(tuple(pair) for pair in content["neighbours"]),
+        answers={
+            kind: tuple(replace(probes.Answer(**answer), predicted=tuple(answer["predicted"])) for answer in answers)
+            for kind, answers in content["answers"].items()
+        },
+        touched=tuple(content["touched"]),
+    )

@@ -1,0 +1,1 @@
+"""Loading a language model, and finding in it what an edit rewrites."""

@@ -1,0 +1,59 @@
+"""Settings of a Trainer that would do something else than was asked for."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from rome_pl.errors import OptionError
+from rome_pl.utils.distributed import check_strategy
+
+__all__ = ["check_edit_trainer", "check_pass_trainer"]
+
+
+def check_pass_trainer(trainer: Trainer) -> None:
+    """Check how a Trainer is set.
+
+    Raises:
+        OptionError: With the setting that works.
+    """
+    check_strategy(trainer.strategy)
+    if trainer.precision != "32-true":
+        raise OptionError(
+            f"precision is {trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
+        )
+    limit = trainer.limit_predict_batches
+    if isinstance(limit, int) or limit != 1.0:
+        raise OptionError(
+            "limit_predict_batches (which fast_dev_run also sets) would end the pass before anything is known; for "
+            "a quick try set model.tokens"
+        )
+    if trainer.strategy.root_device.type == "mps":
+        raise OptionError("Apple's MPS has no float64, in which keys are summed; use Trainer(accelerator='cpu')")
+
+
+def check_edit_trainer(trainer: Any, sequential: bool) -> None:
+    """Refuse Trainers that would edit something else than was asked for.
+
+    Raises:
+        OptionError: With the setting that works.
+    """
+    if torch.is_inference_mode_enabled():
+        raise OptionError("inside torch.inference_mode() nothing can be optimised: call Trainer.fit outside of it")
+    check_strategy(trainer.strategy)
+    if trainer.max_epochs != 1:
+        raise OptionError(
+            f"max_epochs is {trainer.max_epochs}: the stream of edits runs once. Use Trainer(max_epochs=1)"
+        )
+    if trainer.world_size > 1 and sequential:
+        raise OptionError(
+            f"{trainer.world_size} devices cannot share a sequential stream: each edit starts from the weights that "
+            "the one before left. Use Trainer(devices=1), or sequential_edit: false"
+        )
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        raise OptionError(
+            f"precision is {trainer.precision}: use '32-true', or 'bf16-mixed' to optimise values under autocast, "
+            "and set the weights' precision by model.dtype"
+        )
+    if trainer.strategy.root_device.type == "mps":
+        raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")

@@ -1,0 +1,1 @@
+"""The second moment of keys: text, sums, files."""

@@ -1,0 +1,1 @@
+"""The closed form, and the weights it is written into."""

@@ -1,0 +1,224 @@
+r"""The metric :math:`M` of the closed form: along which directions an edit writes, and what earlier edits make of it.
+
+Every metric is symmetric. Those that fold in the keys of earlier edits are told of them one write after the other; each
+time they are factorised again, so that an edit costs the same however long the stream is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from rome_pl.errors import OptionError
+from rome_pl.second_moments.second_moment import NULL_SPACE, RIDGE, SecondMoment
+
+__all__ = ["Metric", "MetricName", "NullSpace", "PastKeys", "PlainMetric", "make_metric"]
+
+MetricName = Literal["second_moment", "past_keys", "null_space"]
+"""How a preset uses the second moment."""
+
+
+class Metric(ABC):
+    """Applies ``M`` to keys.
+
+    ``settings`` are the arguments of :func:`make_metric` that it was made with, for manifests.
+    """
+
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def __call__(self, keys: Tensor) -> Tensor:
+        """``M`` applied to keys ``[n, d_key]``, float64."""
+
+    @property
+    def fixed(self) -> Callable[[Tensor], Tensor]:
+        """The metric as it is without any edit."""
+        return self
+
+    @abstractmethod
+    def remember(self, keys: Tensor) -> None:
+        """Take note of the keys of a write, ``[n, d_key]``."""
+
+    @abstractmethod
+    def afresh(self) -> "Metric":
+        """The same metric, which has been told of no write."""
+
+
+class PlainMetric(Metric):
+    """A metric that does not change.
+
+    Args:
+        apply: Applies it to keys ``[n, d_key]``.
+    """
+
+    def __init__(self, apply: Callable[[Tensor], Tensor]) -> None:
+        self._apply = apply
+
+    @override
+    def __call__(self, keys: Tensor) -> Tensor:
+        return self._apply(keys)
+
+    @override
+    def remember(self, keys: Tensor) -> None:
+        pass
+
+    @override
+    def afresh(self) -> "Metric":
+        return self
+
+
+class _Remembering(Metric):
+    """A metric with the sum ``Σ k kᵀ`` over earlier edits; a factor of it is made when it is next needed.
+
+    Its matrices are as large as ``C`` and change with every edit, so they stay where they are in memory: among the
+    small tensors that each edit leaves, an allocator would find less and less room for new ones.
+    """
+
+    def __init__(self) -> None:
+        self._past: Tensor | None = None
+        self._matrix: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._stale = True
+
+    @override
+    def remember(self, keys: Tensor) -> None:
+        keys = self._seen(keys.double())
+        self._past = keys.T @ keys if self._past is None else self._past.addmm_(keys.T, keys)
+        self._stale = True
+
+    @override
+    def afresh(self) -> "Metric":
+        made = copy(self)
+        made._past = made._matrix = made._factor = None
+        made._stale = True
+        return made
+
+    def _factorised(self, past: Tensor) -> Tensor:
+        """The Cholesky factor of the matrix whose inverse the metric is."""
+        if self._stale or self._factor is None:
+            if self._matrix is None or self._factor is None or self._factor.device != past.device:
+                self._matrix, self._factor = torch.empty_like(past), torch.empty_like(past)
+            self._fill(self._matrix, past)
+            torch.linalg.cholesky(self._matrix, out=self._factor)
+            self._stale = False
+        return self._factor
+
+    @abstractmethod
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        """Write the matrix whose inverse the metric is."""
+
+    def _seen(self, keys: Tensor) -> Tensor:
+        """What of the keys is summed."""
+        return keys
+
+
+class PastKeys(_Remembering):
+    r"""``M = (n_0 (C + ridge) + Σ_past k kᵀ)⁻¹``: earlier edits count like text, a key each (recursive least squares).
+
+    Args:
+        moment: The second moment ``C``.
+        weight: ``n_0``: how many keys of text ``C`` counts for.
+    """
+
+    def __init__(self, moment: SecondMoment, weight: float) -> None:
+        super().__init__()
+        self._moment, self._weight = moment, weight
+
+    @override
+    def __call__(self, keys: Tensor) -> Tensor:
+        if self._past is None:
+            return self.fixed(keys)
+        solved: Tensor = torch.cholesky_solve(keys.double().T, self._factorised(self._past)).T
+        return solved
+
+    @override
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        torch.add(past, self._moment.matrix, alpha=self._weight, out=matrix)
+        matrix.diagonal().add_(self._weight * RIDGE * self._moment.matrix.diagonal().mean())
+
+    @property
+    @override
+    def fixed(self) -> Callable[[Tensor], Tensor]:
+        return lambda keys: self._moment.solve(keys) / self._weight
+
+
+class NullSpace(_Remembering):
+    r"""``M = P (Σ_past k kᵀ P + L2·I)⁻¹``, ``P`` projecting onto what text hardly uses (Fang et al. 2025, Eq. 14).
+
+    Solved within the space that ``P`` projects onto, where the inner matrix is symmetric and positive definite.
+
+    Args:
+        moment: The second moment, whose eigenvalues below ``threshold`` span that space.
+        ridge: ``L2``.
+        threshold: See :meth:`SecondMoment.null_space`.
+
+    Raises:
+        OptionError: If no eigenvalue is below the threshold: nothing could be written.
+    """
+
+    def __init__(self, moment: SecondMoment, ridge: float, threshold: float = NULL_SPACE) -> None:
+        super().__init__()
+        values, vectors = torch.linalg.eigh(moment.matrix)
+        self._basis: Tensor = vectors[:, values < threshold].contiguous()
+        self._ridge = ridge
+        if self._basis.shape[1] == 0:
+            raise OptionError(
+                f"nullspace_threshold: no eigenvalue of the second moment is below {threshold:g} (the least is "
+                f"{float(values[0]):.2g}), so nothing could be written; give a larger one"
+            )
+
+    @override
+    def __call__(self, keys: Tensor) -> Tensor:
+        inside = keys.double() @ self._basis
+        if self._past is None:
+            return self.fixed(keys)
+        solved: Tensor = torch.cholesky_solve(inside.T, self._factorised(self._past)).T @ self._basis.T
+        return solved
+
+    @override
+    def _fill(self, matrix: Tensor, past: Tensor) -> None:
+        matrix.copy_(past)
+        matrix.diagonal().add_(self._ridge)
+
+    @property
+    @override
+    def fixed(self) -> Callable[[Tensor], Tensor]:
+        return lambda keys: (keys.double() @ self._basis) @ self._basis.T / self._ridge
+
+    @override
+    def _seen(self, keys: Tensor) -> Tensor:
+        return keys @ self._basis
+
+
+def make_metric(
+    name: MetricName, moment: SecondMoment | None, *, weight: float, ridge: float, threshold: float
+) -> Metric:
+    """The metric of a preset.
+
+    Args:
+        name: Which.
+        moment: The second moment; without one the metric is the identity.
+        weight: ``n_0``, see :class:`PastKeys`.
+        ridge: ``L2``, see :class:`NullSpace`.
+        threshold: Eigenvalues below it belong to the null space.
+
+    Raises:
+        OptionError: If the preset cannot do without a second moment.
+    """
+    if moment is None and name != "second_moment":
+        raise OptionError("mom2_adjustment: this preset is made of the second moment and cannot do without it")
+    metric: Metric
+    if moment is None:
+        metric = PlainMetric(lambda keys: keys)
+    elif name == "null_space":
+        metric = NullSpace(moment, ridge, threshold)
+    elif name == "past_keys":
+        metric = PastKeys(moment, weight)
+    else:
+        metric = PlainMetric(moment.solve if weight == 1 else lambda keys: moment.solve(keys) / weight)
+    metric.settings = {"name": name, "weight": weight, "ridge": ridge, "threshold": threshold}
+    return metric
