@@ -33,7 +33,7 @@ from rome_pl.callbacks import (
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.editing.edit import EditBatch, edits_of
 from rome_pl.editing.session import session_of
-from rome_pl.encoding.edit_rows import edit_rows
+from rome_pl.encoding.row_layout import row_layout
 from rome_pl.forward.prefix_pass import run_prefix
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.modules.rome_module import RomeModule
@@ -150,7 +150,7 @@ def bare_edit(module: RomeModule, request: EditRequest) -> Tensor:
     session, options = session_of(module), module.hparams
     model, weight = session.language_model, session.layers.last
     encoded = model.encoder.edit(request, session.contexts, session.fact_token, options["kl_position"])
-    layout = edit_rows([encoded])
+    layout = row_layout([encoded])
     prefix = run_prefix(model.model, weight.site, layout.rows, model.encoder.pad_id)
     objective = ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
     chosen = SearchOptions(**{field.name: options[field.name] for field in fields(SearchOptions)})

@@ -62,11 +62,9 @@ class EvaluationReport(Callback):
                 write_text(folder / "report.html", html_report(content, records, about, settings, pictures))
             except Exception:  # the numbers are written
                 log.warning("The figures or report.html could not be made", exc_info=True)
-        moment = "final" if module.edited else "base"
+        stage = "final" if module.edited else "base"
         scalars = {
-            f"evaluation/{name}": entry["value"]
-            for name, entry in content[moment].items()
-            if entry["value"] is not None
+            f"evaluation/{name}": entry["value"] for name, entry in content[stage].items() if entry["value"] is not None
         }
         if scalars:
             for logger in trainer.loggers:

@@ -19,7 +19,7 @@ from rome_pl.reports.moment_results import (
 )
 from rome_pl.second_moments.moment_pass import Finished
 from rome_pl.second_moments.second_moment import SecondMoment, Spectrum
-from rome_pl.second_moments.split_half import Check
+from rome_pl.second_moments.split_half import HalfAgreement
 from rome_pl.utils.console import console
 
 __all__ = ["MomentReport"]
@@ -57,7 +57,7 @@ class MomentReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not isinstance(outputs, Check):
+        if not isinstance(outputs, HalfAgreement):
             return
         scalars = {f"agreement/layer_{layer}": value for layer, value in outputs.agreement.items()}
         scalars["keys_per_second"] = outputs.keys / (time.monotonic() - self._started)
@@ -70,7 +70,7 @@ class MomentReport(Callback):
             return
         module: Any = pl_module
         finished: Sequence[Finished] = module.finished
-        history: Sequence[Sequence[Check]] = module.history
+        history: Sequence[Sequence[HalfAgreement]] = module.history
         seconds = time.monotonic() - self._started
         spectra = self._spectra(finished)
         for done in finished:

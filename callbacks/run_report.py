@@ -12,7 +12,7 @@ from rome_pl.editing.edit import EditBatch
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.files.checksums import sealed
 from rome_pl.files.whole_files import plain, write_json, write_lines, write_text
-from rome_pl.interop.case_files import FORMATS, FormatName
+from rome_pl.interop.case_files import CASE_FORMS, FormatName
 from rome_pl.reports.continuations import Sample, compared, note_continuations
 from rome_pl.reports.html_report import html_report
 from rome_pl.reports.record_lines import detailed_records
@@ -53,8 +53,8 @@ class RunReport(Callback):
         formats: list[FormatName] | None = None,
         generations: int = 5,
     ) -> None:
-        if unknown := set(formats or ()) - set(FORMATS):
-            raise ValueError(f"formats: expected some of {sorted(FORMATS)}, got {sorted(unknown)}")
+        if unknown := set(formats or ()) - set(CASE_FORMS):
+            raise ValueError(f"formats: expected some of {sorted(CASE_FORMS)}, got {sorted(unknown)}")
         self.largest_table, self.figures, self.formats = largest_table, figures, tuple(formats or ())
         self.generations = generations if figures else 0
         self.followed = False
@@ -114,7 +114,7 @@ class RunReport(Callback):
         write_text(folder / "table.csv", csv_table(content))
         products = ["records.jsonl", "table.md", "table.csv"]
         for name in self.formats:
-            write_json(folder / f"{name}.json", FORMATS[name](session))
+            write_json(folder / f"{name}.json", CASE_FORMS[name](session))
             products.append(f"{name}.json")
         self.whole = True
         if self.figures:

@@ -17,7 +17,7 @@ from rome_pl.metrics.model_health import Bounds, ModelWatch, TrainedWeights, Wei
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.utils.distributed import check_strategy
 from rome_pl.write.closed_form import DisablingEditError, NotFiniteError
-from rome_pl.write.edited_layers import Written
+from rome_pl.write.edited_layers import EditWrite
 
 __all__ = ["CANARIES", "StateCheck"]
 
@@ -256,7 +256,7 @@ class StateCheck(Callback):
         self._since_good = []
 
     def _write_again(
-        self, session: EditSession, edits: Sequence[Edit], finding: str, before: Mapping[str, Written]
+        self, session: EditSession, edits: Sequence[Edit], finding: str, before: Mapping[str, EditWrite]
     ) -> tuple[list[tuple[Edit, str]], list[Edit]]:
         """Write edits one by one; those that cannot stay, with why, and those whose write is another than before.
 
@@ -280,7 +280,7 @@ class StateCheck(Callback):
                 anew.append(edit)
         return dropped, anew
 
-    def _try_again(self, session: EditSession, edit: Edit, finding: str) -> Written | str:
+    def _try_again(self, session: EditSession, edit: Edit, finding: str) -> EditWrite | str:
         """Write an edit as strongly as the check passes after it; it stays pending. The reason if it cannot stay."""
         for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
             try:

@@ -61,8 +61,8 @@ class TensorBoardReport(Callback):
     A TensorBoard logger gets more, other loggers have no place for it: pictures of the edits' loss curves as they come,
     ten edits to a picture, since drawing one takes a good part of what an edit takes; the pictures of
     :mod:`rome_pl.reports.run_figures` at the end; the settings with the final scores (HParams); and a layout of custom
-    scalars. In sequential mode also ``generations``: how the unedited and the final model continue the prompts of the first edits.
-    In single mode there is no such text: no edit is ever written there for a model to go on with.
+    scalars. In sequential mode also ``generations``: how the unedited and the final model continue the prompts of the
+    first edits. In single mode there is no such text: no edit is ever written there for a model to go on with.
 
     Args:
         pictures: Most edits whose curves are drawn as they come.
@@ -115,10 +115,10 @@ class TensorBoardReport(Callback):
         session = session_of(pl_module)
         self._log(trainer, session, everything=True)
         content, step = results(session, []), len(session.edits)
-        moment = "final" if content["final"] is not None else "immediate"
-        names = sorted(content[moment], key=lambda name: name not in ("ES", "PS", "NS", "S"))
-        entries = [(name, content[moment][name]["value"]) for name in names]
-        scalars = {f"{moment}/{name}": value for name, value in entries if value is not None}
+        stage = "final" if content["final"] is not None else "immediate"
+        names = sorted(content[stage], key=lambda name: name not in ("ES", "PS", "NS", "S"))
+        entries = [(name, content[stage][name]["value"]) for name in names]
+        scalars = {f"{stage}/{name}": value for name, value in entries if value is not None}
         scalars |= {f"perplexity/{name}": value for name, value in session.perplexity.items()}
         if session.divergence is not None:
             scalars["final/divergence"] = session.divergence

@@ -10,7 +10,7 @@ from rome_pl.errors import OptionError
 from rome_pl.requests.conflicts import subjects_apart
 from rome_pl.requests.edit_request import EditRequest
 
-__all__ = ["WINDOW", "EditBatches", "RequestList", "as_it_is", "check_shared"]
+__all__ = ["WINDOW", "EditBatchSampler", "RequestList", "as_it_is", "check_shared"]
 
 WINDOW = 8
 """Batches of similar length are formed within so many batches of the stream, so that a run that ends early has done its
@@ -47,7 +47,7 @@ def as_it_is(batch: list[EditRequest]) -> list[EditRequest]:
     return batch
 
 
-class EditBatches(DistributedSampler[list[int]]):
+class EditBatchSampler(DistributedSampler[list[int]]):
     """Lists of indices, one list a batch; every request exactly once over all ranks.
 
     All ranks give the same number of batches, the last of some being empty: Lightning synchronises them batch by
@@ -117,9 +117,9 @@ def check_shared(loader: object) -> None:
     """Refuse a loader that would give several devices the same request.
 
     Raises:
-        OptionError: If its requests are not shared by :class:`EditBatches`.
+        OptionError: If its requests are not shared by :class:`EditBatchSampler`.
     """
-    if not isinstance(getattr(loader, "sampler", None), EditBatches):
+    if not isinstance(getattr(loader, "sampler", None), EditBatchSampler):
         raise OptionError(
             "on several devices requests have to be shared by EditBatches, or some would be edited twice: "
             "use RequestDataModule"

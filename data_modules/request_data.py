@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from rome_pl.data_modules.edit_batches import EditBatches, RequestList, as_it_is
+from rome_pl.data_modules.edit_batches import EditBatchSampler, RequestList, as_it_is
 from rome_pl.data_modules.retention_sample import retention_loader
 from rome_pl.editing.session import EditSession
 from rome_pl.files.readable_files import is_there
@@ -158,12 +158,12 @@ def request_loader(
     world_size: int = 1,
     apart: bool = False,
 ) -> DataLoader[EditRequest]:
-    """A loader that gives :class:`RomeModule` lists of requests; see :class:`EditBatches` for the arguments."""
+    """A loader that gives :class:`RomeModule` lists of requests; see :class:`EditBatchSampler` for the arguments."""
     return DataLoader(
         # A data set in torch's sense is whatever can be indexed, which its annotation does not know.
         RequestList(requests),  # type: ignore[arg-type]
         batch_size=None,
-        sampler=EditBatches(requests, batch_size, by_length, rank, world_size, apart),
+        sampler=EditBatchSampler(requests, batch_size, by_length, rank, world_size, apart),
         collate_fn=as_it_is,  # requests are text
         # A generator of its own: a loader would otherwise draw from the global one.
         generator=torch.Generator(),

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from rome_pl.encoding.edit_rows import edit_rows
+from rome_pl.encoding.row_layout import row_layout
 from rome_pl.forward.prefix_pass import run_prefix
 from rome_pl.model.architecture import find_site
 from rome_pl.model.language_model import LanguageModel
@@ -53,5 +53,5 @@ def prefix_of(rows, whole_rows=False):
 
 def objective_of(edits, layout=None, kl_factor=0.0625, decay=1e-3, whole_rows=False):
     """The objective of encoded edits, from a prefix pass of their own."""
-    layout = edit_rows(edits) if layout is None else layout
+    layout = row_layout(edits) if layout is None else layout
     return ValueObjective(prefix_of(layout.rows, whole_rows), layout, kl_factor, decay)

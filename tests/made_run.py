@@ -10,7 +10,7 @@ from rome_pl.encoding.chat_template import PlainFrame
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import Answer, ProbeScores
 from rome_pl.requests.edit_request import EditRequest, Probe
-from rome_pl.search.value_search import Step
+from rome_pl.search.value_search import Evaluation
 from rome_pl.write.closed_form import Update
 from rome_pl.write.presets import PRESETS
 
@@ -105,7 +105,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
             edit.decide(EditStatus.REJECTED, "after the write the target has probability 0.05")
         edit.delta = torch.ones(4)
         edit.written = SimpleNamespace(norm=Update(torch.ones(1, 2), torch.ones(1, 2)).norm, realised=(0.99,))
-        edit.steps = [Step(4.0 / (step + 1), 3.0, 0.5, 0.1, 0.2 * step) for step in range(3)]
+        edit.steps = [Evaluation(4.0 / (step + 1), 3.0, 0.5, 0.1, 0.2 * step) for step in range(3)]
         edit.seconds = {"prefix": 0.1, "optimise": 0.2, "verify": 0.05, "evaluate": 0.4}
         edit.scores = {"base": base[name], "immediate": made_scores(request, good=index not in rejected)}
         if sequential:

@@ -8,7 +8,7 @@ import torch
 from rome_pl.editing.edit import Edit
 from rome_pl.write.closed_form import Assertion, DisablingEditError, Update
 from rome_pl.write.edited_layers import Ask, EditedLayers
-from rome_pl.write.layer_shares import Spread
+from rome_pl.write.layer_shares import LayerShares
 from rome_pl.write.presets import Preset
 
 __all__ = ["PART", "Asking"]
@@ -60,7 +60,7 @@ class Asking:
         return ask
 
     def _wanted(
-        self, edits: Sequence[Edit], spread: Spread | None, layer: int, below: Mapping[int, Update]
+        self, edits: Sequence[Edit], spread: LayerShares | None, layer: int, below: Mapping[int, Update]
     ) -> list[Assertion]:
         """What edits that were found together assert at one of their layers."""
         if spread is None:

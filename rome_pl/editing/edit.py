@@ -18,10 +18,10 @@ from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import ProbeScores, TargetMeasure
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.search.objective import ValueObjective
-from rome_pl.search.value_search import Step
+from rome_pl.search.value_search import Evaluation
 from rome_pl.write.edit_keys import EditKeys
-from rome_pl.write.edited_layers import Written
-from rome_pl.write.layer_shares import Spread
+from rome_pl.write.edited_layers import EditWrite
+from rome_pl.write.layer_shares import LayerShares
 
 __all__ = ["Edit", "EditBatch", "EditError", "edits_of"]
 
@@ -61,7 +61,7 @@ class Edit:
         greedy_before: Whether greedy decoding after the bare prompt gives the target before the edit: whether it holds
             already.
         greedy_after: Whether it does after the write.
-        scores: Probe measurements by moment (``base``, ``immediate``, ``final``).
+        scores: Probe measurements by stage (``base``, ``immediate``, ``final``).
         seconds: Wall time by stage; what a batch does at once is shared evenly among its edits.
         recorded: What an earlier run's ledger says of it, if it was taken over from there.
     """
@@ -78,11 +78,11 @@ class Edit:
     specificity: tuple[float, ...] = ()
     attempt: int = 0
     place: int = 0
-    spread: Spread | None = None
+    spread: LayerShares | None = None
     delta: Tensor | None = None
     value: Tensor | None = None
-    steps: list[Step] = field(default_factory=list)
-    written: Written | None = None
+    steps: list[Evaluation] = field(default_factory=list)
+    written: EditWrite | None = None
     before: float | None = None
     after: float | None = None
     greedy_before: bool | None = None
@@ -166,7 +166,7 @@ class Edit:
         """Record a verdict other than success."""
         self.status, self.reason = status, reason
 
-    def replace_write(self, written: Written) -> None:
+    def replace_write(self, written: EditWrite) -> None:
         """Have another write than the one it was recorded with."""
         self.written = written
         if self.recorded is not None:

@@ -8,12 +8,12 @@ import torch
 
 from rome_pl.editing.edit import Edit, EditBatch
 from rome_pl.editing.session import EditSession
-from rome_pl.encoding.edit_rows import EditRows, edit_rows
 from rome_pl.encoding.encoded_rows import EncodedEdit
+from rome_pl.encoding.row_layout import RowLayout, row_layout
 from rome_pl.forward.suffix_engine import SuffixEngine
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.search.objective import ValueObjective
-from rome_pl.write.layer_shares import Spread, keys_at
+from rome_pl.write.layer_shares import LayerShares, keys_at
 
 __all__ = ["prepare_batch", "prepare_edits"]
 
@@ -71,11 +71,11 @@ def prepare_edits(
             edit.place, edit.layers, edit.keys, edit.spread = place, engine.layers, keys[-1], None
             edit.specificity = session.layers.specificity(engine.layers, shapes)
         if prefix.below:
-            spread = Spread(prefix, layout, session.preset, metrics, [edit.specificity for edit in edits])
+            spread = LayerShares(prefix, layout, session.preset, metrics, [edit.specificity for edit in edits])
             for edit in edits:
                 edit.spread = spread
         return ValueObjective(prefix, layout, options["kl_factor"], options["v_weight_decay"])
 
 
-def _rows(edits: Sequence[Edit]) -> EditRows:
-    return edit_rows([edit.encoded for edit in edits if edit.encoded is not None])
+def _rows(edits: Sequence[Edit]) -> RowLayout:
+    return row_layout([edit.encoded for edit in edits if edit.encoded is not None])

@@ -18,7 +18,7 @@ from rome_pl.metrics.score_forms import scores_from_json
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.model.model_check import refuse_another_model
 from rome_pl.requests.edit_request import EditRequest
-from rome_pl.search.value_search import Step
+from rome_pl.search.value_search import Evaluation
 
 __all__ = ["check_model", "check_records", "check_settings", "take_over"]
 
@@ -78,7 +78,7 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.before, edit.after = line["probability"]["before"], line["probability"]["after"]
     greedy = line.get("greedy") or {}  # ledgers of earlier versions lack it
     edit.greedy_before, edit.greedy_after = greedy.get("before"), greedy.get("after")
-    edit.steps = [Step(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
+    edit.steps = [Evaluation(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])
 

@@ -12,12 +12,12 @@ from rome_pl.forward.suffix_engine import SuffixEngine
 from rome_pl.ledger.status import EditStatus
 from rome_pl.search.attempts import Attempt
 from rome_pl.search.objective import ValueObjective
-from rome_pl.search.value_search import Found, SearchOptions
+from rome_pl.search.value_search import SearchOptions, SearchResult
 
-__all__ = ["Searches", "take_found"]
+__all__ = ["Retries", "take_found"]
 
 
-class Searches:
+class Retries:
     """Makes the attempts, each for the edits that those before it have failed.
 
     Args:
@@ -92,7 +92,7 @@ class Searches:
         return objective
 
 
-def take_found(edit: Edit, found: Found, base_output: Tensor) -> None:
+def take_found(edit: Edit, found: SearchResult, base_output: Tensor) -> None:
     """Give an edit what a search has found for it, or fail it where the search broke down.
 
     Args:

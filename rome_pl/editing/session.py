@@ -16,7 +16,7 @@ from rome_pl.model.language_model import LanguageModel
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.utils.flops import count_flops
 from rome_pl.write.closed_form import Assertion, DisablingEditError, NotFiniteError, Update
-from rome_pl.write.edited_layers import Ask, EditedLayers, Written
+from rome_pl.write.edited_layers import Ask, EditedLayers, EditWrite
 from rome_pl.write.presets import Preset
 
 __all__ = ["EditSession", "Retention", "session_of"]
@@ -56,10 +56,10 @@ class EditSession:
         base_scores: Every valid request's probes before the stream, by name of the edit.
         final_scores: The same after a sequential stream.
         touched: By name, which neighbourhood prompts are about a subject that another one edits, where edits add up.
-        perplexity: Held-out perplexity, by moment (``base``, ``final``).
+        perplexity: Held-out perplexity, by stage (``base``, ``final``).
         divergence: ``KL(unedited ‖ final)`` of the next token on the same text, in nats; nothing in single mode.
         retention: What the edits so far are worth at points of a sequential stream; see :class:`Retention`.
-        continuations: How the model goes on with prompts, by moment and name of the edit; see
+        continuations: How the model goes on with prompts, by stage and name of the edit; see
             :mod:`rome_pl.reports.continuations`.
         changes: Norm of the weight's change, relative to the original, by number of edits begun; the reports note it.
         state_checks: What the checks of the model's state found.
@@ -182,7 +182,7 @@ class EditSession:
         if edit.written.realised[0] < self.least_realised:
             self._refuse(edit, self._loss(edit.written))
 
-    def _loss(self, written: Written) -> str:
+    def _loss(self, written: EditWrite) -> str:
         dtype = self.layers.last.site.weight.dtype
         return f"only {written.realised[0]:.0%} of the change survives rounding to {dtype}; load the model in float32"
 
@@ -192,7 +192,7 @@ class EditSession:
         if not self.search_again(edit, reason):
             edit.decide(EditStatus.REJECTED, reason + comfort)
 
-    def write_again(self, edit: Edit, strength: float = 1.0) -> Written:
+    def write_again(self, edit: Edit, strength: float = 1.0) -> EditWrite:
         """Write an edit that was taken back; what it asserts is what it asserted then. It stays pending.
 
         Args:

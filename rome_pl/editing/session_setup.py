@@ -14,7 +14,7 @@ from rome_pl.second_moments.moment_store import resolve_second_moments
 from rome_pl.second_moments.second_moment import SecondMoment
 from rome_pl.write.edited_layers import EditedLayers
 from rome_pl.write.edited_weight import EditedWeight
-from rome_pl.write.metric import make_metric
+from rome_pl.write.key_metric import make_metric
 from rome_pl.write.presets import PRESETS
 
 __all__ = ["check_limits", "prepare_session"]

@@ -28,9 +28,9 @@ from rome_pl.model.language_model import LanguageModel
 from rome_pl.utils.did_you_mean import did_you_mean
 from rome_pl.write.edited_layers import EditedLayers
 
-__all__ = ["FORMATS", "Exported", "check_export", "export_run"]
+__all__ = ["EXPORT_FORMS", "Exported", "check_export", "export_run"]
 
-FORMATS = ("hf", "delta", "peft")
+EXPORT_FORMS = ("hf", "delta", "peft")
 """Forms of an export: a merged Hugging Face checkpoint, the change alone, a LoRA adapter."""
 
 
@@ -57,8 +57,10 @@ def check_export(form: str, folder: Path, rank: int | None = None, max_shard_siz
     Raises:
         OptionError: With what to do.
     """
-    if form not in FORMATS:
-        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}{did_you_mean(form, FORMATS)}")
+    if form not in EXPORT_FORMS:
+        raise OptionError(
+            f"format: expected one of {', '.join(EXPORT_FORMS)}, got {form!r}{did_you_mean(form, EXPORT_FORMS)}"
+        )
     if rank is not None and form != "peft":
         raise OptionError(f"rank: only an adapter (format peft) has one; leave it out with format {form}")
     if rank is not None and rank < 1:
@@ -88,7 +90,7 @@ def export_run(
             bit for bit, whatever happens.
         run: The run's folder.
         folder: Where to; it does not exist, or is empty. After an exception it is as it was.
-        form: One of :data:`FORMATS`.
+        form: One of :data:`EXPORT_FORMS`.
         rank: Most factors an adapter has a layer; nothing makes it exact.
         max_shard_size: Largest file of a checkpoint, such as ``5GB``; nothing leaves it to transformers.
         cases: The edits, by ``case_id``; nothing takes all that are in the weights. The others are left out by solving

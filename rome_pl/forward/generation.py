@@ -22,7 +22,7 @@ from rome_pl.model.language_model import LanguageModel
 from rome_pl.utils.hashing import hash_seed
 from rome_pl.utils.restored_state import frozen, seeded
 
-__all__ = ["ROWS", "TOP_K", "Sampling", "Written", "end_ids", "generate", "write_ids"]
+__all__ = ["ROWS", "TOP_K", "Continuation", "Sampling", "end_ids", "generate", "write_ids"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Written:
+class Continuation:
     """What a model wrote after some rows.
 
     Args:
@@ -58,7 +58,7 @@ def write_ids(
     tokens: int,
     sampling: Sampling | None = None,
     full_length: bool = False,
-) -> Written:
+) -> Continuation:
     """Let the model go on with some rows, side by side.
 
     Args:
@@ -99,7 +99,7 @@ def write_ids(
             input_ids=aligned.input_ids, attention_mask=aligned.attention_mask, generation_config=config
         )
     written = out[:, aligned.input_ids.shape[1] :]
-    return Written([_until(row, ends) for row in written.tolist()], written.shape[1])
+    return Continuation([_until(row, ends) for row in written.tolist()], written.shape[1])
 
 
 def end_ids(language_model: LanguageModel) -> list[int]:

@@ -12,7 +12,7 @@ from rome_pl.editing.session import EditSession
 from rome_pl.metrics import ProbeScores
 from rome_pl.requests.edit_request import EditRequest, Probe
 
-__all__ = ["FORMATS", "FormatName", "easyedit_case", "easyedit_cases", "kmeng01_cases"]
+__all__ = ["CASE_FORMS", "FormatName", "easyedit_case", "easyedit_cases", "kmeng01_cases"]
 
 FormatName = Literal["easyedit", "kmeng01"]
 
@@ -61,7 +61,7 @@ def kmeng01_cases(session: EditSession) -> list[dict[str, Any]]:
     ]
 
 
-FORMATS: dict[FormatName, Callable[[EditSession], list[dict[str, Any]]]] = {
+CASE_FORMS: dict[FormatName, Callable[[EditSession], list[dict[str, Any]]]] = {
     "easyedit": easyedit_cases,
     "kmeng01": kmeng01_cases,
 }

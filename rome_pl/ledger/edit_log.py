@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from rome_pl.files.checksums import chained
 from rome_pl.files.whole_files import check_own, make_folder, open_own, plain, sync_folder, whole_file
 from rome_pl.ledger.ledger_lines import END, LedgerError, Line, read_lines, read_with_chain
-from rome_pl.write.edited_layers import Written
+from rome_pl.write.edited_layers import EditWrite
 
 __all__ = ["Ledger", "LedgerError", "Line", "lock_of", "read_lines"]
 
@@ -110,11 +110,11 @@ class Ledger:
         """Take what is there as it is: write behind it from now on."""
         self._ahead.clear()
 
-    def append(self, record: Mapping[str, Any], written: Written | None = None) -> None:
+    def append(self, record: Mapping[str, Any], written: EditWrite | None = None) -> None:
         """Append one record; see :meth:`append_batch`."""
         self.append_batch([(record, written)])
 
-    def append_batch(self, records: Sequence[tuple[Mapping[str, Any], Written | None]], joint: bool = False) -> None:
+    def append_batch(self, records: Sequence[tuple[Mapping[str, Any], EditWrite | None]], joint: bool = False) -> None:
         """Append records, each with the tensors of its write if there was one; returns once they are on disk.
 
         Args:
@@ -142,7 +142,7 @@ class Ledger:
     def amend(
         self,
         verdicts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-        writes: Sequence[tuple[Written, Sequence[Mapping[str, Any]]]],
+        writes: Sequence[tuple[EditWrite, Sequence[Mapping[str, Any]]]],
     ) -> None:
         """Append what has become of edits after they were recorded: new verdicts, and writes that were solved anew.
 
@@ -214,7 +214,7 @@ class Ledger:
             os.fsync(file.fileno())
 
     @staticmethod
-    def _write_shard(path: Path, written: Written) -> str:
+    def _write_shard(path: Path, written: EditWrite) -> str:
         """Write the tensors of a write; the SHA-256 of the file."""
         tensors = {
             f"layers.{place}.{name}": tensor

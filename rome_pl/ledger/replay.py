@@ -19,7 +19,7 @@ from rome_pl.model.architecture import find_site
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.model.model_check import refuse_another_model
 from rome_pl.write.closed_form import Assertion, Update
-from rome_pl.write.edited_layers import EditedLayers, Written
+from rome_pl.write.edited_layers import EditedLayers, EditWrite
 from rome_pl.write.edited_weight import EditedWeight, LayerWrite
 
 __all__ = ["groups_of", "load_write", "read_edits", "read_manifest", "read_writes", "replay"]
@@ -50,7 +50,7 @@ def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
 
 def read_writes(
     language_model: LanguageModel, run: Path, edits: Sequence[dict[str, Any]] | None = None
-) -> tuple[list[int], list[Written]]:
+) -> tuple[list[int], list[EditWrite]]:
     """The layers that a sequential run has edited, and its writes in their order.
 
     Args:
@@ -74,7 +74,7 @@ def read_writes(
     return numbers, writes
 
 
-def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int], written: Written) -> None:
+def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int], written: EditWrite) -> None:
     """Refuse a write that does not suit the model's layers."""
     for layer, part in written.layers.items():
         if layer not in numbers:
@@ -121,7 +121,7 @@ def groups_of(edits: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
+def load_write(run: Path, group: Sequence[dict[str, Any]]) -> EditWrite:
     """The write of edits that were solved together, as the run made it.
 
     Raises:
@@ -134,7 +134,7 @@ def load_write(run: Path, group: Sequence[dict[str, Any]]) -> Written:
     parts = [_shard(run / "ledger" / "shards", edit) for edit in group]
     numbers = sorted({layer for edit in group for layer in edit["layers"]})
     names = tuple(str(edit["case_id"]) for edit in group)
-    return Written(names, {layer: _layer_write(group, parts, layer) for layer in numbers})
+    return EditWrite(names, {layer: _layer_write(group, parts, layer) for layer in numbers})
 
 
 def _shard(folder: Path, edit: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from rome_pl.files.schemas import Count, Name, Number
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.score_forms import Scores
-from rome_pl.search.value_search import Step
+from rome_pl.search.value_search import Evaluation
 from rome_pl.second_moments.moment_file import MomentHeader
 
 __all__ = ["DELTA", "LEDGER_END", "MANIFEST", "RESULTS", "ledger_line"]
@@ -108,7 +108,7 @@ class FirstLine(_Line):
     update_norm: Size | None
     realised: Number | None
     failed: bool
-    steps: list[Annotated[list[Number | None], Field(min_length=5, max_length=len(fields(Step)))]]
+    steps: list[Annotated[list[Number | None], Field(min_length=5, max_length=len(fields(Evaluation)))]]
     measured: Scores | None
 
 
@@ -144,7 +144,7 @@ class Rewrite(TypedDict):
 
 
 class Metric(TypedDict):
-    """Arguments of :func:`rome_pl.write.metric.make_metric`."""
+    """Arguments of :func:`rome_pl.write.key_metric.make_metric`."""
 
     name: Name
     weight: Number

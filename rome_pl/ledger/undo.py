@@ -19,7 +19,7 @@ from rome_pl.second_moments.moment_store import kept_statistics, shipped_statist
 from rome_pl.second_moments.second_moment import SecondMoment, StatisticsError
 from rome_pl.write.edited_layers import EditedLayers
 from rome_pl.write.edited_weight import EditedWeight
-from rome_pl.write.metric import make_metric
+from rome_pl.write.key_metric import make_metric
 
 __all__ = ["Undone", "pick", "undo", "with_edits"]
 

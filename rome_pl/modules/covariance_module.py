@@ -16,7 +16,7 @@ from rome_pl.second_moments.generated_corpus import GeneratedCorpus
 from rome_pl.second_moments.moment_pass import KEYS_PER_DIMENSION, Finished, MomentPass, PassOptions
 from rome_pl.second_moments.moment_store import artefact_path, statistics_folder, unfinished_folder
 from rome_pl.second_moments.moment_sums import Place
-from rome_pl.second_moments.split_half import Check
+from rome_pl.second_moments.split_half import HalfAgreement
 from rome_pl.second_moments.text_blocks import Block, BlockStream
 from rome_pl.utils.distributed import Peers, one_after_the_other
 
@@ -27,7 +27,7 @@ class CovarianceModule(LightningModule):
     """Computes ``C = E[k kᵀ]`` of any layers in one pass over text (Meng et al. 2022, Eq. 2), by ``Trainer.predict``.
 
     Several devices share the text; what is there already is not computed again, and an interrupted run is gone on
-    with. Each step returns the :class:`Check` that was made with it, if any.
+    with. Each step returns the :class:`HalfAgreement` that was made with it, if any.
 
     Args:
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
@@ -84,7 +84,7 @@ class CovarianceModule(LightningModule):
         return sorted(self.moments.finished, key=lambda done: done.layer) if self.moments is not None else []
 
     @property
-    def history(self) -> list[list[Check]]:
+    def history(self) -> list[list[HalfAgreement]]:
         """What was found at each meeting of each pass."""
         return self.moments.history if self.moments is not None else []
 
@@ -169,7 +169,7 @@ class CovarianceModule(LightningModule):
             wanted = [default_layer(model.config.get_text_config(decoder=True))]
         return [find_site(model, layer) for layer in parse_layers(wanted, depth)]
 
-    def predict_step(self, batch: Block, batch_idx: int) -> Check | bool:
+    def predict_step(self, batch: Block, batch_idx: int) -> HalfAgreement | bool:
         """Sum one block; the result is what was found if processes met, and ``False`` otherwise."""
         assert self.moments is not None
         return self.moments.step(batch) or False

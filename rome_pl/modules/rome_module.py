@@ -15,13 +15,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from rome_pl.data_modules.edit_batches import EditBatches, check_shared
+from rome_pl.data_modules.edit_batches import EditBatchSampler, check_shared
 from rome_pl.data_modules.retention_sample import retention_loader
 from rome_pl.editing.admission import admit_requests, check_joint_solve
 from rome_pl.editing.edit import Edit, EditBatch, EditError
 from rome_pl.editing.edit_setup import prepare_batch
 from rome_pl.editing.resume import take_over
-from rome_pl.editing.retries import Searches, take_found
+from rome_pl.editing.retries import Retries, take_found
 from rome_pl.editing.session import EditSession
 from rome_pl.editing.session_setup import prepare_session
 from rome_pl.encoding.chat_template import ChatForm
@@ -160,7 +160,7 @@ class RomeModule(LightningModule):
         self._prepared: EditSession | None = None
         self._attempts: list[Attempt] = []
         self._engines: dict[tuple[int, ...], SuffixEngine] = {}
-        self._searches: Searches
+        self._searches: Retries
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
@@ -216,7 +216,7 @@ class RomeModule(LightningModule):
         self._prepared.layers.resume()
         self.session = self._prepared.anew(self.session)
         self.session.search_again = self._search_again
-        self._searches = Searches(self._attempts, self.session, self._engines, self._search, hparams)
+        self._searches = Retries(self._attempts, self.session, self._engines, self._search, hparams)
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -229,10 +229,10 @@ class RomeModule(LightningModule):
             self._until_end.enter_context(independent_gradients(self.trainer))
         self._indices, self._refused, lengths = admit_requests(session, dataset, self._encode)
         sampler = getattr(loader, "sampler", None)
-        size = sampler.batch_size if isinstance(sampler, EditBatches) else getattr(loader, "batch_size", None)
+        size = sampler.batch_size if isinstance(sampler, EditBatchSampler) else getattr(loader, "batch_size", None)
         if session.sequential and size is not None and size > 1:
             check_joint_solve(session, size)
-        if isinstance(sampler, EditBatches):
+        if isinstance(sampler, EditBatchSampler):
             sampler.regroup(lengths)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

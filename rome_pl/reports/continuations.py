@@ -15,7 +15,7 @@ Sample = tuple[EditRequest, str, str]
 """A request, how the unedited model goes on with its prompt, and how the final one does."""
 
 
-def note_continuations(session: EditSession, number: int, moment: str) -> None:
+def note_continuations(session: EditSession, number: int, stage: str) -> None:
     """Let the model, as it is now, go on greedily with the bare prompts of the first requests; the session keeps it.
 
     Where edits do not accumulate there is no model to go on with, and nothing happens. What is known already is not
@@ -24,9 +24,9 @@ def note_continuations(session: EditSession, number: int, moment: str) -> None:
     Args:
         session: The run.
         number: Most requests.
-        moment: ``base`` or ``final``.
+        stage: ``base`` or ``final``.
     """
-    known = session.continuations.setdefault(moment, {})
+    known = session.continuations.setdefault(stage, {})
     if not session.sequential:
         return
     chosen = [request for request in session.requests if _leaves_room(session, request)][: max(0, number)]
@@ -37,8 +37,8 @@ def note_continuations(session: EditSession, number: int, moment: str) -> None:
 
 
 def compared(session: EditSession, number: int) -> Sequence[Sample]:
-    """The samples of which both moments are known, at most so many."""
-    before, after = (session.continuations.get(moment, {}) for moment in ("base", "final"))
+    """The samples of which both stages are known, at most so many."""
+    before, after = (session.continuations.get(stage, {}) for stage in ("base", "final"))
     known = [request for request in session.requests if str(request.case_id) in before.keys() & after.keys()]
     return [(request, before[str(request.case_id)], after[str(request.case_id)]) for request in known[: max(0, number)]]
 

@@ -25,10 +25,10 @@ def evaluation_results(module: Any, n_invalid: int) -> dict[str, Any]:
         "base": summarise(base, base),
         "immediate": None,
         "final": summarise(now, base) if module.edited else None,
-        "perplexity": {moment: text[moment].perplexity if moment in text else None for moment in ("base", "final")},
+        "perplexity": {stage: text[stage].perplexity if stage in text else None for stage in ("base", "final")},
         "divergence": text["final"].divergence if "final" in text else None,
-        "fluency": {moment: found.fluency for moment, found in fluency.items()},
-        "consistency": {moment: found.consistency for moment, found in fluency.items()},
+        "fluency": {stage: found.fluency for stage, found in fluency.items()},
+        "consistency": {stage: found.consistency for stage, found in fluency.items()},
         "n_requested": len(module.requests) + len(module.refused) + n_invalid,
         "n_skipped": len(module.refused) + n_invalid,
         "n_edits": len(module.layers.names) if module.layers is not None else None,
@@ -40,7 +40,7 @@ def evaluation_record(module: Any, index: int, request: EditRequest) -> dict[str
     """A line of ``records.jsonl``: everything measured for one request."""
     name = str(request.case_id)
     base, now = module.base_scores[name], module.scores[name]
-    moments = {"base": base} | ({"final": now} if module.edited else {})
+    stages = {"base": base} | ({"final": now} if module.edited else {})
     return {
         "index": index,
         "case_id": name,
@@ -48,9 +48,9 @@ def evaluation_record(module: Any, index: int, request: EditRequest) -> dict[str
         "reason": None,
         "request": request.content(),
         "probability": {"before": math.exp(base.rewrite[0])},
-        "scores": {moment: asdict(scores) for moment, scores in moments.items()},
-        "values": {moment: record_values(scores, base) for moment, scores in moments.items()},
-        "texts": {moment: found.texts[name] for moment, found in module.fluency.items() if name in found.texts},
+        "scores": {stage: asdict(scores) for stage, scores in stages.items()},
+        "values": {stage: record_values(scores, base) for stage, scores in stages.items()},
+        "texts": {stage: found.texts[name] for stage, found in module.fluency.items() if name in found.texts},
     }
 
 

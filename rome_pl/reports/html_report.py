@@ -22,10 +22,10 @@ from rome_pl.reports.run_figures import CAPTIONS, PANELS
 from rome_pl.reports.score_tables import (
     COUNTERFACT,
     MEANINGS,
-    MOMENTS,
+    STAGES,
     interval_text,
-    measured_moments,
     measured_scores,
+    measured_stages,
 )
 
 __all__ = ["embedded", "html_report", "remarks"]
@@ -169,10 +169,10 @@ def remarks(content: Content, records: Records) -> list[str]:
     before, after = content["perplexity"]["base"], content["perplexity"]["final"]
     if before and after and after > 1.1 * before:
         found.append(f"Perplexity of held-out text rose by {after / before - 1:.0%}.")
-    for moment in measured_moments(content):
-        broken = max((entry.get("n_nan", 0) for entry in content[moment].values()), default=0)
+    for stage in measured_stages(content):
+        broken = max((entry.get("n_nan", 0) for entry in content[stage].values()), default=0)
         if broken:
-            found.append(f"The model gave NaN for {broken} records ({MOMENTS[moment]}); no mean has them in it.")
+            found.append(f"The model gave NaN for {broken} records ({STAGES[stage]}); no mean has them in it.")
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
         found.append(f"Edits with notes: {noted}; see their details in the table.")
@@ -188,7 +188,7 @@ def _asset(name: str) -> str:
 
 
 def _tiles(content: Content, records: Records) -> Iterator[str]:
-    moment = measured_moments(content)[-1]
+    stage = measured_stages(content)[-1]
     if "n_applied" in content:
         yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}", held_already(content))
     else:
@@ -196,11 +196,11 @@ def _tiles(content: Content, records: Records) -> Iterator[str]:
         edits = f"{content['n_edits']} edits in the model" if content["n_edits"] else ""
         yield _tile("Records measured", f"{measured} of {content['n_requested']}", edits)
     for names, subject in PANELS:
-        score = next((name for name in names if content[moment][name]["value"] is not None), None)
+        score = next((name for name in names if content[stage][name]["value"] is not None), None)
         if score is not None:
-            entry = content[moment][score]
+            entry = content[stage][score]
             base = content["base"][score]["value"]
-            note = f"{subject}; unedited {100 * base:.1f}" if base is not None and moment != "base" else subject
+            note = f"{subject}; unedited {100 * base:.1f}" if base is not None and stage != "base" else subject
             yield _tile(f"{score}, %", f"{100 * entry['value']:.1f}", note)
     lost = [record["lost"] for record in records if record.get("lost") is not None]
     if lost:
@@ -208,7 +208,7 @@ def _tiles(content: Content, records: Records) -> Iterator[str]:
     before, after = content["perplexity"]["base"], content["perplexity"]["final"]
     if after is not None:
         yield _tile("Perplexity", f"{after:.4g}", f"unedited {before:.4g}" if before is not None else "")
-    elif before is not None and moment == "base":
+    elif before is not None and stage == "base":
         yield _tile("Perplexity", f"{before:.4g}", "of held-out text")
     if content["divergence"] is not None:
         yield _tile("KL to unedited", f"{content['divergence']:.2g}", "nats per token of held-out text")
@@ -231,12 +231,12 @@ def _remarks_section(found: Sequence[str]) -> str:
 
 
 def _score_section(content: Content) -> str:
-    moments = measured_moments(content)
-    head = "".join(f'<th scope="col" class="number">{MOMENTS[moment]}</th>' for moment in moments)
+    stages = measured_stages(content)
+    head = "".join(f'<th scope="col" class="number">{STAGES[stage]}</th>' for stage in stages)
     rows = []
     previous = ""
     for score in measured_scores(content):
-        entries = [content[moment][score] for moment in moments]
+        entries = [content[stage][score] for stage in stages]
         cells = "".join(f'<td class="number">{_interval_cell(entry)}</td>' for entry in entries)
         numbers = " / ".join(map(str, sorted({entry["n"] for entry in entries})))
         apart = ' class="apart"' if previous in COUNTERFACT and score not in COUNTERFACT else ""
@@ -294,10 +294,10 @@ def _size(picture: bytes) -> str:
 
 
 def _table_data(content: Content, records: Records) -> dict[str, Any]:
-    moment = measured_moments(content)[-1]
-    panels = [[name for name in names if content[moment][name]["n"]] for names, _ in PANELS]
+    stage = measured_stages(content)[-1]
+    panels = [[name for name in names if content[stage][name]["n"]] for names, _ in PANELS]
     return {
-        "moments": MOMENTS,
+        "moments": STAGES,
         "scores": [names[0] for names in panels if names],
         "meanings": MEANINGS,
         "records": [_row(record) for record in records],
@@ -326,8 +326,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "before": _rounded(probability.get("before")),
         "after": _rounded(probability.get("after")),
         "final": _rounded(math.exp(final["rewrite"][0])) if final else None,
-        "now": _all_rounded(next((values[moment] for moment in reversed(MOMENTS) if moment in values), {})),
-        "values": {moment: _all_rounded(found) for moment, found in values.items()},
+        "now": _all_rounded(next((values[stage] for stage in reversed(STAGES) if stage in values), {})),
+        "values": {stage: _all_rounded(found) for stage, found in values.items()},
         "more": {
             "record": record["case_id"],
             "relation": request.get("relation"),

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rome_pl.second_moments.moment_pass import Finished
 from rome_pl.second_moments.second_moment import Spectrum
-from rome_pl.second_moments.split_half import Check
+from rome_pl.second_moments.split_half import HalfAgreement
 from rome_pl.utils.environment import library_versions
 
 __all__ = ["agreement_figure", "moment_manifest", "moment_results", "moment_table", "spectrum_figure"]
@@ -26,7 +26,7 @@ def spectrum_figure(spectra: Mapping[int, Spectrum]) -> Any:
     return _with_legend(figure, len(spectra))
 
 
-def agreement_figure(history: Sequence[Sequence[Check]]) -> Any:
+def agreement_figure(history: Sequence[Sequence[HalfAgreement]]) -> Any:
     """How well two halves of the text agree on ``C⁻¹k``, against the number of keys."""
     figure, axes = _figure()
     layers = sorted({layer for checks in history for check in checks for layer in check.agreement})
@@ -60,7 +60,7 @@ def _with_legend(figure: Any, number: int) -> Any:
 def moment_results(
     finished: Sequence[Finished],
     spectra: Mapping[int, Spectrum],
-    history: Sequence[Sequence[Check]],
+    history: Sequence[Sequence[HalfAgreement]],
     seconds: float,
 ) -> dict[str, Any]:
     """The content of ``results.json``.

@@ -17,7 +17,7 @@ __all__ = ["detailed_records"]
 def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry per requested record, in order: what results.json says of it, and its own value of every score.
 
-    Under ``values`` stand the scores by moment; ``lost`` is whether the edit had taken and is gone from the final
+    Under ``values`` stand the scores by stage; ``lost`` is whether the edit had taken and is gone from the final
     model, ``None`` where there is no such model. Requests that an interrupted run did not reach follow as ``pending``.
 
     Args:
@@ -33,8 +33,8 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
     for request in session.requests:
         if (name := str(request.case_id)) not in reached:
             known = {"base": session.base_scores, "final": session.final_scores}
-            scores = {moment: found[name] for moment, found in known.items() if name in found}
-            shown = {moment: asdict(found) for moment, found in scores.items()}
+            scores = {stage: found[name] for stage, found in known.items() if name in found}
+            shown = {stage: asdict(found) for stage, found in scores.items()}
             made = Edit(index=-1, request=request, notes=list(request.notes))
             record = made.record() | {"index": None, "scores": shown, "seconds": {}}
             detailed.append(record | _own(session, request, scores))
@@ -44,4 +44,4 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
 def _own(session: EditSession, request: EditRequest, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
     base = session.base_scores.get(str(request.case_id))
     lost = says_target(scores.get("immediate")) and not says_target(scores["final"]) if "final" in scores else None
-    return {"values": {moment: record_values(found, base) for moment, found in scores.items()}, "lost": lost}
+    return {"values": {stage: record_values(found, base) for stage, found in scores.items()}, "lost": lost}

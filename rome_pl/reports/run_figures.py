@@ -30,7 +30,7 @@ from rome_pl.reports.drawing import (
     styled,
     subplots,
 )
-from rome_pl.reports.score_tables import MOMENTS
+from rome_pl.reports.score_tables import STAGES
 from rome_pl.reports.stream_figures import loss_curves, perplexity_trend, probabilities, weight_norms
 
 __all__ = ["CAPTIONS", "PANELS", "accuracy_trend", "draw_figures", "relation_bars", "retention_curves", "write_figures"]
@@ -99,23 +99,23 @@ def accuracy_trend(content: Content, records: Records) -> Figure | None:
         return None
     figure, axes = subplots(len(panels))
     for panel, (score, subject) in zip(axes, panels, strict=True):
-        for moment, style in (("base", {"color": GREY, "linestyle": "--"}), ("immediate", {"color": BLUE})):
+        for stage, style in (("base", {"color": GREY, "linestyle": "--"}), ("immediate", {"color": BLUE})):
             points = [
-                (record["index"] + 1, record["values"][moment][score])
+                (record["index"] + 1, record["values"][stage][score])
                 for record in ordered
-                if not math.isnan(record["values"].get(moment, {}).get(score, math.nan))
+                if not math.isnan(record["values"].get(stage, {}).get(score, math.nan))
             ]
             if points:
                 sums = accumulate(value for _, value in points)
                 means = [total / number for number, total in enumerate(sums, start=1)]
-                panel.plot([place for place, _ in points], means, label=MOMENTS[moment], **style)
+                panel.plot([place for place, _ in points], means, label=STAGES[stage], **style)
         last = max(record["index"] for record in ordered) + 1
         marks = (("base", GREY, "s"), ("immediate", BLUE, "o"), ("final", ORANGE, "D"))
-        for place, (moment, colour, marker) in enumerate(marks, start=1):
-            entry = content[moment][score] if content[moment] is not None else None
+        for place, (stage, colour, marker) in enumerate(marks, start=1):
+            entry = content[stage][score] if content[stage] is not None else None
             if entry is None or entry["value"] is None:
                 continue
-            label = MOMENTS[moment] if moment == "final" else None
+            label = STAGES[stage] if stage == "final" else None
             mark(panel, last * (1 + 0.05 * place), entry, color=colour, marker=marker, label=label)
         number = content["immediate"][score]["n"]
         panel.set(title=f"{score}: {subject} (n = {number})", ylim=(-0.03, 1.03))
@@ -192,13 +192,13 @@ def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
 
 
 @styled
-def relation_bars(records: Records, moments: Sequence[str] = ("final", "immediate")) -> Figure | None:
-    """Mean scores by relation, of each record at the first of some moments at which it was measured."""
+def relation_bars(records: Records, stages: Sequence[str] = ("final", "immediate")) -> Figure | None:
+    """Mean scores by relation, of each record at the first of some stages at which it was measured."""
     measured = [(record, record.get("values", {})) for record in records]
     scored = [
-        (record, next(values[moment] for moment in moments if moment in values))
+        (record, next(values[stage] for stage in stages if stage in values))
         for record, values in measured
-        if any(moment in values for moment in moments)
+        if any(stage in values for stage in stages)
     ]
     panels = _panels([values for _, values in scored])
     groups: dict[str, list[Mapping[str, float]]] = {}

@@ -44,7 +44,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "base": summarise(session.base_scores, session.base_scores),
         "immediate": summarise(immediate, session.base_scores),
         "final": summarise(session.final_scores, session.base_scores) if session.final_scores else None,
-        "perplexity": {moment: session.perplexity.get(moment) for moment in ("base", "final")},
+        "perplexity": {stage: session.perplexity.get(stage) for stage in ("base", "final")},
         "divergence": session.divergence,
         "retention": [_retention(point, session) for point in session.retention],
         "n_requested": len(session.requests) + session.num_refused + len(invalid),
@@ -106,7 +106,7 @@ def note_change(session: EditSession) -> float:
 
 
 def _edit_record(edit: Edit) -> dict[str, Any]:
-    scores = {moment: asdict(value) for moment, value in edit.scores.items()}
+    scores = {stage: asdict(value) for stage, value in edit.scores.items()}
     return edit.record() | {"scores": scores, "seconds": edit.seconds}
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rome_pl.editing.edit import Edit
 from rome_pl.metrics import ProbeScores
-from rome_pl.reports.score_tables import COUNTERFACT, MOMENTS, interval_text, measured_moments, measured_scores
+from rome_pl.reports.score_tables import COUNTERFACT, STAGES, interval_text, measured_scores, measured_stages
 from rome_pl.utils.console import escape
 
 __all__ = ["edit_table", "score_table"]
@@ -17,19 +17,19 @@ __all__ = ["edit_table", "score_table"]
 
 def edit_table(edits: Sequence[Edit]) -> Table:
     """One line per edit: which answer the model prefers, before and after, as percentages."""
-    moments = ["base", "immediate"] + ["final"] * any("final" in edit.scores for edit in edits)
+    stages = ["base", "immediate"] + ["final"] * any("final" in edit.scores for edit in edits)
     table = Table(title="Probability of the true → the new answer, in %", box=box.SIMPLE_HEAD)
     table.add_column("prompt", overflow="fold")
     table.add_column("true → new", overflow="fold")
-    for moment in moments:
-        table.add_column(MOMENTS[moment], justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_column(STAGES[stage], justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
     for edit in edits:
         request = edit.request
         table.add_row(
             escape(request.prompt),
             escape(f"{request.target_true or '?'} → {request.target_new}"),
-            *(_pair(edit.scores.get(moment)) for moment in moments),
+            *(_pair(edit.scores.get(stage)) for stage in stages),
             edit.status + " (held already)" * edit.held_already + (f": {escape(edit.reason)}" if edit.reason else ""),
         )
     return table
@@ -37,26 +37,26 @@ def edit_table(edits: Sequence[Edit]) -> Table:
 
 def score_table(content: dict[str, Any]) -> Table:
     """The scores of a run with their 95 % intervals, CounterFact's first; in per cent, which fits 80 columns."""
-    moments = measured_moments(content)
+    stages = measured_stages(content)
     table = Table(
         title=f"Scores in % ({content['mode']} mode), with 95 % intervals",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in ["score", *(MOMENTS[moment] for moment in moments), "n"]:
+    for name in ["score", *(STAGES[stage] for stage in stages), "n"]:
         table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True, min_width=len(name))
     scores = measured_scores(content)
     for score, following in zip(scores, [*scores, None][1:], strict=True):
-        entries = [content[moment][score] for moment in moments]
+        entries = [content[stage][score] for stage in stages]
         ends = following is None or (score in COUNTERFACT) != (following in COUNTERFACT)
         cells = [interval_text(entry, 0) for entry in entries]
         table.add_row(score, *cells, str(entries[-1]["n"]), end_section=ends)
     if content["perplexity"]["base"] is not None:
-        cells = [_number(content["perplexity"].get(moment)) for moment in moments]
+        cells = [_number(content["perplexity"].get(stage)) for stage in stages]
         table.add_row("perplexity", *cells, "")
     if content.get("divergence") is not None:
-        table.add_row("KL (nats)", *[""] * (len(moments) - 1), _number(content["divergence"]), "")
+        table.add_row("KL (nats)", *[""] * (len(stages) - 1), _number(content["divergence"]), "")
     return table
 
 

@@ -10,16 +10,16 @@ from rome_pl.editing.outcome import held_already
 __all__ = [
     "COUNTERFACT",
     "MEANINGS",
-    "MOMENTS",
+    "STAGES",
     "csv_table",
     "interval_text",
     "markdown_table",
-    "measured_moments",
     "measured_scores",
+    "measured_stages",
     "outcome_counts",
 ]
 
-MOMENTS = {"base": "unedited", "immediate": "just edited", "final": "final model"}
+STAGES = {"base": "unedited", "immediate": "just edited", "final": "final model"}
 """When scores are measured, and what to call it."""
 
 OUTCOMES = ("applied", "rejected", "skipped", "rolled_back")
@@ -52,15 +52,15 @@ COUNTERFACT = ("ES", "EM", "PS", "PM", "NS", "NM", "S", "NS_touched")
 """Scores that compare the new answer with the true one; shown before the others."""
 
 
-def measured_moments(content: Mapping[str, Any]) -> list[str]:
-    """The moments at which a run's scores were measured."""
-    return [moment for moment in MOMENTS if content[moment] is not None]
+def measured_stages(content: Mapping[str, Any]) -> list[str]:
+    """The stages at which a run's scores were measured."""
+    return [stage for stage in STAGES if content[stage] is not None]
 
 
 def measured_scores(content: Mapping[str, Any]) -> list[str]:
     """Scores that some record has, CounterFact's first."""
-    moments = measured_moments(content)
-    found = [s for s in content["base"] if any(content[m][s]["n"] or content[m][s].get("n_nan") for m in moments)]
+    stages = measured_stages(content)
+    found = [s for s in content["base"] if any(content[m][s]["n"] or content[m][s].get("n_nan") for m in stages)]
     return sorted(found, key=lambda score: score not in COUNTERFACT)
 
 
@@ -96,17 +96,17 @@ def markdown_table(content: Mapping[str, Any]) -> str:
     Args:
         content: What results.json holds.
     """
-    moments = measured_moments(content)
+    stages = measured_stages(content)
     lines = [
-        f"| score | {' | '.join(MOMENTS[moment] for moment in moments)} | n |",
-        f"|---|{'---:|' * len(moments)}---:|",
+        f"| score | {' | '.join(STAGES[stage] for stage in stages)} | n |",
+        f"|---|{'---:|' * len(stages)}---:|",
     ]
     for score in measured_scores(content):
-        entries = [content[moment][score] for moment in moments]
+        entries = [content[stage][score] for stage in stages]
         cells = " | ".join(interval_text(entry, 1) for entry in entries)
         lines.append(f"| {score} | {cells} | {_numbers(entries)} |")
     for name, values in _text_measures(content).items():
-        cells = " | ".join("" if values.get(moment) is None else f"{values[moment]:.4g}" for moment in moments)
+        cells = " | ".join("" if values.get(stage) is None else f"{values[stage]:.4g}" for stage in stages)
         lines.append(f"| {name} | {cells} | |")
     mode = content["mode"]
     return (
@@ -117,23 +117,23 @@ def markdown_table(content: Mapping[str, Any]) -> str:
 
 
 def csv_table(content: Mapping[str, Any]) -> str:
-    """The scores of results.json as CSV, a line per score and moment, as they are measured (shares, not per cent).
+    """The scores of results.json as CSV, a line per score and stage, as they are measured (shares, not per cent).
 
     Args:
         content: What results.json holds.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["score", "moment", "value", "low", "high", "n", "n_nan"])
+    writer.writerow(["score", "stage", "value", "low", "high", "n", "n_nan"])
     for score in measured_scores(content):
-        for moment in measured_moments(content):
-            entry = content[moment][score]
+        for stage in measured_stages(content):
+            entry = content[stage][score]
             edges = [entry[name] for name in ("value", "low", "high", "n")]
-            writer.writerow([score, moment, *edges, entry.get("n_nan", 0)])
+            writer.writerow([score, stage, *edges, entry.get("n_nan", 0)])
     for name, values in _text_measures(content).items():
-        for moment, value in values.items():
+        for stage, value in values.items():
             if value is not None:
-                writer.writerow([name, moment, value, "", "", "", ""])
+                writer.writerow([name, stage, value, "", "", "", ""])
     return text.getvalue()
 
 
@@ -143,7 +143,7 @@ def _text_measures(content: Mapping[str, Any]) -> dict[str, Mapping[str, float |
 
 
 def _numbers(entries: list[Mapping[str, Any]]) -> str:
-    """The number of records, at each moment where they differ."""
+    """The number of records, at each stage where they differ."""
     numbers = [str(entry["n"]) + (f" (+ {entry['n_nan']} NaN)" if "n_nan" in entry else "") for entry in entries]
     return numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
 

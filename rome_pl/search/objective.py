@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rome_pl.encoding.aligned_rows import to_device
-from rome_pl.encoding.edit_rows import EditRows
+from rome_pl.encoding.row_layout import RowLayout
 from rome_pl.forward.prefix_pass import PrefixPass
 
 __all__ = ["Losses", "ValueObjective", "clamp_norm_"]
@@ -69,7 +69,7 @@ class ValueObjective:
         v_weight_decay: Weight of the norm penalty.
     """
 
-    def __init__(self, prefix: PrefixPass, layout: EditRows, kl_factor: float, v_weight_decay: float) -> None:
+    def __init__(self, prefix: PrefixPass, layout: RowLayout, kl_factor: float, v_weight_decay: float) -> None:
         self.prefix, self.layout = prefix, layout
         self.kl_factor, self.v_weight_decay = kl_factor, v_weight_decay
         bare = to_device(torch.tensor([rows[0] for rows in layout.contexts]), prefix.outputs.device)

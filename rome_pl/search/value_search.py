@@ -22,7 +22,7 @@ from rome_pl.model.architecture import dtype_of_delta
 from rome_pl.search.objective import Losses, ValueObjective, clamp_norm_
 from rome_pl.utils.hashing import hash_seed
 
-__all__ = ["Found", "SearchOptions", "Step", "ValueSearch"]
+__all__ = ["Evaluation", "SearchOptions", "SearchResult", "ValueSearch"]
 
 STEPS_BETWEEN_SYNCS = 4
 """On a GPU the host asks only so often which edits have ended; it need not wait for the device in between."""
@@ -42,7 +42,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Step:
+class Evaluation:
     """The losses of one evaluation."""
 
     loss: float
@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """How the search of one edit ended.
 
     Args:
@@ -65,7 +65,7 @@ class Found:
     """
 
     delta: Tensor
-    steps: list[Step]
+    steps: list[Evaluation]
     greedy_before: bool
 
     @property
@@ -152,16 +152,16 @@ class ValueSearch:
         for place in self._running:
             clamp_norm_(self._parameters[place], self._largest[self._members[place]])
 
-    def found(self) -> list[Found]:
+    def found(self) -> list[SearchResult]:
         """What was found, in the order of the members."""
-        histories: list[list[Step]] = [[] for _ in self._members]
+        histories: list[list[Evaluation]] = [[] for _ in self._members]
         taken = self._taken.tolist()
         for running, record in self._records:
             for place, column in zip(running, record.T.tolist(), strict=True):
                 if len(histories[place]) < taken[place]:
-                    histories[place].append(Step(*column))
+                    histories[place].append(Evaluation(*column))
         return [
-            Found(self._kept[place], steps, greedy)
+            SearchResult(self._kept[place], steps, greedy)
             for place, (steps, greedy) in enumerate(zip(histories, self._greedy_before.tolist(), strict=True))
         ]
 

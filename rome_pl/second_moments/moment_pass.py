@@ -21,7 +21,7 @@ from rome_pl.second_moments.moment_sums import MomentSums, Place, half_of, keys_
 from rome_pl.second_moments.second_moment import MomentInfo, SecondMoment, StatisticsError
 from rome_pl.second_moments.split_half import (
     KEYS_PER_DIMENSION,
-    Check,
+    HalfAgreement,
     compare_halves,
     keeps_documents_apart,
     probe_keys,
@@ -113,7 +113,7 @@ class MomentPass:
     ) -> None:
         self.language_model, self.corpus, self.options = language_model, corpus, options
         self.peers = peers or Peers()
-        self.history: list[list[Check]] = []
+        self.history: list[list[HalfAgreement]] = []
         self._jobs: list[UnfinishedJob] = []
         self._target, self._unfinished = target, unfinished
         self._halves = 2 if options.split_half else 1
@@ -183,7 +183,7 @@ class MomentPass:
         )
 
     @torch.no_grad()
-    def step(self, block: Block) -> Check | None:
+    def step(self, block: Block) -> HalfAgreement | None:
         """Sum a block; where processes meet, compare halves, and end what is known well enough.
 
         Returns:
@@ -257,13 +257,13 @@ class MomentPass:
             self._probes = probe_keys(self.language_model, sites)
         self._jobs[group].begin()
 
-    def _is_known(self, history: Sequence[Check], block: Block) -> bool:
+    def _is_known(self, history: Sequence[HalfAgreement], block: Block) -> bool:
         """Whether the halves were compared at every layer with all the text there is."""
         if not history or history[-1].blocks < block.seen:
             return False
         return len(history[-1].agreement) in (0, len(self.groups[block.group]))
 
-    def _compare(self, block: Block) -> Check:
+    def _compare(self, block: Block) -> HalfAgreement:
         assert self._sums is not None
         peers, stop = self.peers, self.options.stop_agreement
         layers = [site.layer for site in self.groups[block.group]]
@@ -283,7 +283,7 @@ class MomentPass:
                 break
         self._saved = set(agreement) if last else set()
         enough = bool(agreement) and min(agreement.values()) >= stop
-        return Check(block.seen, count, dict(sorted(agreement.items())), enough)
+        return HalfAgreement(block.seen, count, dict(sorted(agreement.items())), enough)
 
     def _finish(self, group: int) -> None:
         assert self._sums is not None

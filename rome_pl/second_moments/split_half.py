@@ -22,7 +22,7 @@ from rome_pl.utils.restored_state import frozen
 
 __all__ = [
     "KEYS_PER_DIMENSION",
-    "Check",
+    "HalfAgreement",
     "agreement_of_halves",
     "compare_halves",
     "keeps_documents_apart",
@@ -47,7 +47,7 @@ DOCUMENTS = ("Nobody had seen the keeper of the light since the storm.", "Bread 
 
 
 @dataclass(frozen=True)
-class Check:
+class HalfAgreement:
     """What was found where all processes met.
 
     Args:
@@ -63,7 +63,7 @@ class Check:
     agreement: dict[int, float]
     enough: bool = False
 
-    def to(self, *_: Any, **__: Any) -> "Check":
+    def to(self, *_: Any, **__: Any) -> "HalfAgreement":
         """Itself: Lightning moves what a step returns."""
         return self
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from rome_pl.files.schemas import Count, Number, checked
 from rome_pl.second_moments.moment_sums import MomentSums, PartialSums
 from rome_pl.second_moments.second_moment import StatisticsError
-from rome_pl.second_moments.split_half import Check
+from rome_pl.second_moments.split_half import HalfAgreement
 from rome_pl.utils.distributed import Peers
 
 __all__ = ["BusyError", "UnfinishedJob"]
@@ -28,7 +28,7 @@ LEAST_PAUSE = 60.0
 
 
 class CheckNote(TypedDict):
-    """As :class:`rome_pl.second_moments.split_half.Check`."""
+    """As :class:`rome_pl.second_moments.split_half.HalfAgreement`."""
 
     blocks: Count
     keys: Count
@@ -86,7 +86,7 @@ class UnfinishedJob:
         return set().union(*(partial.blocks for partial in self.partials))
 
     @property
-    def history(self) -> list[Check]:
+    def history(self) -> list[HalfAgreement]:
         """What earlier runs have found where processes met."""
         histories = [[_check_from(entry) for entry in partial.notes["history"]] for partial in self.partials]
         # All processes met at the same places; one may have saved later than another.
@@ -117,7 +117,7 @@ class UnfinishedJob:
             return self._unsaved >= self._save_every
         return time.monotonic() - self._saved_at >= max(LEAST_PAUSE, self._saving / SAVING_SHARE)
 
-    def save(self, sums: MomentSums, history: Sequence[Check]) -> None:
+    def save(self, sums: MomentSums, history: Sequence[HalfAgreement]) -> None:
         """Keep this process's sums."""
         started = time.monotonic()
         notes = {"absorbed": self._absorbed, "history": [asdict(check) for check in history]}
@@ -181,5 +181,5 @@ class UnfinishedJob:
         return partials
 
 
-def _check_from(entry: dict[str, Any]) -> Check:
-    return Check(**{**entry, "agreement": {int(layer): value for layer, value in entry["agreement"].items()}})
+def _check_from(entry: dict[str, Any]) -> HalfAgreement:
+    return HalfAgreement(**{**entry, "agreement": {int(layer): value for layer, value in entry["agreement"].items()}})

@@ -17,14 +17,14 @@ from rome_pl.second_moments.second_moment import SecondMoment
 from rome_pl.write.closed_form import Assertion, DisablingEditError, Update
 from rome_pl.write.edited_weight import EditedWeight, LayerWrite
 
-__all__ = ["Ask", "EditedLayers", "Written"]
+__all__ = ["Ask", "EditWrite", "EditedLayers"]
 
 Ask = Callable[[int, Mapping[int, Update]], tuple[Sequence[str], Assertion] | None]
 """Which edits assert what at a layer, given the changes of the layers below it by layer; nothing if none does."""
 
 
 @dataclass(frozen=True)
-class Written:
+class EditWrite:
     """One write, of one edit or of several solved jointly, into rewrite layers.
 
     Args:
@@ -58,20 +58,20 @@ class Written:
             shares |= {name: min(shares[name], own) for name, own in zip(written.names, written.realised, strict=True)}
         return tuple(shares.values())
 
-    def same_as(self, other: "Written") -> bool:
+    def same_as(self, other: "EditWrite") -> bool:
         """Whether it changes the weights by the same bits."""
         if (self.names, self.layers.keys()) != (other.names, other.layers.keys()):
             return False
         return all(written.same_as(other.layers[layer]) for layer, written in self.layers.items())
 
-    def part(self, name: str) -> "Written":
+    def part(self, name: str) -> "EditWrite":
         """One edit's rows of a joint write."""
         layers = {layer: written.part(name) for layer, written in self.layers.items() if name in written.names}
-        return Written((name,), layers)
+        return EditWrite((name,), layers)
 
-    def to(self, device: torch.device) -> "Written":
+    def to(self, device: torch.device) -> "EditWrite":
         """The same on a device."""
-        return Written(self.names, {layer: written.to(device) for layer, written in self.layers.items()})
+        return EditWrite(self.names, {layer: written.to(device) for layer, written in self.layers.items()})
 
 
 class EditedLayers:
@@ -88,7 +88,7 @@ class EditedLayers:
     ) -> None:
         self.weights, self.moments = tuple(weights), tuple(moments)
         self.main = tuple(main or self.numbers)
-        self.written: list[Written] = []
+        self.written: list[EditWrite] = []
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -159,7 +159,7 @@ class EditedLayers:
         pairs = [(moments[layer], key) for layer, key in zip(layers, keys, strict=True) if moments]
         return tuple(float(moment.solve(key.unsqueeze(0))[0] @ key.double()) / len(key) for moment, key in pairs)
 
-    def disturbance(self, written: Written) -> float | None:
+    def disturbance(self, written: EditWrite) -> float | None:
         """How much a write changes what a layer gives at the tokens of ordinary text; the largest over the layers.
 
         The root mean square of ``ΔW k`` over the text of the second moment, relative to that of the original ``W k``:
@@ -212,11 +212,11 @@ class EditedLayers:
         for weight in self.weights:
             weight.resume()
 
-    def propose(self, name: str, ask: Ask) -> Written:
+    def propose(self, name: str, ask: Ask) -> EditWrite:
         """What :meth:`write` would write for one edit, without writing it; raises as that does."""
         return self._each([name], ask, lambda weight, names, asked: weight.propose(names[0], asked))
 
-    def write(self, names: Sequence[str], ask: Ask) -> Written:
+    def write(self, names: Sequence[str], ask: Ask) -> EditWrite:
         """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
 
         Args:
@@ -241,7 +241,7 @@ class EditedLayers:
         names: Sequence[str],
         ask: Ask,
         make: Callable[[EditedWeight, Sequence[str], Assertion], LayerWrite],
-    ) -> Written:
+    ) -> EditWrite:
         made: dict[int, LayerWrite] = {}
         for layer, weight in zip(self.numbers, self.weights, strict=True):
             asked = ask(layer, {below: written.update for below, written in made.items()})
@@ -250,9 +250,9 @@ class EditedLayers:
                     made[layer] = make(weight, *asked)
                 except DisablingEditError as error:  # it counts the edits of this layer
                     raise DisablingEditError(str(error), names.index(asked[0][error.row])) from error
-        return Written(tuple(names), made)
+        return EditWrite(tuple(names), made)
 
-    def restore(self, written: Written) -> None:
+    def restore(self, written: EditWrite) -> None:
         """Take up a write that an earlier run has made, without solving it again."""
         for layer, part in written.layers.items():
             self.at(layer).restore(part)
@@ -282,13 +282,13 @@ class EditedLayers:
             raise KeyError(f"not written, or undone already: {sorted(missing)}")
         replayed = [weight.without(names) for weight in self.weights]
         anew = {layer: iter(found.written) for layer, found in zip(self.numbers, replayed, strict=True)}
-        remaining: list[Written] = []
+        remaining: list[EditWrite] = []
         for written in self.written:
             # A layer whose edits of this write are all gone has no write in its place.
             left = [layer for layer, part in written.layers.items() if set(part.names) - set(names)]
             if left:
                 kept = tuple(name for name in written.names if name not in names)
-                remaining.append(Written(kept, {layer: next(anew[layer]) for layer in left}))
+                remaining.append(EditWrite(kept, {layer: next(anew[layer]) for layer in left}))
         for weight, found in zip(self.weights, replayed, strict=True):
             weight.adopt(found)
         self.written = remaining

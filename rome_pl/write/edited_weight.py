@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rome_pl.model.architecture import RewriteSite
 from rome_pl.write.closed_form import Assertion, NotFiniteError, Update, rank_one_update
-from rome_pl.write.metric import Metric, PlainMetric
+from rome_pl.write.key_metric import KeyMetric, PlainMetric
 
 __all__ = ["EditedWeight", "LayerWrite"]
 
@@ -84,7 +84,7 @@ class Replayed:
 
     master: Tensor
     written: list[LayerWrite]
-    metric: Metric
+    metric: KeyMetric
 
 
 class EditedWeight:
@@ -95,9 +95,9 @@ class EditedWeight:
         metric: The metric, or what applies it to keys ``[n, d_key]``.
     """
 
-    def __init__(self, site: RewriteSite, metric: Metric | Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, site: RewriteSite, metric: KeyMetric | Callable[[Tensor], Tensor]) -> None:
         self.site = site
-        self.metric = metric if isinstance(metric, Metric) else PlainMetric(metric)
+        self.metric = metric if isinstance(metric, KeyMetric) else PlainMetric(metric)
         self.written: list[LayerWrite] = []
         self._original = site.weight.detach().clone()
         self._master = site.matrix(self._original).double()
@@ -285,7 +285,7 @@ class EditedWeight:
 
     @torch.no_grad()
     def _solve(
-        self, master: Tensor, names: tuple[str, ...], assertion: Assertion, metric: Metric
+        self, master: Tensor, names: tuple[str, ...], assertion: Assertion, metric: KeyMetric
     ) -> tuple[Tensor, LayerWrite]:
         assertion = assertion.to(master.device)  # the model may have moved since the assertion was made
         update = rank_one_update(master, self.site.bias, assertion, metric)

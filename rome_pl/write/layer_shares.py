@@ -15,17 +15,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rome_pl.encoding.edit_rows import EditRows
+from rome_pl.encoding.row_layout import RowLayout
 from rome_pl.forward.prefix_pass import PrefixPass
 from rome_pl.write.closed_form import Assertion, Update
 from rome_pl.write.edit_keys import EditKeys
-from rome_pl.write.metric import Metric
+from rome_pl.write.key_metric import KeyMetric
 from rome_pl.write.presets import Preset
 
-__all__ = ["Spread", "keys_at"]
+__all__ = ["LayerShares", "keys_at"]
 
 
-def keys_at(prefix: PrefixPass, rows: Sequence[int], preset: Preset, metrics: Sequence[Metric]) -> list[EditKeys]:
+def keys_at(prefix: PrefixPass, rows: Sequence[int], preset: Preset, metrics: Sequence[KeyMetric]) -> list[EditKeys]:
     """The keys of one edit at every rewrite layer, the lowest first, with the weights as the prefix pass saw them.
 
     Args:
@@ -39,7 +39,7 @@ def keys_at(prefix: PrefixPass, rows: Sequence[int], preset: Preset, metrics: Se
     return [EditKeys.of(one.keys[own], one.outputs[own], preset, metric) for one, metric in pairs]
 
 
-class Spread:
+class LayerShares:
     """The lookup tokens of a batch of edits, run again from the lowest rewrite layer to the last.
 
     Args:
@@ -53,9 +53,9 @@ class Spread:
     def __init__(
         self,
         prefix: PrefixPass,
-        layout: EditRows,
+        layout: RowLayout,
         preset: Preset,
-        metrics: Sequence[Metric],
+        metrics: Sequence[KeyMetric],
         weights: Sequence[Sequence[float]],
     ) -> None:
         self._lowest, self._layout = prefix.below[0], layout

@@ -16,7 +16,7 @@ from rome_pl.data_modules import RequestDataModule
 from rome_pl.errors import OptionError
 from rome_pl.export.delta import DeltaError, apply_delta, read_delta
 from rome_pl.export.lora_adapter import save_adapter
-from rome_pl.export.run_export import FORMATS, export_run
+from rome_pl.export.run_export import EXPORT_FORMS, export_run
 from rome_pl.ledger.edit_log import LedgerError
 from rome_pl.ledger.replay import read_edits, replay
 from rome_pl.model.architecture import find_site
@@ -242,7 +242,7 @@ def test_a_compressed_adapter_lacks_what_it_says(run, tmp_path):
     assert apart(with_adapter(run.base().model, tmp_path / "out"), run.edited) > 1e-4
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 def test_the_model_that_is_exported_from_stays_as_it_is(form, one_run, tmp_path):
     base = one_run.base()
     before = snapshot(base.model)
@@ -250,7 +250,7 @@ def test_the_model_that_is_exported_from_stays_as_it_is(form, one_run, tmp_path)
     assert changed(base.model, before) == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 def test_some_edits_alone(form, one_run, tmp_path):
     from rome_pl.ledger.undo import pick
 
@@ -298,7 +298,7 @@ def test_the_card_lists_every_edit_and_survives_what_texts_hold(tmp_path):
 
 
 def test_the_python_of_a_card_runs(one_run, tmp_path):
-    for form in FORMATS:
+    for form in EXPORT_FORMS:
         if form == "peft":
             pytest.importorskip("peft")
         one_run.export(tmp_path / form, form)
@@ -342,7 +342,7 @@ def test_options_that_cannot_be_meant(name, one_run, tmp_path):
     assert nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 def test_a_folder_that_holds_something_is_left_alone(form, one_run, tmp_path):
     (tmp_path / "note").write_text("mine")
     with pytest.raises(OptionError, match=r"output: .* is not empty"):
@@ -379,7 +379,7 @@ def test_a_full_disk_leaves_nothing(form, room, one_run, tmp_path):
     assert changed(base.model, before) == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORT_FORMS)
 def test_an_interruption_leaves_nothing(form, one_run, tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
@@ -398,7 +398,7 @@ def test_a_run_without_an_applied_edit(one_run, tmp_path):
     shutil.copytree(one_run.folder, folder)
     path = folder / "ledger" / "edits.jsonl"
     rewrite_ledger(folder, lambda lines: [line | {"status": "rejected"} for line in lines])
-    for form in FORMATS:
+    for form in EXPORT_FORMS:
         with pytest.raises(LedgerError, match="no edit is in the weights"):
             export_run(one_run.base(), folder, tmp_path / "out", form)
     path.write_bytes(b"")
@@ -516,7 +516,7 @@ def test_the_real_model_s_edits_in_all_three_forms(tmp_path, capsys):
     places = ("--trainer.default_root_dir", tmp_path / "run", "--save_model", tmp_path / "edited")
     assert called("edit", *arguments, *places) in (0, 3)
     sizes = {}
-    for form in FORMATS:
+    for form in EXPORT_FORMS:
         assert called("export", "--ledger", tmp_path / "run", "--format", form, "--output", tmp_path / form) == 0
         sizes[form] = sum(file.stat().st_size for file in (tmp_path / form).iterdir())
     assert called("apply", "--delta", tmp_path / "delta", "--output", tmp_path / "applied") == 0

@@ -117,7 +117,7 @@ def test_the_files_agree(sequential):
         values = [record["values"][moment]["ES"] for record in records if "values" in record]
         assert sum(values) / len(values) == pytest.approx(content[moment]["ES"]["value"])
     rows = table(sequential / "table.csv")
-    shown = {(row["score"], row["moment"]): row["value"] for row in rows}
+    shown = {(row["score"], row["stage"]): row["value"] for row in rows}
     assert float(shown["ES", "final"]) == content["final"]["ES"]["value"]
     assert float(shown["perplexity", "final"]) == content["perplexity"]["final"]
     cases = read(sequential, "kmeng01.json")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.cli.app import main
-from rome_pl.editing.retries import Searches
+from rome_pl.editing.retries import Retries
 from rome_pl.editing.session import EditSession
 from rome_pl.ledger.edit_log import Ledger, LedgerError, read_lines
 from rome_pl.requests.edit_request import EditRequest
@@ -102,9 +102,9 @@ def test_wherever_it_is_killed_a_run_ends_as_if_it_had_not_been(mode, tmp_path):
 def test_nothing_is_optimised_twice(tmp_path, monkeypatch):
     run(tmp_path / "whole")
     searched = []
-    original = Searches.first
+    original = Retries.first
     monkeypatch.setattr(
-        Searches,
+        Retries,
         "first",
         lambda self, objective, edits: searched.extend(e.name for e in edits) or original(self, objective, edits),
     )

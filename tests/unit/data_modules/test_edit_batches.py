@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from rome_pl.data_modules.edit_batches import WINDOW, EditBatches, RequestList
+from rome_pl.data_modules.edit_batches import WINDOW, EditBatchSampler, RequestList
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.requests.edit_request import EditRequest
@@ -30,7 +30,7 @@ def lengths_of(count):
 
 def shares(count, batch_size, by_length, world):
     """The batches of every rank once lengths are known."""
-    samplers = [EditBatches(requests_of(count), batch_size, by_length, rank, world) for rank in range(world)]
+    samplers = [EditBatchSampler(requests_of(count), batch_size, by_length, rank, world) for rank in range(world)]
     for sampler in samplers:
         sampler.regroup(lengths_of(count))
     return [list(sampler) for sampler in samplers]
@@ -57,7 +57,7 @@ def test_all_ranks_give_equally_many_batches_only_the_last_of_them_empty(by_leng
         number = math.ceil(math.ceil(count / batch_size) / world)  # no more turns than it takes
         assert [len(part) for part in parts] == [number] * world
         for rank in range(world):
-            assert len(EditBatches(requests_of(count), batch_size, by_length, rank, world)) == number
+            assert len(EditBatchSampler(requests_of(count), batch_size, by_length, rank, world)) == number
         empty = [not batch for batch in in_turn(parts)]
         assert empty == sorted(empty)
         assert sum(empty) < world
@@ -98,7 +98,7 @@ def test_batches_by_length_pad_less():
 
 
 def test_batches_are_in_order_until_lengths_are_known():
-    sampler = EditBatches(requests_of(5), 2, True)
+    sampler = EditBatchSampler(requests_of(5), 2, True)
     assert list(sampler) == [[0, 1], [2, 3], [4]]
     begun = iter(sampler)  # Lightning has it in hand before the module knows lengths
     sampler.regroup([5, 1, 4, 2, 3])
@@ -108,7 +108,7 @@ def test_batches_are_in_order_until_lengths_are_known():
 
 
 def test_a_sampler_may_be_read_again():
-    sampler = EditBatches(requests_of(20), 3, True)
+    sampler = EditBatchSampler(requests_of(20), 3, True)
     sampler.regroup(lengths_of(20))
     first = list(sampler)
     sampler.set_epoch(1)  # Lightning does at the start of every epoch

@@ -175,7 +175,7 @@ def test_the_table_for_papers():
 def test_the_table_for_spreadsheets_has_what_results_have():
     _, content = made(4, lost=(2,))
     rows = list(csv.DictReader(io.StringIO(csv_table(content))))
-    found = {(row["score"], row["moment"]): row for row in rows}
+    found = {(row["score"], row["stage"]): row for row in rows}
     for moment in ("base", "immediate", "final"):
         for score, entry in content[moment].items():
             if entry["n"]:

@@ -7,14 +7,14 @@ from safetensors.torch import load_file, save_file
 
 from rome_pl.ledger.edit_log import Ledger
 from rome_pl.write.closed_form import Assertion, Update
-from rome_pl.write.edited_layers import Written
+from rome_pl.write.edited_layers import EditWrite
 from rome_pl.write.edited_weight import LayerWrite
 
 
 @pytest.fixture
 def written():
     key, value = torch.ones(1, 4, dtype=torch.float64), torch.full((1, 3), 2.0, dtype=torch.float64)
-    return Written(("a",), {4: LayerWrite(("a",), Assertion(key, key, value), Update(value, key), (1.0,))})
+    return EditWrite(("a",), {4: LayerWrite(("a",), Assertion(key, key, value), Update(value, key), (1.0,))})
 
 
 def test_a_record_and_its_tensors_come_back(tmp_path, written):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rome_pl.data_modules.edit_batches import EditBatches
+from rome_pl.data_modules.edit_batches import EditBatchSampler
 from rome_pl.requests import conflicts as related_requests
 from rome_pl.requests.conflicts import earlier_facts, subjects_apart
 from rome_pl.requests.edit_request import EditRequest
@@ -65,5 +65,5 @@ def test_the_latest_are_kept_where_there_are_too_many(monkeypatch):
 def test_no_run_has_a_subject_twice(subjects, size, runs):
     requests = [about(subject, case_id=place) for place, subject in enumerate(subjects)]
     assert subjects_apart(requests, size) == runs
-    assert list(EditBatches(requests, size, apart=True)) == runs
-    assert len(EditBatches(requests, size, apart=True)) == len(runs)
+    assert list(EditBatchSampler(requests, size, apart=True)) == runs
+    assert len(EditBatchSampler(requests, size, apart=True)) == len(runs)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rome_pl.encoding.edit_rows import EditRows, edit_rows
 from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
+from rome_pl.encoding.row_layout import RowLayout, row_layout
 from rome_pl.model.architecture import find_site
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.search.objective import clamp_norm_
@@ -202,13 +202,13 @@ def own_rows(edits):
         rows += [*edit.rows, edit.kl_row]
         kl.append(len(rows) - 1)
     offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
-    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets, ((),) * len(contexts))
+    return RowLayout(tuple(rows), tuple(contexts), tuple(kl), offsets, ((),) * len(contexts))
 
 
 @pytest.mark.parametrize(("kl_position", "shared"), [("subject", {1, 4, 5, 6}), ("last", {5})])
 def test_a_divergence_row_that_the_bare_prompt_begins_with_is_read_off_it(kl_position, shared):
     edits = encode(REQUESTS + OPENING, kl_position=kl_position)
-    layout = edit_rows(edits)
+    layout = row_layout(edits)
     assert {place for place in range(7) if layout.kl[place] == layout.contexts[place][0]} == shared
     assert len(layout.rows) == sum(len(edit.rows) for edit in edits) + 7 - len(shared)
     for place, edit in enumerate(edits):
@@ -231,9 +231,9 @@ def test_a_divergence_row_that_the_bare_prompt_begins_with_is_read_off_it(kl_pos
 
 def test_a_bare_prompt_of_another_lookup_token_is_not_read():
     row = EncodedRow((5, 6, 7, 8), 2, (9,), 3)
-    assert len(edit_rows([EncodedEdit((row,), EncodedRow((5, 6, 7), 2, (), 2))]).rows) == 1
-    assert len(edit_rows([EncodedEdit((row,), EncodedRow((5, 6), 1, (), 1))]).rows) == 2
-    assert len(edit_rows([EncodedEdit((row,), EncodedRow((5, 5, 7), 2, (), 2))]).rows) == 2
+    assert len(row_layout([EncodedEdit((row,), EncodedRow((5, 6, 7), 2, (), 2))]).rows) == 1
+    assert len(row_layout([EncodedEdit((row,), EncodedRow((5, 6), 1, (), 1))]).rows) == 2
+    assert len(row_layout([EncodedEdit((row,), EncodedRow((5, 5, 7), 2, (), 2))]).rows) == 2
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def assert_same_pass(selected, fresh):
 @pytest.mark.parametrize("whole_rows", [False, True])
 def test_selected_rows_are_those_of_a_pass_of_their_own(whole_rows):
     opened = (EncodedRow((40, 41, 42, 43), 0, (44,), 3), EncodedRow((45, 46), 0, (), 0))
-    rows = (*edit_rows(encode(REQUESTS + OPENING)).rows, *opened)
+    rows = (*row_layout(encode(REQUESTS + OPENING)).rows, *opened)
     whole = prefix_of(rows, whole_rows)
     first = [index for index, row in enumerate(rows) if row.lookup == 0]
     longest = max(range(len(rows)), key=lambda index: rows[index].lookup)
@@ -392,7 +392,7 @@ def test_selected_rows_are_those_of_a_pass_of_their_own(whole_rows):
 
 @pytest.mark.parametrize("whole_rows", [False, True])
 def test_a_selection_may_be_selected_from(whole_rows):
-    rows = edit_rows(encode()).rows
+    rows = row_layout(encode()).rows
     whole = prefix_of(rows, whole_rows)
     chosen = [9, 4, 0, 7]
     again = whole.select(chosen).select([2, 0])
@@ -401,7 +401,7 @@ def test_a_selection_may_be_selected_from(whole_rows):
 
 
 def test_a_selection_leaves_the_whole_as_it_was():
-    rows = edit_rows(encode()).rows
+    rows = row_layout(encode()).rows
     whole = prefix_of(rows)
     before = answers(whole)
     answers(whole.select([3, 1]))

@@ -16,13 +16,13 @@ from typing_extensions import override
 from rome_pl.errors import OptionError
 from rome_pl.second_moments.second_moment import NULL_SPACE, RIDGE, SecondMoment
 
-__all__ = ["Metric", "MetricName", "NullSpace", "PastKeys", "PlainMetric", "make_metric"]
+__all__ = ["KeyMetric", "MetricName", "NullSpace", "PastKeys", "PlainMetric", "make_metric"]
 
 MetricName = Literal["second_moment", "past_keys", "null_space"]
 """How a preset uses the second moment."""
 
 
-class Metric(ABC):
+class KeyMetric(ABC):
     """Applies ``M`` to keys.
 
     ``settings`` are the arguments of :func:`make_metric` that it was made with, for manifests.
@@ -44,11 +44,11 @@ class Metric(ABC):
         """Take note of the keys of a write, ``[n, d_key]``."""
 
     @abstractmethod
-    def afresh(self) -> "Metric":
+    def afresh(self) -> "KeyMetric":
         """The same metric, which has been told of no write."""
 
 
-class PlainMetric(Metric):
+class PlainMetric(KeyMetric):
     """A metric that does not change.
 
     Args:
@@ -67,11 +67,11 @@ class PlainMetric(Metric):
         pass
 
     @override
-    def afresh(self) -> "Metric":
+    def afresh(self) -> "KeyMetric":
         return self
 
 
-class _Remembering(Metric):
+class _Remembering(KeyMetric):
     """A metric with the sum ``Σ k kᵀ`` over earlier edits; a factor of it is made when it is next needed.
 
     Its matrices are as large as ``C`` and change with every edit, so they stay where they are in memory: among the
@@ -91,7 +91,7 @@ class _Remembering(Metric):
         self._stale = True
 
     @override
-    def afresh(self) -> "Metric":
+    def afresh(self) -> "KeyMetric":
         made = copy(self)
         made._past = made._matrix = made._factor = None
         made._stale = True
@@ -196,7 +196,7 @@ class NullSpace(_Remembering):
 
 def make_metric(
     name: MetricName, moment: SecondMoment | None, *, weight: float, ridge: float, threshold: float
-) -> Metric:
+) -> KeyMetric:
     """The metric of a preset.
 
     Args:
@@ -211,7 +211,7 @@ def make_metric(
     """
     if moment is None and name != "second_moment":
         raise OptionError("mom2_adjustment: this preset is made of the second moment and cannot do without it")
-    metric: Metric
+    metric: KeyMetric
     if moment is None:
         metric = PlainMetric(lambda keys: keys)
     elif name == "null_space":

@@ -10,7 +10,7 @@ from rome_pl.model.architecture import RewriteSite
 from rome_pl.second_moments.second_moment import RIDGE, MomentInfo, SecondMoment
 from rome_pl.write.closed_form import Assertion
 from rome_pl.write.edited_weight import EditedWeight
-from rome_pl.write.metric import NullSpace, PastKeys, PlainMetric, make_metric
+from rome_pl.write.key_metric import NullSpace, PastKeys, PlainMetric, make_metric
 from rome_pl.write.presets import PRESETS
 
 D_KEY, D_VALUE, STREAM = 24, 10, 6

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
 
-__all__ = ["EditRows", "edit_rows"]
+__all__ = ["RowLayout", "row_layout"]
 
 
 @dataclass(frozen=True)
-class EditRows:
+class RowLayout:
     """Rows of several edits in one batch.
 
     Args:
@@ -27,7 +27,7 @@ class EditRows:
     kept: tuple[tuple[int, ...], ...]
 
 
-def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
+def row_layout(edits: Sequence[EncodedEdit]) -> RowLayout:
     """Lay out the rows of a batch.
 
     A divergence row that the bare prompt begins with, as it does where the prompt begins with the subject, is read off
@@ -47,4 +47,4 @@ def edit_rows(edits: Sequence[EncodedEdit]) -> EditRows:
         kept.append(tuple(range(len(rows), len(rows) + len(edit.kept))))
         rows += edit.kept
     offsets = tuple(edit.kl_row.first - edit.kl_row.lookup for edit in edits)
-    return EditRows(tuple(rows), tuple(contexts), tuple(kl), offsets, tuple(kept))
+    return RowLayout(tuple(rows), tuple(contexts), tuple(kl), offsets, tuple(kept))
