@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from rome_pl.forward.generation import generate
-from rome_pl.metrics import fluency as generation
 from rome_pl.metrics.fluency import consistency, measure_fluency, n_gram_entropy
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.requests.edit_request import EditRequest
@@ -51,7 +50,7 @@ def test_batched_generation_equals_one_by_one(family, bos, monkeypatch):
     language_model = LanguageModel(tiny_model(family), byte_level_tokenizer(bos))
     expected = [one_by_one(language_model, prompt, 6) for prompt in PROMPTS]
     for rows, side, pad_id in ((32, "left", 0), (32, "right", 7), (2, "right", 0), (1, "left", 0)):
-        monkeypatch.setattr(generation, "ROWS", rows)
+        monkeypatch.setattr("rome_pl.forward.generation.ROWS", rows)
         language_model.tokenizer.padding_side = side
         language_model.encoder.pad_id = pad_id
         assert generate(language_model, PROMPTS, 6) == expected
