@@ -1,13 +1,14 @@
 """Watches the model between the edits of a stream."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.editing.edit import Edit, EditBatch, edits_of
+from rome_pl.editing.recovery import recover, roll_back
 from rome_pl.editing.retention import note_after, retained_share
 from rome_pl.editing.session import EditSession
 from rome_pl.errors import OptionError
@@ -16,8 +17,6 @@ from rome_pl.metrics import held_out_text
 from rome_pl.metrics.model_health import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.utils.distributed import check_strategy
-from rome_pl.write.closed_form import DisablingEditError, NotFiniteError
-from rome_pl.write.edited_layers import EditWrite
 
 __all__ = ["CANARIES", "StateCheck"]
 
@@ -42,9 +41,6 @@ log = logging.getLogger(__name__)
 
 MOST_DROPPED = 0.2
 """A stream of which a larger share had to be dropped stops: the preset does not suit the model."""
-
-WEAKER = 0.5
-"""How strongly ``shrink`` writes an edit that is too much for the model as it is."""
 
 FEW = 10
 """Of fewer edits than these a share means nothing: they count as so many."""
@@ -137,7 +133,7 @@ class StateCheck(Callback):
                 self._watch = self._begin(language_model, TrainedWeights(language_model.model))
             return
         self._since_good, self._dropped = [], 0
-        self.checks = session.state_checks
+        self.checks = session.measured.state_checks
         if session.sequential:
             self._watch = self._begin(session.language_model, session.layers)
 
@@ -165,7 +161,7 @@ class StateCheck(Callback):
         if not due and not trainer.is_last_batch:
             return
         found = self._look(session)
-        session.state_checks.append({"edits": done, **found})
+        session.measured.state_checks.append({"edits": done, **found})
         if not found["failures"]:
             self._since_good = []
             return
@@ -173,11 +169,15 @@ class StateCheck(Callback):
         if self.on_failure == "warn":
             log.warning("The model's state is bad %s", finding)
             return
+        since, self._since_good = self._since_good, []
         if self.on_failure in ("recover", "shrink"):
-            self._recover(session, finding)
+            log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(since))
+            weaken = self.on_failure == "shrink"
+            self._dropped += recover(session, since, finding, lambda: not self._look(session)["failures"], weaken)
             self._end_if_hopeless(trainer, session)
             return
-        self._roll_back(session, finding)
+        log.warning("Rolling back %d edits: the model's state is bad %s", len(since), finding)
+        roll_back(session, since, finding)
         trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
 
     def _begin(self, language_model: LanguageModel, weights: Weights) -> ModelWatch:
@@ -230,77 +230,9 @@ class StateCheck(Callback):
             log.warning("The model's state is bad after %d batches: %s", self._batches, "; ".join(found["failures"]))
             trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
 
-    def _roll_back(self, session: EditSession, finding: str) -> None:
-        log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
-        session.layers.remove([edit.name for edit in self._since_good])
-        self._record(session, [(edit, finding) for edit in self._since_good], [])
-        self._since_good = []
-
-    def _recover(self, session: EditSession, finding: str) -> None:
-        """Undo the edits since the last good check, and write them again without those that the check fails after."""
-        edits, layers = self._since_good, session.layers
-        log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
-        before = {name: written for written in layers.written for name in written.names}
-        layers.remove([edit.name for edit in edits])
-        try:
-            dropped, anew = self._write_again(session, edits, finding, before)
-        except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
-            layers.revert()
-            layers.remove([edit.name for edit in edits if edit.name in layers.names])
-            for edit in edits:
-                session.write_again(edit)
-                layers.commit()
-            raise
-        self._record(session, dropped, anew)
-        self._dropped += len(dropped)
-        self._since_good = []
-
-    def _write_again(
-        self, session: EditSession, edits: Sequence[Edit], finding: str, before: Mapping[str, EditWrite]
-    ) -> tuple[list[tuple[Edit, str]], list[Edit]]:
-        """Write edits one by one; those that cannot stay, with why, and those whose write is another than before.
-
-        Args:
-            session: The run.
-            edits: The edits.
-            finding: What the check found.
-            before: The whole write, of several edits where they were solved jointly, that each was part of.
-        """
-        layers = session.layers
-        dropped, anew = list[tuple[Edit, str]](), list[Edit]()
-        for edit in edits:
-            assert edit.written is not None
-            written = self._try_again(session, edit, finding)
-            if isinstance(written, str):
-                dropped.append((edit, written))
-                continue
-            layers.commit()
-            if not written.same_as(before[edit.name]):
-                edit.replace_write(written)
-                anew.append(edit)
-        return dropped, anew
-
-    def _try_again(self, session: EditSession, edit: Edit, finding: str) -> EditWrite | str:
-        """Write an edit as strongly as the check passes after it; it stays pending. The reason if it cannot stay."""
-        for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
-            try:
-                written = session.write_again(edit, strength)
-            except (DisablingEditError, NotFiniteError):
-                return finding
-            if not self._look(session)["failures"]:
-                (after,) = session.measure_targets([edit], written=True)
-                if (objection := session.objection(edit, after)) is not None:
-                    session.layers.revert()
-                    return f"{finding}; written again, it does not take: {objection}"
-                if strength < 1:
-                    edit.notes.append(f"written at {strength:.0%} of its strength, to keep the model healthy")
-                return written
-            session.layers.revert()
-        return finding
-
     def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
         check = {"edits": len(session.edits), "recovered": True, **self._look(session)}
-        session.state_checks.append(check)
+        session.measured.state_checks.append(check)
         done = len(session.edits)
         if self._dropped > MOST_DROPPED * max(done, FEW):
             verdict = (
@@ -314,12 +246,3 @@ class StateCheck(Callback):
         check["verdict"] = verdict
         log.error("The stream ends: %s", verdict)
         trainer.should_stop = True
-
-    def _record(self, session: EditSession, dropped: Sequence[tuple[Edit, str]], anew: Sequence[Edit]) -> None:
-        for edit, reason in dropped:
-            edit.decide(EditStatus.ROLLED_BACK, reason)
-        if session.ledger is not None:
-            session.ledger.amend(
-                [(edit.record(), {"status": str(edit.status), "reason": reason}) for edit, reason in dropped],
-                [(edit.written, [edit.record()]) for edit in anew if edit.written is not None],
-            )

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.cli.app import main
+from rome_pl.editing.batch_writer import BatchWriter
 from rome_pl.editing.retries import Retries
-from rome_pl.editing.session import EditSession
 from rome_pl.ledger.edit_log import Ledger, LedgerError, read_lines
 from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
@@ -95,7 +95,7 @@ def test_wherever_it_is_killed_a_run_ends_as_if_it_had_not_been(mode, tmp_path):
         for edit, expected in zip(resumed.edits, whole.edits, strict=True):
             assert edit.record() == expected.record()
         kept = ledger_of(tmp_path / "whole").read_bytes()[:cut].count(b"\n")
-        taken = sum(edit.recorded is not None for edit in resumed.edits)
+        taken = sum(edit.resumed for edit in resumed.edits)
         assert taken == kept - kept % MODES[mode].get("batch_size", 1) or kept == 6 == taken
 
 
@@ -211,8 +211,8 @@ def test_a_run_that_fails_lets_go_of_its_ledger_and_can_be_resumed(tmp_path, mon
             raise RuntimeError("the lights went out")
         return original(self, *arguments)
 
-    original = EditSession.write
-    monkeypatch.setattr(EditSession, "write", fail)
+    original = BatchWriter.write
+    monkeypatch.setattr(BatchWriter, "write", fail)
     with pytest.raises(RuntimeError, match="lights"):
         run(tmp_path / "failed")
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.editing.session import EditSession
+from rome_pl.editing import retention
 from rome_pl.ledger.edit_log import read_lines
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.utils.hashing import hash_seed
@@ -64,12 +64,12 @@ def test_the_share_of_edits_that_keep_half_of_their_probability_is_found(tmp_pat
     assert not kept[0]
     assert sum(kept) >= 2
     assert session.edits[0].after > 0.5
-    assert [check["edits"] for check in session.state_checks] == [3, 4]
-    assert session.state_checks[1]["retained"] == sum(kept) / 4
+    assert [check["edits"] for check in session.measured.state_checks] == [3, 4]
+    assert session.measured.state_checks[1]["retained"] == sum(kept) / 4
     failure = f"{sum(kept) / 4:.0%} of earlier edits are retained (least_retained: 0.8)"
-    assert session.state_checks[1]["failures"] == [failure]
-    assert session.state_checks[0]["retained"] == 1.0
-    assert session.state_checks[0]["failures"] == []
+    assert session.measured.state_checks[1]["failures"] == [failure]
+    assert session.measured.state_checks[0]["retained"] == 1.0
+    assert session.measured.state_checks[0]["failures"] == []
 
 
 def test_a_fact_that_is_stated_anew_is_not_counted_as_lost(tmp_path):
@@ -77,8 +77,8 @@ def test_a_fact_that_is_stated_anew_is_not_counted_as_lost(tmp_path):
     stream = [*FACTS[:3], anew]
     session = edited(tmp_path, stream, every_n_edits=4, least_retained=1.0)
     assert plainly(session.language_model, FACTS[0]) < 0.5 * session.edits[0].after
-    assert session.state_checks[-1]["retained"] == 1.0
-    assert session.state_checks[-1]["failures"] == []
+    assert session.measured.state_checks[-1]["retained"] == 1.0
+    assert session.measured.state_checks[-1]["failures"] == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -92,8 +92,8 @@ def test_edits_that_overwrite_others_are_dropped(batch_size, tmp_path):
         "Korrin again": "rolled_back", "Dunholt bread again": "rolled_back"
     }  # fmt: skip
     assert "of earlier edits are retained" in session.edits[-1].reason
-    assert session.state_checks[-1]["retained"] == 1.0
-    assert session.state_checks[-1]["recovered"]
+    assert session.measured.state_checks[-1]["retained"] == 1.0
+    assert session.measured.state_checks[-1]["recovered"]
     expected = sure_model()
     edited(tmp_path / "b", FACTS, batch_size, language_model=expected)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(language_model.model).values(),
@@ -103,7 +103,7 @@ def test_edits_that_overwrite_others_are_dropped(batch_size, tmp_path):
 def test_nothing_is_measured_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", lambda *_: 1 / 0)
     session = edited(tmp_path, [FACTS[0], OTHERWISE[0]], every_n_edits=1)
-    assert all("retained" not in check and not check["failures"] for check in session.state_checks)
+    assert all("retained" not in check and not check["failures"] for check in session.measured.state_checks)
 
 
 def test_what_nothing_has_verified_is_measured_all_the_same(tmp_path):
@@ -122,12 +122,12 @@ def test_what_nothing_has_verified_is_measured_all_the_same(tmp_path):
 
 
 def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeypatch):
-    asked, original = [], EditSession.measure_targets
+    asked, original = [], retention.measure_targets
 
-    def noted(self, edits, *, written):
+    def noted(session, edits, *, written):
         if not written:
             asked.append([edit.name for edit in edits])
-        return original(self, edits, written=written)
+        return original(session, edits, written=written)
 
     def share(session, most):
         asked.clear()
@@ -139,7 +139,7 @@ def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeyp
         return found
 
     sizes, measure = [], __import__("rome_pl.editing.retention", fromlist=["retained_share"]).retained_share
-    monkeypatch.setattr(EditSession, "measure_targets", noted)
+    monkeypatch.setattr(retention, "measure_targets", noted)
     monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", share)
     stream = [FACTS[0], OTHERWISE[0], *FACTS[1:]]
     options = {"every_n_edits": 1, "least_retained": 1.0, "retention_sample": 3, "on_failure": "rollback"}
@@ -180,4 +180,4 @@ def test_a_request_that_is_refused_since_an_earlier_fit_wrote_it_is_not_measured
         quiet_trainer([*lenient_callbacks()[:-2], check], tmp_path).fit(module, request_loader(FACTS[:1]))
     assert str(module.session.edits[0].status) == "rejected"
     assert module.session.layers.names == [FACTS[0].case_id]
-    assert module.session.state_checks[0]["retained"] is None
+    assert module.session.measured.state_checks[0]["retained"] is None
