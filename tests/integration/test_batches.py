@@ -77,7 +77,7 @@ def test_the_stream_has_edits_of_every_fate(one_by_one):
     assert (statuses.count("applied"), statuses.count("rejected"), statuses.count("skipped")) == (6, 1, 2)
     assert "field 'target_new'" in edits["long"].reason
     assert edits["known"].reason == "the model gives this target already (on_known: skip)"
-    assert all(edit.search.delta.norm() > 0.1 for edit in edits.values() if edit.search.delta is not None)
+    assert all(edit.value_norm > 0.1 for edit in edits.values() if edit.value_norm is not None)
 
 
 def test_scores_of_independent_edits_are_those_of_the_written_weight(one_by_one):

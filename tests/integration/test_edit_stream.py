@@ -191,7 +191,7 @@ STAGES = {
     "base scores": ("rome_pl.metrics.score_cache.probe_scores", _raise),
     "evaluate": ("rome_pl.metrics.probes.probe_scores", _raise),
     "ledger": ("rome_pl.editing.edit.Edit.record", _raise),
-    "state check": ("rome_pl.callbacks.state_check.StateCheck._look", _raise),
+    "state check": ("rome_pl.editing.session_watch.SessionWatch.look", _raise),
     "contexts": ("rome_pl.editing.run_setup.generate_contexts", _raise),
 }
 

@@ -282,8 +282,8 @@ class _Culprit(StateCheck):
         super().__init__(every_n_edits=1, on_failure="recover")
         self.name = name
 
-    def _look(self, session):
-        return super()._look(session) | {"failures": ["it is in"] if self.name in session.layers.names else []}
+    def _look(self, watch):
+        return super()._look(watch) | {"failures": ["it is in"] if self.name in watch.session.layers.names else []}
 
 
 @pytest.mark.parametrize("culprit", ["a", "b", "c"])

@@ -118,7 +118,7 @@ def test_nothing_is_optimised_twice(tmp_path, monkeypatch):
 def test_what_was_rolled_back_is_rolled_back_again(on_failure, tmp_path):
     check = {"every_n_edits": 2, "on_failure": on_failure}
     probe, _ = run(tmp_path / "probe", state_check={"every_n_edits": 2})
-    check["largest_change"] = probe.state_checks[0]["change"]  # the first check passes, the second does not
+    check["largest_change"] = probe.measured.state_checks[0]["change"]  # the first check passes, the second does not
     whole, weights = run(tmp_path / "whole", state_check=check)
     assert any(edit.status == "rolled_back" for edit in whole.edits)
     content = ledger_of(tmp_path / "whole").read_bytes()
@@ -155,7 +155,7 @@ def test_edits_after_which_others_were_lost_are_dropped_again(batch_size, withou
         resumed, again = go(folder, resume=True)
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
         assert_same_ledger(folder, tmp_path / "whole")
-        assert resumed.state_checks == whole.state_checks
+        assert resumed.measured.state_checks == whole.measured.state_checks
         assert [edit.record() for edit in resumed.edits] == [edit.record() for edit in whole.edits]
 
 

@@ -101,7 +101,7 @@ def test_edits_that_overwrite_others_are_dropped(batch_size, tmp_path):
 
 
 def test_nothing_is_measured_unless_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", lambda *_: 1 / 0)
+    monkeypatch.setattr("rome_pl.editing.session_watch.retained_share", lambda *_: 1 / 0)
     session = edited(tmp_path, [FACTS[0], OTHERWISE[0]], every_n_edits=1)
     assert all("retained" not in check and not check["failures"] for check in session.measured.state_checks)
 
@@ -116,7 +116,7 @@ def test_what_nothing_has_verified_is_measured_all_the_same(tmp_path):
     assert [edit.status for edit in verified.edits].count("rolled_back") == 1
     for one, other in zip(verified.edits, unverified.edits, strict=True):
         assert (one.name, one.status, one.after) == (other.name, other.status, pytest.approx(other.after, rel=1e-12))
-    assert verified.state_checks == unverified.state_checks
+    assert verified.measured.state_checks == unverified.measured.state_checks
     lines = read_lines(tmp_path / "False" / "ledger" / "edits.jsonl")
     assert lines[0].record["probability"]["after"] is None  # that they were not verified stays to be seen
 
@@ -140,7 +140,7 @@ def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeyp
 
     sizes, measure = [], __import__("rome_pl.editing.retention", fromlist=["retained_share"]).retained_share
     monkeypatch.setattr(retention, "measure_targets", noted)
-    monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", share)
+    monkeypatch.setattr("rome_pl.editing.session_watch.retained_share", share)
     stream = [FACTS[0], OTHERWISE[0], *FACTS[1:]]
     options = {"every_n_edits": 1, "least_retained": 1.0, "retention_sample": 3, "on_failure": "rollback"}
     session = edited(tmp_path, stream, **options)
@@ -160,8 +160,8 @@ def test_no_edit_in_the_weights_is_no_failure(tmp_path):
     )  # fmt: skip
     assert [str(edit.status) for edit in session.edits] == ["rolled_back"] * 2
     assert str(rejected.edits[0].status) == "rejected"
-    assert rejected.state_checks[0]["retained"] is None
-    assert rejected.state_checks[0]["failures"] == []
+    assert rejected.measured.state_checks[0]["retained"] is None
+    assert rejected.measured.state_checks[0]["failures"] == []
 
 
 @pytest.mark.parametrize(

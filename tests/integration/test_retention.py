@@ -98,7 +98,7 @@ def test_a_point_is_what_the_weights_of_that_moment_give(records, tmp_path):
 
 def test_measuring_changes_nothing(records, tmp_path):
     with_it, without = run(records, tmp_path / "1", 100), run(records, tmp_path / "2", 0)
-    assert without.retention == []
+    assert without.measured.retention == []
     before = snapshot(without.language_model.model)
     assert changed(with_it.language_model.model, before) == []
     assert [edit.scores["final"] for edit in with_it.edits] == [edit.scores["final"] for edit in without.edits]
@@ -110,7 +110,7 @@ def test_measuring_changes_nothing(records, tmp_path):
 def test_the_sample_is_seeded_and_gives_way_to_later_edits(records, tmp_path):
     session, again = run(records, tmp_path / "1", 3), run(records, tmp_path / "2", 3)
     samples = [list(point.scores) for point in session.measured.retention]
-    assert samples == [list(point.scores) for point in again.retention]
+    assert samples == [list(point.scores) for point in again.measured.retention]
     assert [len(sample) for sample in samples] == [2, 3, 3]
     for edits, sample in zip((2, 4, 6), samples, strict=True):
         begun = [f"r{index}" for index in range(edits)]

@@ -50,9 +50,9 @@ class _Fails(StateCheck):
         super().__init__(every_n_edits=4, on_failure="recover", **options)
         self.bad = bad
 
-    def _look(self, session):
-        inside = self.bad & set(session.layers.names)
-        return super()._look(session) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
+    def _look(self, watch):
+        inside = self.bad & set(watch.session.layers.names)
+        return super()._look(watch) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
 
 
 def recovered(tmp_path, bad):
@@ -103,11 +103,11 @@ def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, 
     check = _Fails({"1"})
     look = check._look
 
-    def stopped(session):
-        calls.append(session.layers.names)
+    def stopped(watch):
+        calls.append(watch.session.layers.names)
         if len(calls) == 4:  # the failing check, and three edits written again
             raise RuntimeError("the lights went out")
-        return look(session)
+        return look(watch)
 
     monkeypatch.setattr(check, "_look", stopped)
     with pytest.raises(RuntimeError, match="lights"):
@@ -123,9 +123,9 @@ class _Weighs(StateCheck):
         super().__init__(every_n_edits=4, on_failure="shrink")
         self.largest = largest
 
-    def _look(self, session):
-        norm = session.layers.change
-        return super()._look(session) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
+    def _look(self, watch):
+        norm = watch.session.layers.change
+        return super()._look(watch) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
 
 
 def test_an_edit_that_is_too_much_is_written_at_half_its_strength(tmp_path):

@@ -9,8 +9,9 @@ import torch
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
 from rome_pl.cli.app import main
+from rome_pl.editing import probing
 from rome_pl.editing.outcome import HELD_ALREADY
-from rome_pl.editing.probing import measure_targets
+from rome_pl.editing.session_watch import SessionWatch
 from rome_pl.editor import EditRejectedError, KnowledgeEditor
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
@@ -165,16 +166,16 @@ def test_an_edit_that_does_not_take_when_it_is_written_again_is_dropped(tmp_path
     def run(folder, least):
         looks = iter([["too much"], ["too much"], []])  # after the stream, at full strength, at half
 
-        def look(self, session):
+        def look(self):
             return {"failures": next(looks, [])}
 
-        monkeypatch.setattr(StateCheck, "_look", look)
+        monkeypatch.setattr(SessionWatch, "look", look)
         chosen = [*callbacks(least), StateCheck(every_n_edits=1, on_failure="shrink")]
         return run_edits(sure_model(), tmp_path / folder, FACTS[:1], chosen, **SURE)
 
     kept = run("a", 0.0)
     assert kept.edits[0].status is EditStatus.APPLIED
-    (weaker,) = measure_targets(kept, kept.edits, written=True)
+    (weaker,) = probing.measure_targets(kept, kept.edits, written=True)
     assert weaker.probability < kept.edits[0].after
     session = run("b", (weaker.probability + kept.edits[0].after) / 2)
     (edit,) = session.edits
