@@ -1,13 +1,13 @@
 """The README.md of an export: what was edited, in which model, and how to load it."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rome_pl.export.hub import fault_of
+from rome_pl.utils.markdown import backslash_escaped, markdown_table
 
 __all__ = ["model_card"]
 
@@ -65,16 +65,16 @@ def model_card(about: Mapping[str, Any]) -> str:
         loading = loading.replace(name, repr(value))
     parts = [
         f"---\n{yaml.safe_dump(_metadata(kind, base['source']), sort_keys=False)}---",
-        f"# {applied} edited {'fact' if applied == 1 else 'facts'} in {_text(Path(base['source']).name)}",
+        f"# {applied} edited {'fact' if applied == 1 else 'facts'} in {backslash_escaped(Path(base['source']).name)}",
         f"Made by rome_pl (rank-one model editing): {_WHAT[kind]}.",
-        _table(("", ""), facts),
+        markdown_table(("", ""), facts),
     ]
     if "adapter" in about:
         parts.append(_adapter(about["adapter"]))
     parts += [
         "## Edits\n\nProbabilities are those of the new answer, before the edit and right after it; later edits may "
         "have changed them.",
-        _table(("record", "prompt", "true → new", "before", "after", "status"), map(_row, edits)),
+        markdown_table(("record", "prompt", "true → new", "before", "after", "status"), map(_row, edits)),
         f"## Loading\n\n```python\n{loading}\n```",
     ]
     return "\n\n".join(parts) + "\n"
@@ -100,7 +100,7 @@ def _adapter(parts: Sequence[Mapping[str, Any]]) -> str:
     return (
         "## Adapter\n\nThe error is the Frobenius norm of what the adapter lacks of the change, relative to the "
         "change's; at full rank it is the rounding to float32.\n\n"
-        + _table(("weight", "rank", "rank of the change", "error"), rows)
+        + markdown_table(("weight", "rank", "rank of the change", "error"), rows)
     )
 
 
@@ -118,13 +118,3 @@ def _row(edit: Mapping[str, Any]) -> Sequence[str]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *([_text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(text: str) -> str:
-    """Text as Markdown shows it as it is, in a cell too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", " ".join(text.split()))
