@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rome_pl.export.hub import fault_of
 from rome_pl.utils.markdown import backslash_escaped, markdown_table
 
@@ -64,7 +62,7 @@ def model_card(about: Mapping[str, Any]) -> str:
     for name, value in (("BASE", base["source"]), ("DTYPE", base["dtype"])):
         loading = loading.replace(name, repr(value))
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(kind, base['source']), sort_keys=False)}---",
+        f"---\n{_metadata(kind, base['source'])}\n---",
         f"# {applied} edited {'fact' if applied == 1 else 'facts'} in {backslash_escaped(Path(base['source']).name)}",
         f"Made by rome_pl (rank-one model editing): {_WHAT[kind]}.",
         markdown_table(("", ""), facts),
@@ -80,14 +78,16 @@ def model_card(about: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(kind: str, source: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
-    if _is_repository(source):
-        metadata["base_model"] = source
-    if kind != "delta":
-        metadata["library_name"] = {"hf": "transformers", "peft": "peft"}[kind]
-        metadata["pipeline_tag"] = "text-generation"
-    return metadata | {"tags": ["rome_pl", "model-editing", *(["lora"] if kind == "peft" else [])]}
+def _metadata(kind: str, source: str) -> str:
+    """What the hub reads of a card, in YAML."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        base_model=source if _is_repository(source) else None,
+        library_name={"hf": "transformers", "peft": "peft"}.get(kind),
+        pipeline_tag="text-generation" if kind != "delta" else None,
+        tags=["rome_pl", "model-editing", *["lora"] * (kind == "peft")],
+    ).to_yaml()
 
 
 def _is_repository(source: str) -> bool:
