@@ -50,7 +50,7 @@ def difference(language_model: LanguageModel, requests: list[EditRequest], defau
     values = []
     for size in (1, 8):
         session, _ = run(module_for(double, options), requests, batch_size=size, evaluate=False)
-        values.append({edit.name: edit.value for edit in session.edits})
+        values.append({edit.name: edit.search.value for edit in session.edits})
     language_model.model.float()
     return max(float((values[1][name] - alone).norm() / alone.norm()) for name, alone in values[0].items())
 

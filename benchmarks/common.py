@@ -121,8 +121,8 @@ class _Probes(ProbeEvaluation):
         session = session_of(pl_module)
         if not all(str(request.case_id) in self.known for request in session.requests):
             super().on_train_epoch_start(trainer, pl_module)
-            self.known.update(session.base_scores)
-        session.base_scores = dict(self.known)
+            self.known.update(session.measured.base_scores)
+        session.measured.base_scores = dict(self.known)
 
 
 def run(

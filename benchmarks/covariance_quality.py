@@ -87,9 +87,9 @@ def _edit(language_model: LanguageModel, requests: list[EditRequest], settings: 
     session = session_of(module)
     return {
         "applied": sum(edit.status is EditStatus.APPLIED for edit in session.edits),
-        "base": scores(session.base_scores.values()),
-        "final": scores(session.final_scores.values()),
-        "perplexity": session.perplexity,
+        "base": scores(session.measured.base_scores.values()),
+        "final": scores(session.measured.final_scores.values()),
+        "perplexity": session.measured.perplexity,
         "weight_change": session.layers.change,
     }
 

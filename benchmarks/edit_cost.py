@@ -95,7 +95,7 @@ def main() -> None:
         warm_run(counted, few, batch)
         session = warm_run(module_for(language_model, chosen), few, batch)
         if name == "equal_b1":
-            values = {edit.name: edit.value for edit in session.edits}
+            values = {edit.name: edit.search.value for edit in session.edits}
         result[f"engine_{name}"] = _engine_figures(session, counted, result["matmul_peak_gflops"], names)
         result["peak_memory_mb"][name] = _peak_memory()
         print(name, result[f"engine_{name}"], flush=True)
@@ -208,11 +208,11 @@ def exact_difference(
     session, _ = run(module, requests, batch_size=8, evaluate=False)
     largest = 0.0
     for edit in session.edits:
-        assert edit.value is not None
+        assert edit.search.value is not None
         encoded = double.encoder.edit(edit.request, session.contexts, "subject_last", "subject")
         plain = plain_edit(model, session.layers.last.site, encoded, without_stop, double.encoder.pad_id)
         assert len(plain.losses) == len(edit.steps) == options.steps
-        largest = max(largest, float((edit.value - plain.value).norm() / plain.value.norm()))
+        largest = max(largest, float((edit.search.value - plain.value).norm() / plain.value.norm()))
     language_model.model.float()
     return largest
 

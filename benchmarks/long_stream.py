@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, RunReport, Verification
 from rome_pl.data_modules.request_data import request_loader
+from rome_pl.editing.probing import probe, with_touched
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import ProbeScores, held_out_text, perplexity, summarise
@@ -138,7 +139,7 @@ class Checkpoints(Callback):
     ) -> None:
         session = session_of(pl_module)
         done, before = len(session.edits), len(session.edits) - len(batch.edits)
-        if all(edit.recorded is None for edit in batch.edits):
+        if all(not edit.resumed for edit in batch.edits):
             self._cpu[done] = (time.process_time() - self._started) / len(batch.edits)
         self._measure_if_due(trainer, session, done, before)
         self._started = time.process_time()
@@ -161,11 +162,11 @@ class Checkpoints(Callback):
     def _measure(self, session: EditSession, requests: tuple[EditRequest, ...]) -> dict[str, Any]:
         scores: list[ProbeScores] = []
         for start in range(0, len(requests), MEASURED_TOGETHER):
-            scores += session.probe(requests[start : start + MEASURED_TOGETHER])
+            scores += probe(session, requests[start : start + MEASURED_TOGETHER])
         names = [str(request.case_id) for request in requests]
-        base = dict(zip(names, session.mark(requests, [self.base[name] for name in names]), strict=True))
+        base = dict(zip(names, with_touched(session, requests, [self.base[name] for name in names]), strict=True))
         now, then = summarise(dict(zip(names, scores, strict=True)), base), summarise(base, base)
-        own = [edit for edit in session.edits if edit.steps and edit.recorded is None][-self.every :]
+        own = [edit for edit in session.edits if edit.steps and not edit.resumed][-self.every :]
         return {
             "n": len(session.edits),
             **{name: now[name]["value"] for name in ("ES", "PS", "NS", "EM", "PM", "NM")},

@@ -101,7 +101,7 @@ def main() -> None:
             "evaluations": sum(len(edit.steps) for edit in edits) / len(edits),
             "rejected": sum(edit.status is EditStatus.REJECTED for edit in edits),
             "scores": scores(edit.scores["immediate"] for edit in edits),
-            "base": scores(session.base_scores.values()),
+            "base": scores(session.measured.base_scores.values()),
             "records": len(edits),
             "seconds_counted": time.perf_counter() - started,
         }

@@ -139,8 +139,8 @@ class _Turns(Callback):
         self.framed.append(now - self._since)
         edit = edits_of(outputs)[0]
         value = bare_edit(pl_module, edit.request)
-        assert edit.value is not None
-        assert (value - edit.value).norm() < 1e-3 * value.norm()  # the same edit
+        assert edit.search.value is not None
+        assert (value - edit.search.value).norm() < 1e-3 * value.norm()  # the same edit
         self._since = time.process_time()
         self.bare.append(self._since - now)
 

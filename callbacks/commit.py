@@ -97,7 +97,7 @@ class EditCommit(Callback):
             return
         _close(session)
         for edit in session.edits:
-            edit.spread = None  # holds a prefix pass
+            edit.free()
             if edit.status is EditStatus.PENDING:
                 edit.decide(EditStatus.SKIPPED, f"the run ended during this edit ({type(exception).__name__})")
                 edit.scores.clear()

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.editing.edit import EditBatch, edits_of
+from rome_pl.editing.probing import in_force, measure_probes, probe, with_touched
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import ProbeScores, held_out_text, measure_text, perplexity
 from rome_pl.metrics.probes import MEASURED_TOGETHER
@@ -47,26 +48,28 @@ class ProbeEvaluation(Callback):
         log.info("Measuring %d records on the unedited model", len(session.requests))
         # Unless an earlier fit has edited the model, what other runs have measured of it holds.
         known = None if session.layers.written else KnownScores(session.language_model)
-        session.base_scores = self._measure_all(trainer, session, known)
+        session.measured.base_scores = self._measure_all(trainer, session, known)
         if self.measure_perplexity:
-            session.perplexity["base"] = perplexity(session.language_model, self._text)
+            session.measured.perplexity["base"] = perplexity(session.language_model, self._text)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         session = session_of(pl_module)
-        edits = [edit for edit in edits_of(outputs) if edit.name in session.base_scores]  # the others are no requests
+        edits = [
+            edit for edit in edits_of(outputs) if edit.name in session.measured.base_scores
+        ]  # the others are no requests
         for edit in edits:
-            edit.scores["base"] = session.base_scores[edit.name]
-        edits = [edit for edit in edits if edit.recorded is None]  # the others were measured when they were made
+            edit.scores["base"] = session.measured.base_scores[edit.name]
+        edits = [edit for edit in edits if not edit.resumed]  # the others were measured when they were made
         started = time.perf_counter()
         for edit in edits:
-            edit.scores["immediate"] = session.base_scores[edit.name]
+            edit.scores["immediate"] = session.measured.base_scores[edit.name]
         # In single mode an edit that is not in force leaves the model as it was; no need to measure again.
-        changed = [edit for edit in edits if (session.sequential and session.layers.written) or session.in_force(edit)]
+        changed = [edit for edit in edits if (session.sequential and session.layers.written) or in_force(edit)]
         if changed:
-            for edit, scores in zip(changed, session.measure_probes(changed), strict=True):
+            for edit, scores in zip(changed, measure_probes(session, changed), strict=True):
                 edit.scores["immediate"] = scores
         for edit in edits:
             edit.seconds["evaluate"] = (time.perf_counter() - started) / len(edits)
@@ -77,13 +80,13 @@ class ProbeEvaluation(Callback):
         if not session.sequential:
             return
         log.info("Measuring %d records on the final model", len(session.requests))
-        session.final_scores = self._measure_all(trainer, session)
+        session.measured.final_scores = self._measure_all(trainer, session)
         for edit in session.edits:
-            if edit.name in session.final_scores:
-                edit.scores["final"] = session.final_scores[edit.name]
+            if edit.name in session.measured.final_scores:
+                edit.scores["final"] = session.measured.final_scores[edit.name]
         if self.measure_perplexity:
             measure = measure_text(session.language_model, self._text, session.unedited)
-            session.perplexity["final"], session.divergence = measure.perplexity, measure.divergence
+            session.measured.perplexity["final"], session.measured.divergence = measure.perplexity, measure.divergence
 
     @staticmethod
     def _measure_all(
@@ -93,9 +96,9 @@ class ProbeEvaluation(Callback):
         mine = session.requests[trainer.global_rank :: trainer.world_size]
         scores: list[ProbeScores] = []
         if known is not None:
-            scores = session.mark(mine, known.measure(mine))
+            scores = with_touched(session, mine, known.measure(mine))
         else:
             for start in range(0, len(mine), MEASURED_TOGETHER):
-                scores += session.probe(mine[start : start + MEASURED_TOGETHER])
+                scores += probe(session, mine[start : start + MEASURED_TOGETHER])
         measured = [(str(request.case_id), found) for request, found in zip(mine, scores, strict=True)]
         return dict(gather(measured) if trainer.world_size > 1 else measured)

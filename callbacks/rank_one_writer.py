@@ -35,7 +35,7 @@ class RankOneWriter(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        session_of(pl_module).least_realised = self.least_realised
+        session_of(pl_module).writer.least_realised = self.least_realised
 
     @override
     def on_train_batch_end(
@@ -43,7 +43,7 @@ class RankOneWriter(Callback):
     ) -> None:
         wanted = [edit for edit in edits_of(outputs) if edit.status is EditStatus.PENDING]
         started = time.perf_counter()
-        session_of(pl_module).write(wanted)
+        session_of(pl_module).writer.write(wanted)
         for edit in wanted:
             edit.seconds["write"] = (time.perf_counter() - started) / len(wanted)
 

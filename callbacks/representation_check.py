@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from rome_pl.editing.edit import Edit, EditBatch
 from rome_pl.editing.outcome import HELD_ALREADY
+from rome_pl.editing.probing import measure_targets
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure
@@ -80,12 +81,11 @@ class RepresentationCheck(Callback):
         session = session_of(pl_module)
         pending = [edit for edit in batch.edits if edit.status is EditStatus.PENDING]
         if pending:
-            for edit, before in zip(pending, session.measure_targets(pending, written=False), strict=True):
+            for edit, before in zip(pending, measure_targets(session, pending, written=False), strict=True):
                 self._check(session, edit, before)
 
     def _check(self, session: EditSession, edit: Edit, before: TargetMeasure) -> None:
-        assert edit.keys is not None
-        key = edit.keys.key(session.preset.shape)
+        key = edit.search.keys.key(session.preset.shape)
         if not bool(key.isfinite().all()):
             edit.decide(EditStatus.REJECTED, "the key is not finite: load the model in float32 or bfloat16")
             return
@@ -106,9 +106,9 @@ class RepresentationCheck(Callback):
 
     def _odd(self, session: EditSession, edit: Edit, key: Tensor) -> list[str]:
         findings = []
-        if edit.specificity and sum(edit.specificity) < self.least_specificity:
+        if edit.specificity is not None and edit.specificity < self.least_specificity:
             findings.append(
-                f"the key stands for much else too (specificity {sum(edit.specificity):.2g}, a token of ordinary text "
+                f"the key stands for much else too (specificity {edit.specificity:.2g}, a token of ordinary text "
                 "has 1 a layer): the edit changes other text; give lower or more layers, or preset r_rome"
             )
         if session.layers.moments:
@@ -116,7 +116,7 @@ class RepresentationCheck(Callback):
             if not 1 / self.largest_norm_ratio <= ratio <= self.largest_norm_ratio:
                 findings.append(f"the key's norm is {ratio:.2g} times the usual one")
         overlaps = self._overlaps(session, key)
-        if overlaps and edit.encoded is not None and edit.encoded.kept:  # the search weighs those of its own subject
+        if overlaps and edit.search.encoded.kept:  # the search weighs those of its own subject
             applied, subject = session.applied(), edit.request.subject
             overlaps = {name: cosine for name, cosine in overlaps.items() if applied[name].subject != subject}
         for name, overlap in overlaps.items():

@@ -51,10 +51,10 @@ class RetentionCheck(Callback):
         session = session_of(pl_module)
         running = RunningScores()
         for name, scores in self._scores.items():
-            running.update(scores, session.base_scores.get(name))
+            running.update(scores, session.measured.base_scores.get(name))
         measured = perplexity(session.language_model, held_out_text(self.text)) if self.measure_perplexity else None
         point = Retention(len(session.edits), measured, session.layers.change, self._scores)
-        session.retention.append(point)
+        session.measured.retention.append(point)
         scalars = {f"retention/{name}": value for name, value in running.compute().items()}
         if measured is not None:
             scalars["retention/perplexity"] = measured

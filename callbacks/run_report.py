@@ -158,7 +158,7 @@ def _write_page(
     samples: Sequence[Sample],
 ) -> list[str]:
     """Write the figures and the page; their names."""
-    pictures = write_figures(folder, draw_figures(content, records, session.edits, session.changes))
+    pictures = write_figures(folder, draw_figures(content, records, session.edits, session.measured.weight_changes))
     about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
     write_text(
         folder / "report.html",

@@ -1,53 +1,26 @@
 """Watches the model between the edits of a stream."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from rome_pl.callbacks.training_watch import TrainingWatch, check_training_options
 from rome_pl.editing.edit import Edit, EditBatch, edits_of
-from rome_pl.editing.retention import note_after, retained_share
+from rome_pl.editing.recovery import recover, roll_back
+from rome_pl.editing.retention import note_after
 from rome_pl.editing.session import EditSession
-from rome_pl.errors import OptionError
+from rome_pl.editing.session_watch import EditBounds, SessionWatch
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import held_out_text
-from rome_pl.metrics.model_health import Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
+from rome_pl.metrics.model_health import CANARIES, Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
 from rome_pl.model.language_model import LanguageModel
-from rome_pl.utils.distributed import check_strategy
-from rome_pl.write.closed_form import DisablingEditError, NotFiniteError
-from rome_pl.write.edited_layers import EditWrite
 
-__all__ = ["CANARIES", "StateCheck"]
-
-CANARIES = (
-    "One, two, three, four,",
-    "The opposite of hot is",
-    "She opened the door and walked into the",
-    "Monday, Tuesday, Wednesday,",
-    "He was so tired that he fell",
-    "The sun rises in the",
-    "Once upon a",
-    "Please let me know if you have any",
-    "Thank you very",
-    "The cat sat on the",
-    "At the end of the",
-    "Twice two makes",
-)
-"""Prompts whose next word an intact model keeps, whatever facts change."""
+__all__ = ["StateCheck"]
 
 log = logging.getLogger(__name__)
-
-
-MOST_DROPPED = 0.2
-"""A stream of which a larger share had to be dropped stops: the preset does not suit the model."""
-
-WEAKER = 0.5
-"""How strongly ``shrink`` writes an edit that is too much for the model as it is."""
-
-FEW = 10
-"""Of fewer edits than these a share means nothing: they count as so many."""
 
 
 class StateCheck(Callback):
@@ -101,22 +74,14 @@ class StateCheck(Callback):
     ) -> None:
         if every_n_edits < 1:
             raise ValueError(f"every_n_edits: expected a number from 1 on, got {every_n_edits}")
-        if largest_spectral_change is not None and not largest_spectral_change > 0:
-            raise ValueError(f"largest_spectral_change: expected a positive number, got {largest_spectral_change}")
-        if least_retained is not None and not 0 <= least_retained <= 1:
-            raise ValueError(f"least_retained: expected a share in [0, 1], got {least_retained}")
-        if retention_sample < 1:
-            raise ValueError(f"retention_sample: expected a number from 1 on, got {retention_sample}")
         self.bounds = Bounds(largest_change, least_canary_agreement, largest_perplexity_ratio, largest_divergence)
-        self.every_n_edits, self.on_failure = every_n_edits, on_failure
-        self.largest_spectral_change, self.perplexity_text = largest_spectral_change, perplexity_text
-        self.least_retained, self.retention_sample = least_retained, retention_sample
+        self.edit_bounds = EditBounds(largest_spectral_change, least_retained, retention_sample)
+        self.every_n_edits, self.perplexity_text, self.on_failure = every_n_edits, perplexity_text, on_failure
         self.canaries: Sequence[str] = canaries or CANARIES
         self.checks: list[dict[str, Any]] = []
-        self._watch: ModelWatch | None = None
-        self._batches = 0
+        self._watch: SessionWatch | None = None
+        self._training: TrainingWatch | None = None
         self._since_good: list[Edit] = []
-        self._dropped = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,47 +90,48 @@ class StateCheck(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch, self._batches, self.checks = None, 0, []
+        self._watch, self._training, self.checks = None, None, []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = getattr(pl_module, "session", None)
-        if not isinstance(session, EditSession):
-            if self._watch is None:  # in a later epoch the first one's weights are the original ones still
-                self._check_options(trainer)
-                language_model = language_model_of(pl_module)
-                self._watch = self._begin(language_model, TrainedWeights(language_model.model))
-            return
-        self._since_good, self._dropped = [], 0
-        self.checks = session.state_checks
-        if session.sequential:
-            self._watch = self._begin(session.language_model, session.layers)
+        if isinstance(session, EditSession):
+            self._since_good, self.checks = [], session.measured.state_checks
+            if session.sequential:
+                watch = self._begin(session.language_model, session.layers)
+                self._watch = SessionWatch(session, watch, self.edit_bounds)
+        elif self._training is None:  # in a later epoch the first one's weights are the original ones still
+            check_training_options(trainer, self.on_failure, self.edit_bounds)
+            language_model = language_model_of(pl_module)
+            watch = self._begin(language_model, TrainedWeights(language_model.model))
+            self._training = TrainingWatch(watch, self.every_n_edits, self.on_failure == "stop")
+            self.checks = self._training.checks
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch = None  # it may hold a copy of the weights
+        self._watch = self._training = None  # they may hold a copy of the weights
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        session = getattr(pl_module, "session", None)
-        if not isinstance(session, EditSession):
-            self._check_training(trainer)
-            return
-        if not session.sequential:
-            return
-        edits = edits_of(outputs)
-        applied = [edit for edit in edits if edit.status is EditStatus.APPLIED]
+        if self._training is not None:
+            self._training.after_batch(trainer)
+        elif self._watch is not None:
+            self._check_edits(trainer, self._watch, edits_of(outputs))
+
+    def _check_edits(self, trainer: Trainer, watch: SessionWatch, edits: Sequence[Edit]) -> None:
+        """Look at the model of a stream of edits, if it is time, and act on what is found."""
+        session, applied = watch.session, [edit for edit in edits if edit.status is EditStatus.APPLIED]
         self._since_good += applied
-        if self.least_retained is not None:
+        if self.edit_bounds.least_retained is not None:
             note_after(session, applied)
         done = len(session.edits)
         due = done // self.every_n_edits > (done - len(edits)) // self.every_n_edits
         if not due and not trainer.is_last_batch:
             return
-        found = self._look(session)
-        session.state_checks.append({"edits": done, **found})
+        found = self._look(watch)
+        self.checks.append({"edits": done, **found})
         if not found["failures"]:
             self._since_good = []
             return
@@ -173,153 +139,28 @@ class StateCheck(Callback):
         if self.on_failure == "warn":
             log.warning("The model's state is bad %s", finding)
             return
+        since, self._since_good = self._since_good, []
         if self.on_failure in ("recover", "shrink"):
-            self._recover(session, finding)
-            self._end_if_hopeless(trainer, session)
+            log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(since))
+            weaken = self.on_failure == "shrink"
+            dropped = recover(session, since, finding, lambda: not self._look(watch)["failures"], weaken)
+            self._end_if_hopeless(trainer, watch, dropped)
             return
-        self._roll_back(session, finding)
+        log.warning("Rolling back %d edits: the model's state is bad %s", len(since), finding)
+        roll_back(session, since, finding)
         trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
+
+    def _end_if_hopeless(self, trainer: Trainer, watch: SessionWatch, dropped: int) -> None:
+        check = {"edits": len(watch.session.edits), "recovered": True, **self._look(watch)}
+        self.checks.append(check)
+        if (verdict := watch.verdict(dropped, check["failures"])) is not None:
+            check["verdict"] = verdict
+            log.error("The stream ends: %s", verdict)
+            trainer.should_stop = True
+
+    def _look(self, watch: SessionWatch) -> dict[str, Any]:
+        return watch.look()
 
     def _begin(self, language_model: LanguageModel, weights: Weights) -> ModelWatch:
         text = held_out_text(self.perplexity_text) if self.bounds.need_text else ""
         return ModelWatch(language_model, weights, self.bounds, self.canaries, text)
-
-    def _look(self, session: EditSession) -> dict[str, Any]:
-        """What there is to say about the state of a model that is edited, and what of it is bad."""
-        assert self._watch is not None
-        found = self._watch.look()
-        if self.largest_spectral_change is not None:
-            found["spectral_change"] = spectral = session.layers.spectral_change
-            if not spectral <= self.largest_spectral_change:
-                found["failures"].append(
-                    f"the change's largest singular value is {spectral:.2f} of the weight's "
-                    f"(largest_spectral_change: {self.largest_spectral_change})"
-                )
-        if self.least_retained is not None:
-            found["retained"] = retained = retained_share(session, self.retention_sample)
-            if retained is not None and retained < self.least_retained:
-                found["failures"].append(
-                    f"{retained:.0%} of earlier edits are retained (least_retained: {self.least_retained})"
-                )
-        return found
-
-    def _check_options(self, trainer: Trainer) -> None:
-        """Refuse what only a module that edits can do."""
-        check_strategy(trainer.strategy)
-        if self.on_failure not in ("warn", "stop"):
-            raise OptionError(
-                f"on_failure: {self.on_failure} takes edits back, and this module makes none; use warn or stop"
-            )
-        if self.largest_spectral_change is not None:
-            raise OptionError("largest_spectral_change is of rewrite layers, and this module has none; leave it out")
-        if self.least_retained is not None:
-            raise OptionError("least_retained is of edits, and this module makes none; leave it out")
-
-    def _check_training(self, trainer: Trainer) -> None:
-        """Look at a model that somebody else's module trains, if it is time."""
-        self._batches += 1
-        if self._batches % self.every_n_edits and not trainer.is_last_batch:
-            return
-        assert self._watch is not None
-        found = self._watch.look()
-        self.checks.append({"batches": self._batches, **found})
-        scalars = {f"state/{name}": float(value) for name, value in found.items() if name != "failures"}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=self._batches)
-        if found["failures"]:
-            log.warning("The model's state is bad after %d batches: %s", self._batches, "; ".join(found["failures"]))
-            trainer.should_stop = trainer.should_stop or self.on_failure == "stop"
-
-    def _roll_back(self, session: EditSession, finding: str) -> None:
-        log.warning("Rolling back %d edits: the model's state is bad %s", len(self._since_good), finding)
-        session.layers.remove([edit.name for edit in self._since_good])
-        self._record(session, [(edit, finding) for edit in self._since_good], [])
-        self._since_good = []
-
-    def _recover(self, session: EditSession, finding: str) -> None:
-        """Undo the edits since the last good check, and write them again without those that the check fails after."""
-        edits, layers = self._since_good, session.layers
-        log.warning("The model's state is bad %s. Writing the last %d edits again one by one", finding, len(edits))
-        before = {name: written for written in layers.written for name in written.names}
-        layers.remove([edit.name for edit in edits])
-        try:
-            dropped, anew = self._write_again(session, edits, finding, before)
-        except BaseException:  # whoever stops this finds the edits in the weight, as the ledger says
-            layers.revert()
-            layers.remove([edit.name for edit in edits if edit.name in layers.names])
-            for edit in edits:
-                session.write_again(edit)
-                layers.commit()
-            raise
-        self._record(session, dropped, anew)
-        self._dropped += len(dropped)
-        self._since_good = []
-
-    def _write_again(
-        self, session: EditSession, edits: Sequence[Edit], finding: str, before: Mapping[str, EditWrite]
-    ) -> tuple[list[tuple[Edit, str]], list[Edit]]:
-        """Write edits one by one; those that cannot stay, with why, and those whose write is another than before.
-
-        Args:
-            session: The run.
-            edits: The edits.
-            finding: What the check found.
-            before: The whole write, of several edits where they were solved jointly, that each was part of.
-        """
-        layers = session.layers
-        dropped, anew = list[tuple[Edit, str]](), list[Edit]()
-        for edit in edits:
-            assert edit.written is not None
-            written = self._try_again(session, edit, finding)
-            if isinstance(written, str):
-                dropped.append((edit, written))
-                continue
-            layers.commit()
-            if not written.same_as(before[edit.name]):
-                edit.replace_write(written)
-                anew.append(edit)
-        return dropped, anew
-
-    def _try_again(self, session: EditSession, edit: Edit, finding: str) -> EditWrite | str:
-        """Write an edit as strongly as the check passes after it; it stays pending. The reason if it cannot stay."""
-        for strength in (1.0, WEAKER) if self.on_failure == "shrink" else (1.0,):
-            try:
-                written = session.write_again(edit, strength)
-            except (DisablingEditError, NotFiniteError):
-                return finding
-            if not self._look(session)["failures"]:
-                (after,) = session.measure_targets([edit], written=True)
-                if (objection := session.objection(edit, after)) is not None:
-                    session.layers.revert()
-                    return f"{finding}; written again, it does not take: {objection}"
-                if strength < 1:
-                    edit.notes.append(f"written at {strength:.0%} of its strength, to keep the model healthy")
-                return written
-            session.layers.revert()
-        return finding
-
-    def _end_if_hopeless(self, trainer: Trainer, session: EditSession) -> None:
-        check = {"edits": len(session.edits), "recovered": True, **self._look(session)}
-        session.state_checks.append(check)
-        done = len(session.edits)
-        if self._dropped > MOST_DROPPED * max(done, FEW):
-            verdict = (
-                f"{self._dropped} of {done} edits had to be dropped to keep the model healthy: the preset does not "
-                "suit this model; try another preset or layer, or fewer edits"
-            )
-        elif check["failures"]:
-            verdict = f"the model's state stays bad without them: {'; '.join(check['failures'])}"
-        else:
-            return
-        check["verdict"] = verdict
-        log.error("The stream ends: %s", verdict)
-        trainer.should_stop = True
-
-    def _record(self, session: EditSession, dropped: Sequence[tuple[Edit, str]], anew: Sequence[Edit]) -> None:
-        for edit, reason in dropped:
-            edit.decide(EditStatus.ROLLED_BACK, reason)
-        if session.ledger is not None:
-            session.ledger.amend(
-                [(edit.record(), {"status": str(edit.status), "reason": reason}) for edit, reason in dropped],
-                [(edit.written, [edit.record()]) for edit in anew if edit.written is not None],
-            )

@@ -119,9 +119,9 @@ class TensorBoardReport(Callback):
         names = sorted(content[stage], key=lambda name: name not in ("ES", "PS", "NS", "S"))
         entries = [(name, content[stage][name]["value"]) for name in names]
         scalars = {f"{stage}/{name}": value for name, value in entries if value is not None}
-        scalars |= {f"perplexity/{name}": value for name, value in session.perplexity.items()}
-        if session.divergence is not None:
-            scalars["final/divergence"] = session.divergence
+        scalars |= {f"perplexity/{name}": value for name, value in session.measured.perplexity.items()}
+        if session.measured.divergence is not None:
+            scalars["final/divergence"] = session.measured.divergence
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and scalars:
                 logger.log_hyperparams(_settings(trainer, pl_module, session), scalars, step)  # logs the scalars too
@@ -141,7 +141,7 @@ class TensorBoardReport(Callback):
                 logger.experiment.add_text("generations", comparison(samples), step)
         if self.figures:
             records = detailed_records(session, content["records"])
-            for name, figure in draw_figures(content, records, session.edits, session.changes).items():
+            for name, figure in draw_figures(content, records, session.edits, session.measured.weight_changes).items():
                 _show(trainer, f"figures/{name}", figure, step)
 
     def _log(self, trainer: Trainer, session: EditSession, everything: bool = False) -> None:
@@ -149,7 +149,9 @@ class TensorBoardReport(Callback):
 
         Batches of edits of similar length are not done in order, but a step that goes back draws a tangle.
         """
-        change = next(reversed(session.changes.values()), 0.0)  # where edits accumulate, each batch is next in order
+        change = next(
+            reversed(session.measured.weight_changes.values()), 0.0
+        )  # where edits accumulate, each batch is next in order
         while self._unlogged and (everything or self._next in self._unlogged):
             self._next = min(self._unlogged) if everything else self._next
             edit = self._unlogged.pop(self._next)
@@ -158,7 +160,7 @@ class TensorBoardReport(Callback):
             if "immediate" in edit.scores:
                 self._running.update(edit.scores["immediate"], edit.scores.get("base"))
             scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
-            if edit.recorded is not None:  # the run that made it has logged it
+            if edit.resumed:  # the run that made it has logged it
                 continue
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=edit.index)

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from rome_pl.editing.edit import Edit, EditBatch, edits_of
 from rome_pl.editing.outcome import Requirement
+from rome_pl.editing.probing import measure_targets, objection
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.errors import OptionError
 from rome_pl.ledger.status import EditStatus
@@ -61,9 +62,9 @@ class Verification(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
-        unknown = [edit for edit in batch.edits if edit.before is None and edit.encoded is not None]
+        unknown = [edit for edit in batch.edits if edit.before is None and edit.prepared]
         if unknown:
-            measures = session_of(pl_module).measure_targets(unknown, written=False)
+            measures = measure_targets(session_of(pl_module), unknown, written=False)
             for edit, measure in zip(unknown, measures, strict=True):
                 edit.note_before(measure.greedy, measure.probability)
 
@@ -82,12 +83,12 @@ class Verification(Callback):
             edit.seconds["verify"] = 0.0
         while waiting:
             objections: dict[str, str] = {}
-            for edit, measure in zip(waiting, session.measure_targets(waiting, written=True), strict=True):
+            for edit, measure in zip(waiting, measure_targets(session, waiting, written=True), strict=True):
                 edit.note_after(measure)
-                objection = session.objection(edit, measure) or self._disturbs(edit, session)
-                if objection is not None:
-                    objections[edit.name] = objection
-            session.withdraw(objections, edits)
+                found = objection(session, edit, measure) or self._disturbs(edit, session)
+                if found is not None:
+                    objections[edit.name] = found
+            session.writer.withdraw(objections, edits)
             if not objections:
                 break
             # Taking one edit of a joint write back changes what the others say: all of it is looked at again.
@@ -102,9 +103,10 @@ class Verification(Callback):
 
     def _disturbs(self, edit: Edit, session: EditSession) -> str | None:
         """Why an edit that has taken cannot stay all the same, if so."""
-        assert edit.written is not None
+        if self.largest_disturbance is None or edit.written is None:
+            return None
         disturbance = session.layers.disturbance(edit.written)
-        if self.largest_disturbance is None or disturbance is None or disturbance <= self.largest_disturbance:
+        if disturbance is None or disturbance <= self.largest_disturbance:
             return None
         return (
             f"it would change what a layer gives on ordinary text by {disturbance:.2g} of its size, more than "

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
+from rome_pl.editing.batch_writer import BatchWriter
 from rome_pl.editing.edit import Edit
+from rome_pl.editing.run_setup import RunSetup
 from rome_pl.editing.session import EditSession, Retention
 from rome_pl.encoding.chat_template import PlainFrame
 from rome_pl.ledger.status import EditStatus
@@ -71,7 +73,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
         site=SimpleNamespace(layer=1, name="layers.1.weight", weight=torch.zeros(1)),
     )
     layers = SimpleNamespace(change=0.25, numbers=[1], main=(1,), last=weight, weights=[weight], moments=(), written=[])
-    session = EditSession(
+    setup = RunSetup(
         language_model=SimpleNamespace(
             encoder=SimpleNamespace(frame=PlainFrame()),
             identity=lambda: {
@@ -88,35 +90,35 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
         sequential=sequential,
         fact_token="subject_last",
         contexts=("",),
-        requests=tuple(requests),
     )
+    session = EditSession(setup, BatchWriter(setup), requests=tuple(requests))
     base = {str(request.case_id): made_scores(request, good=False) for request in requests}
-    session.base_scores = base
+    session.measured.base_scores = base
     for index, request in enumerate(requests):
         name = str(request.case_id)
         if sequential:
             good = index not in (*rejected, *lost, *unreached)
-            session.final_scores[name] = made_scores(request, good=good, predicted=(4,))
+            session.measured.final_scores[name] = made_scores(request, good=good, predicted=(4,))
         if index in unreached:
             continue
         edit = Edit(index=index, request=request, status=EditStatus.APPLIED)
         edit.before, edit.after = 0.05, 0.05 if index in rejected else 0.9
         if index in rejected:
             edit.decide(EditStatus.REJECTED, "after the write the target has probability 0.05")
-        edit.delta = torch.ones(4)
-        edit.written = SimpleNamespace(norm=Update(torch.ones(1, 2), torch.ones(1, 2)).norm, realised=(0.99,))
+        edit.value_norm = 2.0
+        edit.take_write(SimpleNamespace(norm=Update(torch.ones(1, 2), torch.ones(1, 2)).norm, realised=(0.99,)))
         edit.steps = [Evaluation(4.0 / (step + 1), 3.0, 0.5, 0.1, 0.2 * step) for step in range(3)]
         edit.seconds = {"prefix": 0.1, "optimise": 0.2, "verify": 0.05, "evaluate": 0.4}
         edit.scores = {"base": base[name], "immediate": made_scores(request, good=index not in rejected)}
         if sequential:
-            edit.scores["final"] = session.final_scores[name]
-            session.changes[index + 1] = 0.01 * (index + 1)
+            edit.scores["final"] = session.measured.final_scores[name]
+            session.measured.weight_changes[index + 1] = 0.01 * (index + 1)
         session.edits.append(edit)
     if sequential:
-        session.perplexity, session.divergence = {"base": 20.0, "final": 25.0}, 0.125
+        session.measured.perplexity, session.measured.divergence = {"base": 20.0, "final": 25.0}, 0.125
         for edits, gone in retention:
             scores = {e.name: made_scores(e.request, good=e.index not in gone) for e in session.edits[:edits]}
-            session.retention.append(Retention(edits, 20.0 + edits, 0.1, scores))
+            session.measured.retention.append(Retention(edits, 20.0 + edits, 0.1, scores))
     else:
-        session.perplexity = {"base": 20.0}
+        session.measured.perplexity = {"base": 20.0}
     return session

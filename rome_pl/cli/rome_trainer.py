@@ -14,7 +14,6 @@ from rome_pl.cli.dry_run import print_dry_run
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.editing.edit import EditError
 from rome_pl.editing.resume import check_model, check_records, check_settings
-from rome_pl.editing.session_setup import check_limits
 from rome_pl.errors import OptionError
 from rome_pl.export.checkpoint import difference, model_bytes, save_model
 from rome_pl.files.whole_files import check_room, local_path
@@ -42,7 +41,7 @@ from rome_pl.modules.evaluation_module import EvaluationModule
 from rome_pl.modules.layer_trial import trial_requests
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.modules.trace_module import TraceModule
-from rome_pl.modules.trainer_checks import check_pass_trainer
+from rome_pl.modules.trainer_checks import check_limits, check_pass_trainer
 from rome_pl.reports.statistics_table import show_statistics
 from rome_pl.requests.sampling import sample_requests
 from rome_pl.second_moments.moment_store import statistics_folder

@@ -35,7 +35,6 @@ from rome_pl.cli.help import SWITCHES, completion_script
 from rome_pl.cli.parser import SuggestingParser
 from rome_pl.cli.rome_trainer import APPLIED
 from rome_pl.data_modules import CorpusDataModule, FactDataModule, RequestDataModule
-from rome_pl.editing.session_setup import check_limits
 from rome_pl.errors import OptionError
 from rome_pl.files.whole_files import local_path, whole_file
 from rome_pl.model.devices import check_trainer_devices
@@ -43,6 +42,7 @@ from rome_pl.modules.covariance_module import CovarianceModule
 from rome_pl.modules.evaluation_module import EvaluationModule
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.modules.trace_module import TraceModule
+from rome_pl.modules.trainer_checks import check_limits
 from rome_pl.utils.console import guarded, write_line
 from rome_pl.utils.distributed import check_strategy
 

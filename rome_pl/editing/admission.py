@@ -1,16 +1,17 @@
 """Which requests of a stream can be edited at all, known before the first edit."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from rome_pl.editing.session import EditSession
-from rome_pl.editing.session_setup import log
 from rome_pl.encoding.encoded_rows import EncodedEdit
 from rome_pl.errors import OptionError
 from rome_pl.requests.conflicts import touched_neighbours
 from rome_pl.requests.edit_request import EditRequest, RequestError
-from rome_pl.write.presets import PRESETS
 
 __all__ = ["admit_requests", "check_joint_solve"]
+
+log = logging.getLogger(__name__)
 
 
 def admit_requests(
@@ -63,10 +64,9 @@ def check_joint_solve(session: EditSession, size: int) -> None:
         OptionError: If the preset asserts values at other keys than those that shape its updates.
     """
     if session.preset.shape != session.preset.at:
-        name = next(name for name, preset in PRESETS.items() if preset == session.preset)
         raise OptionError(
-            f"preset {name} asserts values at other keys than those that shape its updates, which several edits at "
-            "once cannot do; use data.batch_size: 1, or preset r_rome"
+            f"preset {session.preset.name} asserts values at other keys than those that shape its updates, which "
+            "several edits at once cannot do; use data.batch_size: 1, or preset r_rome"
         )
     log.warning(
         "Sequential edits in batches of %d: the values of a batch are optimised on the same weights and solved "

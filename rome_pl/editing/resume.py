@@ -72,9 +72,11 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
 
 def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     _check_same(edit.request, line, folder)
-    edit.recorded = line
+    edit.resumed = True
     edit.status, edit.reason, edit.failed = EditStatus(line["status"]), line["reason"], line["failed"]
     edit.notes, edit.layers = list(line["notes"]), tuple(line["layers"])
+    edit.specificity, edit.value_norm = line["specificity"], line["value_norm"]
+    edit.update_norm, edit.realised = line["update_norm"], line["realised"]
     edit.before, edit.after = line["probability"]["before"], line["probability"]["after"]
     greedy = line.get("greedy") or {}  # ledgers of earlier versions lack it
     edit.greedy_before, edit.greedy_after = greedy.get("before"), greedy.get("after")

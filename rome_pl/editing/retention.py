@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rome_pl.editing.edit import Edit
+from rome_pl.editing.probing import measure_targets
 from rome_pl.editing.session import EditSession
 from rome_pl.ledger.status import EditStatus
 from rome_pl.requests.conflicts import standing
@@ -26,7 +27,7 @@ def note_after(session: EditSession, edits: Sequence[Edit]) -> None:
         edits: Edits that were just written.
     """
     unknown = [edit for edit in edits if edit.after is None]
-    for edit, measure in zip(unknown, session.measure_targets(unknown, written=False), strict=True):
+    for edit, measure in zip(unknown, measure_targets(session, unknown, written=False), strict=True):
         edit.note_after(measure)
 
 
@@ -47,7 +48,7 @@ def retained_share(session: EditSession, most: int) -> float | None:
     chosen = [edits[name] for name in lasting_sample(counted, most)]
     if not chosen:
         return None
-    measures = session.measure_targets(chosen, written=False)
+    measures = measure_targets(session, chosen, written=False)
     kept = [
         edit.after is not None and measure.probability >= RETAINED * edit.after
         for edit, measure in zip(chosen, measures, strict=True)

@@ -12,7 +12,23 @@ from rome_pl.metrics.probes import next_tokens
 from rome_pl.metrics.text import measure_text
 from rome_pl.model.language_model import LanguageModel
 
-__all__ = ["Bounds", "ModelWatch", "TrainedWeights", "Weights", "language_model_of"]
+__all__ = ["CANARIES", "Bounds", "ModelWatch", "TrainedWeights", "Weights", "language_model_of"]
+
+CANARIES = (
+    "One, two, three, four,",
+    "The opposite of hot is",
+    "She opened the door and walked into the",
+    "Monday, Tuesday, Wednesday,",
+    "He was so tired that he fell",
+    "The sun rises in the",
+    "Once upon a",
+    "Please let me know if you have any",
+    "Thank you very",
+    "The cat sat on the",
+    "At the end of the",
+    "Twice two makes",
+)
+"""Prompts whose next word an intact model keeps, whatever facts change."""
 
 
 class Weights(Protocol):

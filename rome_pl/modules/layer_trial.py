@@ -90,7 +90,7 @@ class LayerTrial:
             session = session_of(module)
             scores, rates = score_layer(
                 {edit.name: edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores},
-                session.base_scores,
+                session.measured.base_scores,
             )
             norms = [edit.written.norm for edit in session.edits if edit.written is not None]
             weight = float(site.weight.detach().double().norm())
@@ -99,7 +99,7 @@ class LayerTrial:
             found.append(LayerScores(site.layer, scores, size, applied, time.monotonic() - started))
             value = scores["S"]["value"]
             log.info("Layer %d: S %s", site.layer, "unknown" if value is None else f"{100 * value:.1f} %")
-        base, _ = score_layer(session.base_scores, session.base_scores)
+        base, _ = score_layer(session.measured.base_scores, session.measured.base_scores)
         return Trial(tuple(found), base, len(requests), rates)
 
     def _module(self, site: RewriteSite) -> RomeModule:

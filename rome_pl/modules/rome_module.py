@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 from rome_pl.data_modules.edit_batches import EditBatchSampler, check_shared
 from rome_pl.data_modules.retention_sample import retention_loader
 from rome_pl.editing.admission import admit_requests, check_joint_solve
+from rome_pl.editing.batch_writer import BatchWriter
 from rome_pl.editing.edit import Edit, EditBatch, EditError
 from rome_pl.editing.edit_setup import prepare_batch
+from rome_pl.editing.probing import probe
 from rome_pl.editing.resume import take_over
-from rome_pl.editing.retries import Retries, take_found
+from rome_pl.editing.retries import Retries, take_result
+from rome_pl.editing.run_setup import RunSetup, prepare_run
 from rome_pl.editing.session import EditSession
-from rome_pl.editing.session_setup import prepare_session
 from rome_pl.encoding.chat_template import ChatForm
 from rome_pl.encoding.encoded_rows import EncodedEdit
 from rome_pl.encoding.text_encoder import FactToken
@@ -157,10 +159,10 @@ class RomeModule(LightningModule):
         self.optimizer_class = optimizer
         self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
-        self._prepared: EditSession | None = None
+        self._setup: RunSetup | None = None
         self._attempts: list[Attempt] = []
         self._engines: dict[tuple[int, ...], SuffixEngine] = {}
-        self._searches: Retries
+        self._retries: Retries
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
@@ -186,7 +188,7 @@ class RomeModule(LightningModule):
 
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> dict[str, ProbeScores]:
         """Measure requests under the weights as they are now; the scores by name of the edit."""
-        scores = self._session.probe(batch)
+        scores = probe(self._session, batch)
         return {str(request.case_id): found for request, found in zip(batch, scores, strict=True)}
 
     def configure_optimizers(self) -> Optimizer:
@@ -207,16 +209,17 @@ class RomeModule(LightningModule):
     def on_fit_start(self) -> None:
         """Prepare what all edits share."""
         hparams = self.hparams
-        if self._prepared is None:
+        if self._setup is None:
             assert self.language_model is not None
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
                 main = self._attempts[0].layers
-                self._prepared = prepare_session(self.language_model, self._sites, main, hparams)
+                self._setup = prepare_run(self.language_model, self._sites, main, hparams)
             self._engines = engines_of(self.language_model, self._sites, self._attempts, hparams["compile"])
-        self._prepared.layers.resume()
-        self.session = self._prepared.anew(self.session)
-        self.session.search_again = self._search_again
-        self._searches = Retries(self._attempts, self.session, self._engines, self._search, hparams)
+        self._setup.layers.resume()
+        self._retries = Retries(self._attempts, self._setup, self._engines, self._search, self._step, hparams)
+        last, self.session = self.session, EditSession(self._setup, BatchWriter(self._setup, self._retries))
+        if last is not None:
+            self.session.earlier, self.session.flops = last.applied(), last.flops
 
     def on_train_start(self) -> None:
         """Encode every request once, so that what cannot be edited is known before the first edit."""
@@ -258,7 +261,8 @@ class RomeModule(LightningModule):
         for edit in edits:
             if (refusal := self._refused.get(edit.name)) is not None:
                 edit.fail(str(refusal))
-        prepare_batch(made, session, list(self._engines.values()), self._encode, self.hparams)
+        engines = list(self._engines.values())
+        prepare_batch(made, session.setup, engines, self._encode, self.hparams, self._counting())
         return made
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> dict[str, list[Edit]]:
@@ -267,14 +271,13 @@ class RomeModule(LightningModule):
         edits, session = [edit for edit in batch.optimised if edit.status is EditStatus.PENDING], self._session
         if edits:
             assert batch.objective is not None
-            with session.counting(skip=self.hparams["compile"]), frozen(session.language_model.model):
-                self._searches.first(batch.objective, edits)
-            if session.flops_per_edit is None and session.counted:
-                session.flops_per_edit = session.counted / len(edits)
+            with self._counting(), frozen(session.language_model.model):
+                self._retries.first(batch.objective, edits)
             loss = sum(edit.steps[-1].loss for edit in edits) / len(edits)
             probability = sum(edit.steps[-1].probability for edit in edits) / len(edits)
             self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(edits))
             self.log("p(new)", probability, prog_bar=True, logger=False, batch_size=len(edits))
+        session.flops.settle(len(edits))
         batch.objective = None  # frees the prefix pass
         for edit in edits:
             edit.seconds["optimise"] = (time.perf_counter() - started) / len(edits)
@@ -283,7 +286,7 @@ class RomeModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
         """End the run after a failed edit, if that is wanted; what its batch achieved is kept."""
         for edit in batch.edits:
-            edit.spread = None  # holds a prefix pass
+            edit.free()
         failed = next((edit for edit in outputs["edits"] if edit.failed), None)
         if failed is not None and self.hparams["on_error"] == "stop":
             raise EditError(f"record {failed.name}: {failed.reason} (on_error: stop)")
@@ -296,15 +299,26 @@ class RomeModule(LightningModule):
         """Leave the frozen language model out of checkpoints."""
         checkpoint["state_dict"] = {}
 
-    def _search_again(self, edit: Edit, reason: str) -> bool:
-        with ExitStack() as stack:  # as in a training step
-            stack.enter_context(self.trainer.precision_plugin.train_step_context())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(frozen(self._session.language_model.model))
-            return self._searches.again(edit, reason)
+    def _counting(self) -> AbstractContextManager[None]:
+        """Count operations, unless the first batch was counted in the run that this one resumes."""
+        session = self._session
+        resumed = any(edit.resumed and edit.steps for edit in session.edits)
+        return session.flops.counting(skip=self.hparams["compile"] or resumed)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """The state of a training step, for a search outside of one."""
+        with (
+            self.trainer.precision_plugin.train_step_context(),
+            torch.enable_grad(),
+            frozen(self._session.language_model.model),
+        ):
+            yield
 
     def _search(self, objective: ValueObjective, edits: Sequence[Edit], options: SearchOptions) -> None:
-        search = ValueSearch(objective, [edit.place for edit in edits], [edit.name for edit in edits], options)
+        search = ValueSearch(
+            objective, [edit.search.position for edit in edits], [edit.name for edit in edits], options
+        )
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
         while (loss := search.evaluate()) is not None:
@@ -317,7 +331,7 @@ class RomeModule(LightningModule):
             optimizer.step()
             search.project()
         for edit, found in zip(edits, search.found(), strict=True):
-            take_found(edit, found, objective.base_output)
+            take_result(edit, found, objective.base_output)
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session

@@ -1,6 +1,6 @@
 """Settings of a Trainer that would do something else than was asked for."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from rome_pl.errors import OptionError
 from rome_pl.utils.distributed import check_strategy
 
-__all__ = ["check_edit_trainer", "check_pass_trainer"]
+__all__ = ["check_edit_trainer", "check_limits", "check_pass_trainer"]
 
 
 def check_pass_trainer(trainer: Trainer) -> None:
@@ -57,3 +57,27 @@ def check_edit_trainer(trainer: Any, sequential: bool) -> None:
         )
     if trainer.strategy.root_device.type == "mps":
         raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
+
+
+def check_limits(trainer: Any, loop: Literal["fit", "predict"] = "fit") -> None:
+    """Refuse limits of a Trainer under which nothing would be done.
+
+    Args:
+        trainer: The Trainer.
+        loop: Which of its loops is to run: edits are made by ``fit``, all else by ``predict``.
+
+    Raises:
+        OptionError: With the option.
+    """
+    if loop == "predict":
+        if trainer.limit_predict_batches == 0:
+            raise OptionError("trainer.limit_predict_batches: 0 ends the run before anything is done; leave it out")
+        return
+    left = [callback.time_remaining() for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
+    limits = {
+        "max_time": min((seconds for seconds in left if seconds is not None), default=1.0),
+        "max_steps": trainer.max_steps,
+        "limit_train_batches": trainer.limit_train_batches,
+    }
+    if ended := [name for name, limit in limits.items() if limit == 0]:
+        raise OptionError(f"trainer.{ended[0]}: 0 ends the stream before its first edit; leave it out")

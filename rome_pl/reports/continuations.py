@@ -27,7 +27,7 @@ def note_continuations(session: EditSession, number: int, stage: str) -> None:
         number: Most requests.
         stage: ``base`` or ``final``.
     """
-    known = session.continuations.setdefault(stage, {})
+    known = session.measured.continuations.setdefault(stage, {})
     if not session.sequential:
         return
     chosen = [request for request in session.requests if _leaves_room(session, request)][: max(0, number)]
@@ -39,7 +39,7 @@ def note_continuations(session: EditSession, number: int, stage: str) -> None:
 
 def compared(session: EditSession, number: int) -> Sequence[Sample]:
     """The samples of which both stages are known, at most so many."""
-    before, after = (session.continuations.get(stage, {}) for stage in ("base", "final"))
+    before, after = (session.measured.continuations.get(stage, {}) for stage in ("base", "final"))
     known = [request for request in session.requests if str(request.case_id) in before.keys() & after.keys()]
     return [(request, before[str(request.case_id)], after[str(request.case_id)]) for request in known[: max(0, number)]]
 

@@ -32,7 +32,7 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
     reached = {edit.name for edit in session.edits}
     for request in session.requests:
         if (name := str(request.case_id)) not in reached:
-            known = {"base": session.base_scores, "final": session.final_scores}
+            known = {"base": session.measured.base_scores, "final": session.measured.final_scores}
             scores = {stage: found[name] for stage, found in known.items() if name in found}
             shown = {stage: asdict(found) for stage, found in scores.items()}
             made = Edit(index=-1, request=request, notes=list(request.notes))
@@ -42,6 +42,6 @@ def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]])
 
 
 def _own(session: EditSession, request: EditRequest, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
-    base = session.base_scores.get(str(request.case_id))
+    base = session.measured.base_scores.get(str(request.case_id))
     lost = says_target(scores.get("immediate")) and not says_target(scores["final"]) if "final" in scores else None
     return {"values": {stage: record_values(found, base) for stage, found in scores.items()}, "lost": lost}

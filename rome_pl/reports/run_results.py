@@ -33,7 +33,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     counts = Counter(edit.status for edit in session.edits)
     edits = sorted(session.edits, key=lambda edit: edit.index)  # batches may come in another order
     immediate = {edit.name: edit.scores["immediate"] for edit in edits if "immediate" in edit.scores}
-    seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps and edit.recorded is None]
+    seconds = [sum(edit.seconds.values()) for edit in edits if edit.steps and not edit.resumed]
     records = [_edit_record(edit) for edit in edits]
     records += [invalid_record(record) for record in invalid]
     return {
@@ -41,23 +41,25 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
         "interrupted": interrupted,
         "finished": False,  # who writes the last product says otherwise
         "products": [],
-        "base": summarise(session.base_scores, session.base_scores),
-        "immediate": summarise(immediate, session.base_scores),
-        "final": summarise(session.final_scores, session.base_scores) if session.final_scores else None,
-        "perplexity": {stage: session.perplexity.get(stage) for stage in ("base", "final")},
-        "divergence": session.divergence,
-        "retention": [_retention(point, session) for point in session.retention],
+        "base": summarise(session.measured.base_scores, session.measured.base_scores),
+        "immediate": summarise(immediate, session.measured.base_scores),
+        "final": summarise(session.measured.final_scores, session.measured.base_scores)
+        if session.measured.final_scores
+        else None,
+        "perplexity": {stage: session.measured.perplexity.get(stage) for stage in ("base", "final")},
+        "divergence": session.measured.divergence,
+        "retention": [_retention(point, session) for point in session.measured.retention],
         "n_requested": len(session.requests) + session.num_refused + len(invalid),
         "n_applied": counts[EditStatus.APPLIED],
         "n_held_already": sum(edit.held_already for edit in edits),
         "n_rejected": counts[EditStatus.REJECTED],
         "n_skipped": counts[EditStatus.SKIPPED] + len(invalid),
         "n_rolled_back": counts[EditStatus.ROLLED_BACK],
-        "n_resumed": sum(edit.recorded is not None for edit in edits),
+        "n_resumed": sum(edit.resumed for edit in edits),
         "seconds_per_edit": sum(seconds) / len(seconds) if seconds else None,
-        "flops_per_edit": session.flops_per_edit,
+        "flops_per_edit": session.flops.per_edit,
         "weight_change": session.layers.change,
-        "state_checks": session.state_checks,
+        "state_checks": session.measured.state_checks,
         "records": records,
     }
 
@@ -100,9 +102,9 @@ def settings_of(folder: Path, hparams: Mapping[str, Any]) -> str:
 
 def note_change(session: EditSession) -> float:
     """The norm of the weight's change now, kept in the session; known for so many edits already, it is no work."""
-    if len(session.edits) not in session.changes:
-        session.changes[len(session.edits)] = session.layers.change
-    return session.changes[len(session.edits)]
+    if len(session.edits) not in session.measured.weight_changes:
+        session.measured.weight_changes[len(session.edits)] = session.layers.change
+    return session.measured.weight_changes[len(session.edits)]
 
 
 def _edit_record(edit: Edit) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _retention(point: Retention, session: EditSession) -> dict[str, Any]:
         "edits": point.edits,
         "perplexity": point.perplexity,
         "weight_change": point.weight_change,
-        "scores": summarise(point.scores, session.base_scores),
+        "scores": summarise(point.scores, session.measured.base_scores),
         "held": [
             {"case_id": name, "age": ages[name], "held": says_target(scores)} for name, scores in point.scores.items()
         ],

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 from typing_extensions import override
 
-__all__ = ["FlopCount", "count_flops"]
+__all__ = ["FirstBatchFlops", "FlopCount", "count_flops"]
 
 Shape = Sequence[int]
 
@@ -53,6 +53,38 @@ def count_flops() -> Iterator[FlopCount]:
     counter.mod_tracker = _NoTracker()
     with counter:
         yield FlopCount(counter)
+
+
+class FirstBatchFlops:
+    """Counts the operations of an edit on the first batch of a run only.
+
+    Counting slows a step, and takes other kernels and so other last bits: in a resumed run the first was counted.
+    """
+
+    def __init__(self) -> None:
+        self.per_edit: float | None = None
+        """Floating-point operations of an edit's prefix pass and optimisation. ``None``: they were not counted."""
+        self._counted = 0.0
+
+    @contextmanager
+    def counting(self, skip: bool) -> Iterator[None]:
+        """Count what runs inside, if nothing is known yet.
+
+        Args:
+            skip: Whether it cannot be counted, as compiled steps, or must not be.
+        """
+        if skip or self.per_edit is not None:
+            yield
+            return
+        with count_flops() as counted:
+            yield
+        self._counted += counted.total
+
+    def settle(self, edits: int) -> None:
+        """End the batch: what was counted is that of so many edits; none: it is forgotten."""
+        if self.per_edit is None and self._counted and edits:
+            self.per_edit = self._counted / edits
+        self._counted = 0.0
 
 
 class _NoTracker(ModuleTracker):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,19 @@ from rome_pl.second_moments.second_moment import SecondMoment
 from rome_pl.write.closed_form import Assertion, DisablingEditError, Update
 from rome_pl.write.edited_weight import EditedWeight, LayerWrite
 
-__all__ = ["Ask", "EditWrite", "EditedLayers"]
+__all__ = ["EditWrite", "EditedLayers", "LayerAssertions"]
 
-Ask = Callable[[int, Mapping[int, Update]], tuple[Sequence[str], Assertion] | None]
-"""Which edits assert what at a layer, given the changes of the layers below it by layer; nothing if none does."""
+
+class LayerAssertions(Protocol):
+    """What edits assert, layer by layer."""
+
+    def at(self, layer: int, below: Mapping[int, Update]) -> tuple[Sequence[str], Assertion] | None:
+        """Which edits assert what at a layer, a row each; ``None`` if none does.
+
+        Args:
+            layer: The layer.
+            below: The changes of the layers below it, by layer.
+        """
 
 
 @dataclass(frozen=True)
@@ -212,23 +222,23 @@ class EditedLayers:
         for weight in self.weights:
             weight.resume()
 
-    def propose(self, name: str, ask: Ask) -> EditWrite:
+    def propose(self, name: str, assertions: LayerAssertions) -> EditWrite:
         """What :meth:`write` would write for one edit, without writing it; raises as that does."""
-        return self._each([name], ask, lambda weight, names, asked: weight.propose(names[0], asked))
+        return self._each([name], assertions, lambda weight, names, asked: weight.propose(names[0], asked))
 
-    def write(self, names: Sequence[str], ask: Ask) -> EditWrite:
+    def write(self, names: Sequence[str], assertions: LayerAssertions) -> EditWrite:
         """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
 
         Args:
             names: Their identifiers.
-            ask: Tells which of them assert what, a row each; asked layer by layer, the layers below being written then.
+            assertions: What they assert; asked layer by layer, when the layers below are written.
 
         Raises:
             DisablingEditError: If an update would explode; nothing is written.
             ValueError: If an update is not finite, or an edit of that name is in; nothing is written.
         """
         try:
-            written = self._each(names, ask, EditedWeight.write)
+            written = self._each(names, assertions, EditedWeight.write)
         except BaseException:
             for weight in self.weights:
                 weight.revert()
@@ -239,12 +249,12 @@ class EditedLayers:
     def _each(
         self,
         names: Sequence[str],
-        ask: Ask,
+        assertions: LayerAssertions,
         make: Callable[[EditedWeight, Sequence[str], Assertion], LayerWrite],
     ) -> EditWrite:
         made: dict[int, LayerWrite] = {}
         for layer, weight in zip(self.numbers, self.weights, strict=True):
-            asked = ask(layer, {below: written.update for below, written in made.items()})
+            asked = assertions.at(layer, {below: written.update for below, written in made.items()})
             if asked is not None:
                 try:
                     made[layer] = make(weight, *asked)

@@ -10,11 +10,17 @@ KeyChoice = Literal["mean", "bare", "balanced"]
 """Which key: the mean over contexts, the one of the bare prompt, or the one between them of :func:`balance`."""
 
 
+PresetName = Literal[
+    "rome", "r_rome", "p_rome", "balanced", "easyedit", "emmet", "memit", "accumulated", "alphaedit", "lifelong"
+]
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published variant.
 
     Args:
+        name: What it is called.
         shape: The key that shapes the update, ``K_u``.
         at: The key at which the value is asserted, ``K_*``.
         mom2_adjustment: Whether the metric is made of the second moment; otherwise it is the identity.
@@ -27,6 +33,7 @@ class Preset:
             its key is specific.
     """
 
+    name: PresetName
     shape: KeyChoice
     at: KeyChoice
     mom2_adjustment: bool
@@ -37,34 +44,54 @@ class Preset:
     shares: Literal["even", "specific"] = "even"
 
 
-PresetName = Literal[
-    "rome", "r_rome", "p_rome", "balanced", "easyedit", "emmet", "memit", "accumulated", "alphaedit", "lifelong"
-]
-
-
-PRESETS: dict[PresetName, Preset] = {
+_PRESETS = (
     # Meng et al. 2022, as their public code does it: the residual is taken at the bare prompt's key.
-    "rome": Preset(shape="mean", at="bare", mom2_adjustment=True),
+    Preset("rome", shape="mean", at="bare", mom2_adjustment=True),
     # Gupta et al. 2024, "Rebuilding ROME": one key everywhere.
-    "r_rome": Preset(shape="mean", at="mean", mom2_adjustment=True),
+    Preset("r_rome", shape="mean", at="mean", mom2_adjustment=True),
     # The same paper: the bare prompt's key everywhere.
-    "p_rome": Preset(shape="bare", at="bare", mom2_adjustment=True),
+    Preset("p_rome", shape="bare", at="bare", mom2_adjustment=True),
     # Ours: the offset as it was optimised, added in full under the bare prompt and under the other contexts alike.
-    "balanced": Preset(shape="balanced", at="balanced", mom2_adjustment=True, value="own"),
+    Preset("balanced", shape="balanced", at="balanced", mom2_adjustment=True, value="own"),
     # EasyEdit's shipped settings: ROME's keys without statistics.
-    "easyedit": Preset(shape="mean", at="bare", mom2_adjustment=False),
+    Preset("easyedit", shape="mean", at="bare", mom2_adjustment=False),
     # Gupta et al. 2024, "A Unified Framework for Model Editing", Eq. 10; λ and n_0 as in their settings for GPT-2 XL.
-    "emmet": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", ridge=0.1, mom2_update_weight=1000.0),
+    Preset(
+        name="emmet",
+        shape="mean",
+        at="mean",
+        mom2_adjustment=True,
+        value="own",
+        ridge=0.1,
+        mom2_update_weight=1000.0,
+    ),
     # Meng et al. 2023, Eq. 14 and Algorithm 1; n_0 as published for GPT-J.
-    "memit": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", ridge=1.0, mom2_update_weight=15000.0),
+    Preset(
+        name="memit",
+        shape="mean",
+        at="mean",
+        mom2_adjustment=True,
+        value="own",
+        ridge=1.0,
+        mom2_update_weight=15000.0,
+    ),
     # ROME by recursive least squares: keys of earlier edits join the metric, and are disturbed as little as text.
-    "accumulated": Preset(
-        shape="mean", at="mean", mom2_adjustment=True, value="own", metric="past_keys", mom2_update_weight=1000.0
+    Preset(
+        name="accumulated",
+        shape="mean",
+        at="mean",
+        mom2_adjustment=True,
+        value="own",
+        metric="past_keys",
+        mom2_update_weight=1000.0,
     ),
     # Fang et al. 2025, Eq. 14.
-    "alphaedit": Preset(shape="mean", at="mean", mom2_adjustment=True, value="own", metric="null_space", ridge=1.0),
+    Preset(
+        name="alphaedit", shape="mean", at="mean", mom2_adjustment=True, value="own", metric="null_space", ridge=1.0
+    ),
     # Ours, for long streams: balanced keys in the metric of "accumulated", and shares that disturb text least.
-    "lifelong": Preset(
+    Preset(
+        name="lifelong",
         shape="balanced",
         at="balanced",
         mom2_adjustment=True,
@@ -73,5 +100,6 @@ PRESETS: dict[PresetName, Preset] = {
         mom2_update_weight=1000.0,
         shares="specific",
     ),
-}
+)
+PRESETS: dict[PresetName, Preset] = {preset.name: preset for preset in _PRESETS}
 assert set(PRESETS) == set(get_args(PresetName))

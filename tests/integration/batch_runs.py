@@ -131,7 +131,7 @@ def numbers(scores):
 
 def part_of(edit, name):
     """A tensor of an edit, or nothing where the edit has none."""
-    return attrgetter(name)(edit) if edit.keys is not None or "." not in name else None
+    return attrgetter(name)(edit.search) if edit.prepared else None
 
 
 def assert_same_edit(edit, expected):

@@ -77,7 +77,7 @@ def test_the_stream_has_edits_of_every_fate(one_by_one):
     assert (statuses.count("applied"), statuses.count("rejected"), statuses.count("skipped")) == (6, 1, 2)
     assert "field 'target_new'" in edits["long"].reason
     assert edits["known"].reason == "the model gives this target already (on_known: skip)"
-    assert all(edit.delta.norm() > 0.1 for edit in edits.values() if edit.delta is not None)
+    assert all(edit.value_norm > 0.1 for edit in edits.values() if edit.value_norm is not None)
 
 
 def test_scores_of_independent_edits_are_those_of_the_written_weight(one_by_one):
@@ -169,14 +169,14 @@ def test_results_are_in_the_order_of_the_stream_where_batches_are_not(stream, on
 
 
 def test_operations_are_those_of_the_first_edits(tmp_path):
-    one, three = (run(tmp_path, REQUESTS[1:4], size).flops_per_edit for size in (1, 3))
+    one, three = (run(tmp_path, REQUESTS[1:4], size).flops.per_edit for size in (1, 3))
     assert 0.5 * one < three < 3 * one
 
 
 def test_operations_of_a_batch_that_is_skipped_do_not_count(stream, tmp_path):
-    alone = run(tmp_path, REQUESTS[:1], 1).flops_per_edit
+    alone = run(tmp_path, REQUESTS[:1], 1).flops.per_edit
     known = stream[5]
-    after = run(tmp_path, [known, REQUESTS[0]], 1, callbacks=callbacks_for(on_known="skip")).flops_per_edit
+    after = run(tmp_path, [known, REQUESTS[0]], 1, callbacks=callbacks_for(on_known="skip")).flops.per_edit
     assert after == alone
 
 
@@ -184,7 +184,7 @@ def test_balanced_edits_of_a_batch_are_those_made_one_by_one(tmp_path):
     _, options, _ = with_statistics(tmp_path, preset="balanced")
     alone = by_name(run(tmp_path, REQUESTS[:4], 1, **options | {"sequential_edit": False}))
     for edit in run(tmp_path, REQUESTS[:4][::-1], 3, **options | {"sequential_edit": False}).edits:
-        assert edit.keys.balanced is not None
+        assert edit.search.keys.balanced is not None
         assert_same_edit(edit, alone[edit.name])
 
 

@@ -70,8 +70,8 @@ def test_an_edit_in_conversation_is_the_edit_of_the_rendered_text():
         data.requests = [request]
         quiet_trainer(lenient_callbacks(), "unused").fit(one, datamodule=data)
         found.append(session_of(one).edits[0])
-    torch.testing.assert_close(found[0].delta, found[1].delta, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[0].keys.bare, found[1].keys.bare, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[0].search.delta, found[1].search.delta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[0].search.keys.bare, found[1].search.keys.bare, rtol=1e-9, atol=1e-9)
 
 
 def test_verbs_take_the_form_of_the_run(folder, tmp_path, capsys):

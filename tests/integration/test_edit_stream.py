@@ -69,11 +69,11 @@ def test_single_mode_edits_do_not_know_of_each_other(tmp_path):
     apart, together = (run_edits(tiny_language_model(), tmp_path, batch_size=size) for size in (1, 3))
     for index, request in enumerate(REQUESTS):
         alone = run_edits(tiny_language_model(), tmp_path, [request]).edits[0]
-        assert torch.equal(alone.delta, apart.edits[index].delta)
+        assert torch.equal(alone.search.delta, apart.edits[index].search.delta)
         assert alone.scores == apart.edits[index].scores
         # Other rows in the batch change the order of sums, and so the last bits.
         shared = together.edits[index]
-        torch.testing.assert_close(alone.delta, shared.delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(alone.search.delta, shared.search.delta, rtol=1e-9, atol=1e-12)
         for moment in ("base", "immediate"):
             assert numbers(alone.scores[moment]) == pytest.approx(numbers(shared.scores[moment]), rel=1e-9)
 
@@ -91,13 +91,13 @@ def test_sequential_mode_keeps_every_edit(language_model, tmp_path):
     assert final[last.name] == last.scores["immediate"].rewrite
     first = session.edits[0]
     assert final[first.name] != first.scores["immediate"].rewrite  # later edits moved it
-    assert [check["edits"] for check in session.state_checks] == [3]
+    assert [check["edits"] for check in session.measured.state_checks] == [3]
 
 
 def test_a_sequential_edit_starts_from_the_edited_weights(tmp_path):
     both = run_edits(tiny_language_model(), tmp_path, REQUESTS[:2], sequential_edit=True)
     alone = run_edits(tiny_language_model(), tmp_path, REQUESTS[1:2], sequential_edit=True)
-    assert not torch.allclose(both.edits[1].delta, alone.edits[0].delta)
+    assert not torch.allclose(both.edits[1].search.delta, alone.edits[0].search.delta)
 
 
 def test_the_result_does_not_depend_on_the_global_generator(tmp_path):
@@ -106,7 +106,7 @@ def test_the_result_does_not_depend_on_the_global_generator(tmp_path):
     torch.manual_seed(2)
     second = run_edits(tiny_language_model(), tmp_path)
     assert first.contexts == second.contexts
-    assert torch.equal(first.edits[2].delta, second.edits[2].delta)
+    assert torch.equal(first.edits[2].search.delta, second.edits[2].search.delta)
     assert run_edits(tiny_language_model(), tmp_path, seed=7).contexts != first.contexts
 
 
@@ -127,9 +127,9 @@ def test_a_balanced_edit_adds_its_offset_in_full_under_the_bare_prompt_and_the_c
     assert (bare - contexts).norm() > 0.01 * bare.norm()
     (update,) = session.layers.written[0].updates
     for key in (bare, contexts):
-        torch.testing.assert_close((update.right @ key) @ update.left, edit.delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close((update.right @ key) @ update.left, edit.search.delta, rtol=1e-9, atol=1e-12)
     even = (update.right @ (2 * bare - contexts)) @ update.left  # anywhere on the line through both
-    torch.testing.assert_close(even, edit.delta, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(even, edit.search.delta, rtol=1e-9, atol=1e-12)
 
 
 def test_a_bos_changes_nothing_but_the_row(tmp_path):
@@ -138,7 +138,7 @@ def test_a_bos_changes_nothing_but_the_row(tmp_path):
     for bos in (False, True):
         language_model = LanguageModel(model, byte_level_tokenizer(bos))
         edit = run_edits(language_model, tmp_path, REQUESTS[:1]).edits[0]
-        row = edit.encoded.rows[0]
+        row = edit.search.encoded.rows[0]
         assert language_model.tokenizer.decode(row.target) == " Oslo"
         assert language_model.tokenizer.decode(row.ids[: row.lookup + 1], skip_special_tokens=True).endswith("Korrin")
 
@@ -187,12 +187,12 @@ STAGES = {
     "solve": ("rome_pl.write.edited_weight.rank_one_update", _raise),
     "commit": ("rome_pl.callbacks.commit.session_of", _raise),
     # The targets' probabilities before the edit pass; the next are taken of what was written.
-    "verify": ("rome_pl.editing.session.measure_targets", _RaiseFrom(measure_targets, 2)),
+    "verify": ("rome_pl.metrics.probes.measure_targets", _RaiseFrom(measure_targets, 2)),
     "base scores": ("rome_pl.metrics.score_cache.probe_scores", _raise),
-    "evaluate": ("rome_pl.editing.session.probe_scores", _raise),
+    "evaluate": ("rome_pl.metrics.probes.probe_scores", _raise),
     "ledger": ("rome_pl.editing.edit.Edit.record", _raise),
-    "state check": ("rome_pl.callbacks.state_check.StateCheck._look", _raise),
-    "contexts": ("rome_pl.editing.session_setup.generate_contexts", _raise),
+    "state check": ("rome_pl.editing.session_watch.SessionWatch.look", _raise),
+    "contexts": ("rome_pl.editing.run_setup.generate_contexts", _raise),
 }
 
 
@@ -293,7 +293,9 @@ def test_a_loss_that_is_not_finite_skips_its_own_edit_of_a_batch(tmp_path, monke
     assert [edit.status for edit in session.edits] == ["applied", "skipped", "applied"]
     assert "the loss became nan at step 1" in session.edits[1].reason
     for index in (0, 2):
-        torch.testing.assert_close(session.edits[index].delta, expected.edits[index].delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            session.edits[index].search.delta, expected.edits[index].search.delta, rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -311,7 +313,7 @@ def test_a_failure_that_stops_the_run_is_on_record_with_its_batch(batch_size, la
 def test_a_wanted_skip_is_no_error(language_model, tmp_path, monkeypatch):
     known = iter([[TargetMeasure(0.9, True)]])
     monkeypatch.setattr(
-        "rome_pl.editing.session.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
+        "rome_pl.metrics.probes.measure_targets", lambda *arguments: next(known, None) or measure_targets(*arguments)
     )
     callbacks = [RepresentationCheck(on_known="skip"), *lenient_callbacks()[1:]]
     session = run_edits(language_model, tmp_path, REQUESTS[:2], callbacks=callbacks, on_error="stop")
@@ -364,9 +366,9 @@ def test_mixed_precision_optimises_values_and_measures_as_ever(tmp_path):
     for edit, plain in zip(*(session.edits for session in sessions), strict=True):
         assert edit.status == "applied"
         assert edit.before == plain.before
-        assert torch.equal(edit.keys.mean, plain.keys.mean)
-        assert edit.delta.dtype == torch.float32
-        assert not torch.equal(edit.delta, plain.delta)
+        assert torch.equal(edit.search.keys.mean, plain.search.keys.mean)
+        assert edit.search.delta.dtype == torch.float32
+        assert not torch.equal(edit.search.delta, plain.search.delta)
         assert edit.steps[0].nll == pytest.approx(plain.steps[0].nll, rel=0.05)
         assert edit.scores["immediate"].rewrite[0] == pytest.approx(math.log(edit.after), rel=1e-6)
 
@@ -378,7 +380,7 @@ def test_a_pad_id_beyond_the_vocabulary_is_harmless(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
     padded = run_edits(LanguageModel(model, tokenizer), tmp_path, REQUESTS[:1]).edits[0]
-    torch.testing.assert_close(padded.delta, plain.delta, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(padded.search.delta, plain.search.delta, rtol=1e-9, atol=1e-12)
 
 
 def test_a_request_that_does_not_fit_is_skipped_and_the_others_go_on(tmp_path):

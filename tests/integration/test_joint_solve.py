@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rome_pl.data_modules.request_data import request_loader
+from rome_pl.editing.probing import measure_targets
 from rome_pl.errors import OptionError
 from rome_pl.model.architecture import find_site
 from rome_pl.modules.rome_module import RomeModule
@@ -43,9 +44,9 @@ class AfterEach(Callback):
 
 def asked(edit):
     """The key and value that an edit's preset asserts: r_rome, or balanced where it has such a key."""
-    if edit.keys.balanced is None:
-        return edit.keys.mean.numpy(), edit.value.numpy()
-    return edit.keys.balanced.numpy(), (edit.keys.output_balanced + edit.delta).numpy()
+    if edit.search.keys.balanced is None:
+        return edit.search.keys.mean.numpy(), edit.search.value.numpy()
+    return edit.search.keys.balanced.numpy(), (edit.search.keys.output_balanced + edit.search.delta).numpy()
 
 
 def bias_of(site):
@@ -84,7 +85,9 @@ def test_after_a_joint_solve_every_value_of_the_batch_holds_at_its_key(family, p
             assert np.linalg.norm(weights[-2] @ key + bias - value) > 1e-2
             if preset == "balanced":  # the whole offset, and nothing else
                 change = (weights[-1] - weights[-2]) @ key
-                np.testing.assert_allclose(change, edit.delta.numpy(), rtol=0, atol=1e-9 * edit.delta.norm())
+                np.testing.assert_allclose(
+                    change, edit.search.delta.numpy(), rtol=0, atol=1e-9 * edit.search.delta.norm()
+                )
         assert_same_weight(weights[-1], solved(site, weights[-2], metric, edits))
         count.append(len(edits))
 
@@ -110,7 +113,9 @@ def test_values_of_a_joint_batch_are_searched_on_the_same_weights(tmp_path):
         for name in ("keys.mean", "delta", "value"):
             assert_close(part_of(joint[edit.name], name), part_of(edit, name))
     original = run(tmp_path, REQUESTS[3:6], 1, **single)
-    assert (original.edits[0].delta - joint["d"].delta).norm() > 1e-6  # the second batch did see the first
+    assert (
+        original.edits[0].search.delta - joint["d"].search.delta
+    ).norm() > 1e-6  # the second batch did see the first
 
 
 @pytest.mark.parametrize(("batch_size", "sequential", "count"), [(3, True, 1), (1, True, 0), (3, False, 0)])
@@ -230,7 +235,7 @@ def test_what_verification_rejects_leaves_the_others_solved_anew(count, tmp_path
     assert [written.names for written in session.layers.written] == [tuple(edit.name for edit in kept)]
     assert all(f"below {threshold:g}" in edit.reason or "less than before" in edit.reason for edit in rejected)
     # What is reported of the others is what holds in the end.
-    for edit, now in zip(kept, session.measure_targets(kept, written=False), strict=True):
+    for edit, now in zip(kept, measure_targets(session, kept, written=False), strict=True):
         assert edit.after == pytest.approx(now.probability, rel=1e-9)
         assert edit.after >= threshold
         assert edit.scores["immediate"].rewrite[0] == pytest.approx(math.log(edit.after), rel=1e-9)

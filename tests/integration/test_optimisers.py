@@ -17,8 +17,8 @@ def test_contexts_drawn_anew_do_not_depend_on_the_batch(tmp_path):
     together = run(tmp_path, REQUESTS[:4][::-1], 3, contexts_per_step=1)
     for edit in together.edits:
         assert_same_edit(edit, alone[edit.name])
-        assert_close(edit.keys.mean, every[edit.name].keys.mean)  # a mean over all contexts nonetheless
-        assert (edit.delta - every[edit.name].delta).norm() > 1e-3
+        assert_close(edit.search.keys.mean, every[edit.name].search.keys.mean)  # a mean over all contexts nonetheless
+        assert (edit.search.delta - every[edit.name].search.delta).norm() > 1e-3
     enough = run(tmp_path, REQUESTS[:4], 3, contexts_per_step=2)
     for edit in enough.edits:
         assert_same_edit(edit, every[edit.name])
@@ -52,8 +52,8 @@ def test_an_edit_may_end_when_its_target_is_the_likeliest(tmp_path):
         assert_same_edit(edit, one[name])
         assert [s.loss for s in edit.steps] == pytest.approx([s.loss for s in free[name].steps[: len(edit.steps)]])
         if len(edit.steps) < SURE["v_num_grad_steps"]:
-            assert all(gives_target(row, edit.delta) for row in edit.encoded.rows)
-            assert not all(gives_target(row, torch.zeros_like(edit.delta)) for row in edit.encoded.rows)
+            assert all(gives_target(row, edit.search.delta) for row in edit.search.encoded.rows)
+            assert not all(gives_target(row, torch.zeros_like(edit.search.delta)) for row in edit.search.encoded.rows)
 
 
 def test_polyak_steps_of_a_batch_are_those_of_each_edit(tmp_path):
@@ -71,7 +71,7 @@ def test_each_polyak_step_is_as_long_as_its_own_loss_demands(tmp_path):
     for edit in run(tmp_path, REQUESTS, 1, **free, v_lr=1.0).edits:
         assert_same_edit(together[edit.name], edit)
     for half in run(tmp_path, REQUESTS, 3, **free, v_lr=0.5).edits:
-        assert_close(half.delta, together[half.name].delta / 2)
+        assert_close(half.search.delta, together[half.name].search.delta / 2)
 
 
 def test_polyak_steps_take_fewer_evaluations(tmp_path):
@@ -95,8 +95,8 @@ def test_values_searched_under_autocast_are_near_those_of_float32(family, tmp_pa
     )
     for edit, expected in zip(mixed.edits, full.edits, strict=True):
         assert edit.status == expected.status == "applied"
-        assert torch.equal(edit.keys.mean, expected.keys.mean)  # keys are not rounded
-        assert edit.delta.dtype == torch.float32
-        error = float((edit.delta - expected.delta).norm() / expected.delta.norm())
+        assert torch.equal(edit.search.keys.mean, expected.search.keys.mean)  # keys are not rounded
+        assert edit.search.delta.dtype == torch.float32
+        error = float((edit.search.delta - expected.search.delta).norm() / expected.search.delta.norm())
         assert 0 < error < 0.1
         assert edit.after == pytest.approx(expected.after, rel=0.05)

@@ -68,7 +68,7 @@ def test_an_edit_made_elsewhere_is_what_a_run_there_makes(family, sequential, tm
         assert edit.status is EditStatus.APPLIED
         assert (edit.layers, edit.notes[-1]) == ((2,), "searched again with retry 1, at layer 2")
         assert list(edit.written.layers) == [2]
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(edit.search.delta, expected.search.delta, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(edit.written.updates[0].left, expected.written.updates[0].left)
         assert edit.after == pytest.approx(expected.after, rel=1e-9)
         assert edit.scores["immediate"].rewrite[0] == pytest.approx(expected.scores["immediate"].rewrite[0], rel=1e-9)
@@ -118,7 +118,7 @@ def test_several_layers_and_others_share_a_model(tmp_path):
         assert session.layers.at(1).names == [edit.name for edit in session.edits]
         assert session.layers.at(2).names == [moved.name]
         assert len(moved.written.realised) == 1
-        assert all(edit.spread is None for edit in session.edits)  # it holds prefix passes
+        assert all(edit.search.shares is None for edit in session.edits)  # it holds prefix passes
         assert moved.written.norm == pytest.approx(sum(update.norm**2 for update in moved.written.updates) ** 0.5)
     together = run_edits(
         tiny_language_model(), tmp_path / "single", retries=[{"layers": [2, 1], **LONG}], retry_below=least,
@@ -146,7 +146,7 @@ def test_searches_go_on_from_layer_to_layer_and_back(tmp_path):
             "searched again with retry 3, at layer 0, 1", "searched again with retry 4",
         ]  # fmt: skip
         assert edit.layers == (1,)
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(edit.search.delta, expected.search.delta, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -179,10 +179,10 @@ def test_they_are_undone_rebuilt_and_gone_on_with(batch_size, tmp_path):
         [tuple(name for name in "abc" if name != moved)] if batch_size == 3 else [(n,) for n in "abc" if n != moved]
     )
     edit = next(edit for edit in session.edits if edit.name == moved)
-    session.write_again(edit, 0.5)
+    session.writer.write_again(edit, 0.5)
     half = language_model.model.state_dict()[second] - base[second]
     session.layers.revert()
-    session.write_again(edit)
+    session.writer.write_again(edit)
     session.layers.commit()
     torch.testing.assert_close(half, (language_model.model.state_dict()[second] - base[second]) / 2)
     torch.testing.assert_close(language_model.model.state_dict()[second], edited[second])
@@ -282,8 +282,8 @@ class _Culprit(StateCheck):
         super().__init__(every_n_edits=1, on_failure="recover")
         self.name = name
 
-    def _look(self, session):
-        return super()._look(session) | {"failures": ["it is in"] if self.name in session.layers.names else []}
+    def _look(self, watch):
+        return super()._look(watch) | {"failures": ["it is in"] if self.name in watch.session.layers.names else []}
 
 
 @pytest.mark.parametrize("culprit", ["a", "b", "c"])
@@ -343,7 +343,7 @@ def test_a_retry_without_layers_searches_at_those_of_the_run(tmp_path):
     retries = [{"layers": None, "v_num_grad_steps": 3}]
     session = run_edits(tiny_language_model(), tmp_path, retries=retries, retry_below=1.0)
     assert {edit.layers for edit in session.edits} == {(1,)}
-    assert {edit.attempt for edit in session.edits} == {1}
+    assert {edit.search.attempt for edit in session.edits} == {1}
 
 
 def test_layers_that_cannot_be_are_refused(language_model):

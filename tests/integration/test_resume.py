@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.cli.app import main
+from rome_pl.editing.batch_writer import BatchWriter
 from rome_pl.editing.retries import Retries
-from rome_pl.editing.session import EditSession
 from rome_pl.ledger.edit_log import Ledger, LedgerError, read_lines
 from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
@@ -95,7 +95,7 @@ def test_wherever_it_is_killed_a_run_ends_as_if_it_had_not_been(mode, tmp_path):
         for edit, expected in zip(resumed.edits, whole.edits, strict=True):
             assert edit.record() == expected.record()
         kept = ledger_of(tmp_path / "whole").read_bytes()[:cut].count(b"\n")
-        taken = sum(edit.recorded is not None for edit in resumed.edits)
+        taken = sum(edit.resumed for edit in resumed.edits)
         assert taken == kept - kept % MODES[mode].get("batch_size", 1) or kept == 6 == taken
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_optimised_twice(tmp_path, monkeypatch):
 def test_what_was_rolled_back_is_rolled_back_again(on_failure, tmp_path):
     check = {"every_n_edits": 2, "on_failure": on_failure}
     probe, _ = run(tmp_path / "probe", state_check={"every_n_edits": 2})
-    check["largest_change"] = probe.state_checks[0]["change"]  # the first check passes, the second does not
+    check["largest_change"] = probe.measured.state_checks[0]["change"]  # the first check passes, the second does not
     whole, weights = run(tmp_path / "whole", state_check=check)
     assert any(edit.status == "rolled_back" for edit in whole.edits)
     content = ledger_of(tmp_path / "whole").read_bytes()
@@ -155,7 +155,7 @@ def test_edits_after_which_others_were_lost_are_dropped_again(batch_size, withou
         resumed, again = go(folder, resume=True)
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
         assert_same_ledger(folder, tmp_path / "whole")
-        assert resumed.state_checks == whole.state_checks
+        assert resumed.measured.state_checks == whole.measured.state_checks
         assert [edit.record() for edit in resumed.edits] == [edit.record() for edit in whole.edits]
 
 
@@ -211,8 +211,8 @@ def test_a_run_that_fails_lets_go_of_its_ledger_and_can_be_resumed(tmp_path, mon
             raise RuntimeError("the lights went out")
         return original(self, *arguments)
 
-    original = EditSession.write
-    monkeypatch.setattr(EditSession, "write", fail)
+    original = BatchWriter.write
+    monkeypatch.setattr(BatchWriter, "write", fail)
     with pytest.raises(RuntimeError, match="lights"):
         run(tmp_path / "failed")
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 
 from rome_pl.callbacks import EditCommit, StateCheck, Verification, default_callbacks
 from rome_pl.data_modules.request_data import request_loader
-from rome_pl.editing.session import EditSession
+from rome_pl.editing import retention
 from rome_pl.ledger.edit_log import read_lines
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.utils.hashing import hash_seed
@@ -64,12 +64,12 @@ def test_the_share_of_edits_that_keep_half_of_their_probability_is_found(tmp_pat
     assert not kept[0]
     assert sum(kept) >= 2
     assert session.edits[0].after > 0.5
-    assert [check["edits"] for check in session.state_checks] == [3, 4]
-    assert session.state_checks[1]["retained"] == sum(kept) / 4
+    assert [check["edits"] for check in session.measured.state_checks] == [3, 4]
+    assert session.measured.state_checks[1]["retained"] == sum(kept) / 4
     failure = f"{sum(kept) / 4:.0%} of earlier edits are retained (least_retained: 0.8)"
-    assert session.state_checks[1]["failures"] == [failure]
-    assert session.state_checks[0]["retained"] == 1.0
-    assert session.state_checks[0]["failures"] == []
+    assert session.measured.state_checks[1]["failures"] == [failure]
+    assert session.measured.state_checks[0]["retained"] == 1.0
+    assert session.measured.state_checks[0]["failures"] == []
 
 
 def test_a_fact_that_is_stated_anew_is_not_counted_as_lost(tmp_path):
@@ -77,8 +77,8 @@ def test_a_fact_that_is_stated_anew_is_not_counted_as_lost(tmp_path):
     stream = [*FACTS[:3], anew]
     session = edited(tmp_path, stream, every_n_edits=4, least_retained=1.0)
     assert plainly(session.language_model, FACTS[0]) < 0.5 * session.edits[0].after
-    assert session.state_checks[-1]["retained"] == 1.0
-    assert session.state_checks[-1]["failures"] == []
+    assert session.measured.state_checks[-1]["retained"] == 1.0
+    assert session.measured.state_checks[-1]["failures"] == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -92,8 +92,8 @@ def test_edits_that_overwrite_others_are_dropped(batch_size, tmp_path):
         "Korrin again": "rolled_back", "Dunholt bread again": "rolled_back"
     }  # fmt: skip
     assert "of earlier edits are retained" in session.edits[-1].reason
-    assert session.state_checks[-1]["retained"] == 1.0
-    assert session.state_checks[-1]["recovered"]
+    assert session.measured.state_checks[-1]["retained"] == 1.0
+    assert session.measured.state_checks[-1]["recovered"]
     expected = sure_model()
     edited(tmp_path / "b", FACTS, batch_size, language_model=expected)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(language_model.model).values(),
@@ -101,9 +101,9 @@ def test_edits_that_overwrite_others_are_dropped(batch_size, tmp_path):
 
 
 def test_nothing_is_measured_unless_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", lambda *_: 1 / 0)
+    monkeypatch.setattr("rome_pl.editing.session_watch.retained_share", lambda *_: 1 / 0)
     session = edited(tmp_path, [FACTS[0], OTHERWISE[0]], every_n_edits=1)
-    assert all("retained" not in check and not check["failures"] for check in session.state_checks)
+    assert all("retained" not in check and not check["failures"] for check in session.measured.state_checks)
 
 
 def test_what_nothing_has_verified_is_measured_all_the_same(tmp_path):
@@ -116,18 +116,18 @@ def test_what_nothing_has_verified_is_measured_all_the_same(tmp_path):
     assert [edit.status for edit in verified.edits].count("rolled_back") == 1
     for one, other in zip(verified.edits, unverified.edits, strict=True):
         assert (one.name, one.status, one.after) == (other.name, other.status, pytest.approx(other.after, rel=1e-12))
-    assert verified.state_checks == unverified.state_checks
+    assert verified.measured.state_checks == unverified.measured.state_checks
     lines = read_lines(tmp_path / "False" / "ledger" / "edits.jsonl")
     assert lines[0].record["probability"]["after"] is None  # that they were not verified stays to be seen
 
 
 def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeypatch):
-    asked, original = [], EditSession.measure_targets
+    asked, original = [], retention.measure_targets
 
-    def noted(self, edits, *, written):
+    def noted(session, edits, *, written):
         if not written:
             asked.append([edit.name for edit in edits])
-        return original(self, edits, written=written)
+        return original(session, edits, written=written)
 
     def share(session, most):
         asked.clear()
@@ -139,8 +139,8 @@ def test_a_seeded_sample_of_what_is_in_the_weights_is_measured(tmp_path, monkeyp
         return found
 
     sizes, measure = [], __import__("rome_pl.editing.retention", fromlist=["retained_share"]).retained_share
-    monkeypatch.setattr(EditSession, "measure_targets", noted)
-    monkeypatch.setattr("rome_pl.callbacks.state_check.retained_share", share)
+    monkeypatch.setattr(retention, "measure_targets", noted)
+    monkeypatch.setattr("rome_pl.editing.session_watch.retained_share", share)
     stream = [FACTS[0], OTHERWISE[0], *FACTS[1:]]
     options = {"every_n_edits": 1, "least_retained": 1.0, "retention_sample": 3, "on_failure": "rollback"}
     session = edited(tmp_path, stream, **options)
@@ -160,8 +160,8 @@ def test_no_edit_in_the_weights_is_no_failure(tmp_path):
     )  # fmt: skip
     assert [str(edit.status) for edit in session.edits] == ["rolled_back"] * 2
     assert str(rejected.edits[0].status) == "rejected"
-    assert rejected.state_checks[0]["retained"] is None
-    assert rejected.state_checks[0]["failures"] == []
+    assert rejected.measured.state_checks[0]["retained"] is None
+    assert rejected.measured.state_checks[0]["failures"] == []
 
 
 @pytest.mark.parametrize(
@@ -180,4 +180,4 @@ def test_a_request_that_is_refused_since_an_earlier_fit_wrote_it_is_not_measured
         quiet_trainer([*lenient_callbacks()[:-2], check], tmp_path).fit(module, request_loader(FACTS[:1]))
     assert str(module.session.edits[0].status) == "rejected"
     assert module.session.layers.names == [FACTS[0].case_id]
-    assert module.session.state_checks[0]["retained"] is None
+    assert module.session.measured.state_checks[0]["retained"] is None

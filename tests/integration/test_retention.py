@@ -7,10 +7,17 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, RetentionCheck, RunReport
+from rome_pl.callbacks import (
+    EditCommit,
+    ProbeEvaluation,
+    RankOneWriter,
+    RepresentationCheck,
+    RetentionCheck,
+    RunReport,
+    probe_evaluation,
+)
 from rome_pl.cli.app import main
 from rome_pl.data_modules import RequestDataModule
-from rome_pl.editing.session import EditSession
 from rome_pl.metrics import Answer, probe_scores, summarise
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.utils.hashing import hash_seed
@@ -60,12 +67,12 @@ def run(records, folder, sample, *, sequential=True, batch_size=1, callbacks=Non
 
 def test_points_are_where_they_were_asked_for(records, tmp_path):
     session = run(records, tmp_path, 100)
-    assert [point.edits for point in session.retention] == [2, 4, 6]
-    for point in session.retention:
+    assert [point.edits for point in session.measured.retention] == [2, 4, 6]
+    for point in session.measured.retention:
         assert list(point.scores) == [f"r{index}" for index in range(point.edits)]
         assert point.perplexity is None
         assert point.weight_change > 0
-    changes = [point.weight_change for point in session.retention]
+    changes = [point.weight_change for point in session.measured.retention]
     assert len(set(changes)) == 3
 
 
@@ -85,13 +92,13 @@ def test_a_point_is_what_the_weights_of_that_moment_give(records, tmp_path):
     short.write_text(json.dumps(RECORDS[:4]), encoding="utf-8")
     after_four = run(str(short), tmp_path / "short", 0)
     measured = probe_scores(after_four.language_model, after_four.requests)
-    assert list(session.retention[1].scores.values()) == measured
-    assert session.retention[1].weight_change == pytest.approx(after_four.layers.change, rel=1e-12)
+    assert list(session.measured.retention[1].scores.values()) == measured
+    assert session.measured.retention[1].weight_change == pytest.approx(after_four.layers.change, rel=1e-12)
 
 
 def test_measuring_changes_nothing(records, tmp_path):
     with_it, without = run(records, tmp_path / "1", 100), run(records, tmp_path / "2", 0)
-    assert without.retention == []
+    assert without.measured.retention == []
     before = snapshot(without.language_model.model)
     assert changed(with_it.language_model.model, before) == []
     assert [edit.scores["final"] for edit in with_it.edits] == [edit.scores["final"] for edit in without.edits]
@@ -102,8 +109,8 @@ def test_measuring_changes_nothing(records, tmp_path):
 
 def test_the_sample_is_seeded_and_gives_way_to_later_edits(records, tmp_path):
     session, again = run(records, tmp_path / "1", 3), run(records, tmp_path / "2", 3)
-    samples = [list(point.scores) for point in session.retention]
-    assert samples == [list(point.scores) for point in again.retention]
+    samples = [list(point.scores) for point in session.measured.retention]
+    assert samples == [list(point.scores) for point in again.measured.retention]
     assert [len(sample) for sample in samples] == [2, 3, 3]
     for edits, sample in zip((2, 4, 6), samples, strict=True):
         begun = [f"r{index}" for index in range(edits)]
@@ -118,27 +125,27 @@ def test_batches_count_as_the_edits_they_hold(records, tmp_path):
     session = run(
         records, tmp_path, 100, batch_size=2, preset="r_rome", mom2_adjustment=False, trainer={"val_check_interval": 1}
     )
-    assert [point.edits for point in session.retention] == [2, 4, 6, 7]
+    assert [point.edits for point in session.measured.retention] == [2, 4, 6, 7]
 
 
 def test_single_mode_has_nothing_to_retain(records, tmp_path):
     session = run(records, tmp_path, 100, sequential=False, batch_size=2)
-    assert session.retention == []
+    assert session.measured.retention == []
     assert len(session.edits) == 7
 
 
 def test_nothing_is_measured_before_the_first_edit(records, tmp_path):
     """Lightning's own sanity check runs before the stream."""
     session = run(records, tmp_path, 100, trainer={"num_sanity_val_steps": -1})
-    assert [point.edits for point in session.retention] == [2, 4, 6]
+    assert [point.edits for point in session.measured.retention] == [2, 4, 6]
 
 
 def test_a_trainer_with_lightnings_own_defaults_measures_at_the_end(records, tmp_path):
     defaults = {"val_check_interval": None, "check_val_every_n_epoch": 1, "num_sanity_val_steps": None}
     session = run(records, tmp_path, 100, trainer=defaults)
-    assert [point.edits for point in session.retention] == [7]
+    assert [point.edits for point in session.measured.retention] == [7]
     final = {edit.name: edit.scores["final"] for edit in session.edits}
-    assert session.retention[0].scores == final
+    assert session.measured.retention[0].scores == final
 
 
 def test_results_have_ages_and_the_edits_that_were_lost(records, tmp_path, text):
@@ -150,13 +157,13 @@ def test_results_have_ages_and_the_edits_that_were_lost(records, tmp_path, text)
     content = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert [point["edits"] for point in content["retention"]] == [2, 4, 6]
     taken = {edit.name for edit in session.edits if said(edit.scores["immediate"])}
-    for found, point in zip(content["retention"], session.retention, strict=True):
+    for found, point in zip(content["retention"], session.measured.retention, strict=True):
         assert [one["age"] for one in found["held"]] == list(range(point.edits, 0, -1))  # the last one's is 1
         assert [one["case_id"] for one in found["held"]] == list(point.scores)
         held = {name: said(scores) for name, scores in point.scores.items()}
         assert {one["case_id"]: one["held"] for one in found["held"]} == held
         assert found["lost"] == [name for name in point.scores if name in taken and not held[name]]
-        expected = summarise(point.scores, session.base_scores)
+        expected = summarise(point.scores, session.measured.base_scores)
         assert {name: entry["value"] for name, entry in found["scores"].items()} == pytest.approx(
             {name: entry["value"] for name, entry in expected.items()}
         )
@@ -182,13 +189,13 @@ def test_edits_that_are_lost_are_listed_by_when(records, tmp_path, monkeypatch):
         measured = original(self, batch, batch_idx)
         return {name: with_answer(replace(found, rewrite=(-1.0, -9.0)), good) for name, found in measured.items()}
 
-    def takes(self, edits):
+    def takes(session, edits):
         """All but the second edit are said right after it."""
-        return [with_answer(found, edits[0].name != "r1") for found in measure(self, edits)]
+        return [with_answer(found, edits[0].name != "r1") for found in measure(session, edits)]
 
-    measure = EditSession.measure_probes
+    measure = probe_evaluation.measure_probes
     monkeypatch.setattr(RomeModule, "validation_step", forgets)
-    monkeypatch.setattr(EditSession, "measure_probes", takes)
+    monkeypatch.setattr(probe_evaluation, "measure_probes", takes)
     session = run(records, tmp_path, 100, callbacks=[RetentionCheck(measure_perplexity=False), RunReport()])
     taken = [edit.name for edit in session.edits if said(edit.scores["immediate"])]
     assert taken == ["r0", "r2", "r3", "r4", "r5", "r6"]

@@ -41,30 +41,30 @@ def test_the_search_for_the_second_fact_also_weighs_the_first(tmp_path):
     (before,) = probabilities(language_model, FACTS[:1])
     session = run_edits(tiny_language_model(), tmp_path / "all", FACTS, **OPTIONS)
     assert [edit.status for edit in session.edits] == [EditStatus.APPLIED] * 3
-    assert [len(edit.encoded.kept) for edit in session.edits] == [0, 1, 0]
+    assert [len(edit.search.encoded.kept) for edit in session.edits] == [0, 1, 0]
     for edit, expected in zip(session.edits, (0.0, -math.log(before), 0.0), strict=True):
         first = edit.steps[0]
         assert first.loss - first.nll - first.kl - first.decay == pytest.approx(expected, abs=1e-5)
     free = run_edits(tiny_language_model(), tmp_path / "free", FACTS, keep_subject_facts=False, **OPTIONS)
-    assert [len(edit.encoded.kept) for edit in free.edits] == [0, 0, 0]
-    assert torch.equal(free.edits[0].delta, session.edits[0].delta)
-    assert not torch.equal(free.edits[1].delta, session.edits[1].delta)
+    assert [len(edit.search.encoded.kept) for edit in free.edits] == [0, 0, 0]
+    assert torch.equal(free.edits[0].search.delta, session.edits[0].search.delta)
+    assert not torch.equal(free.edits[1].search.delta, session.edits[1].search.delta)
 
 
 def test_a_fact_that_was_rejected_or_is_asked_for_anew_is_not_kept(tmp_path):
     anew = EditRequest(prompt="Korrin stands in", subject="Korrin", target_new="rye", case_id="anew")
     session = run_edits(tiny_language_model(), tmp_path, [FACTS[0], FACTS[1], anew], **OPTIONS)
-    assert [len(edit.encoded.kept) for edit in session.edits] == [0, 1, 1]
+    assert [len(edit.search.encoded.kept) for edit in session.edits] == [0, 1, 1]
     callbacks = lenient_callbacks()
     next(one for one in callbacks if hasattr(one, "least_probability")).least_probability = 0.999
     session = run_edits(tiny_language_model(), tmp_path, FACTS, callbacks, **OPTIONS)
     assert session.edits[0].status is EditStatus.REJECTED
-    assert session.edits[1].encoded.kept == ()
+    assert session.edits[1].search.encoded.kept == ()
 
 
 def test_single_edits_know_nothing_of_each_other(tmp_path):
     session = run_edits(tiny_language_model(), tmp_path, FACTS, **{**OPTIONS, "sequential_edit": False})
-    assert all(edit.encoded.kept == () for edit in session.edits)
+    assert all(edit.search.encoded.kept == () for edit in session.edits)
 
 
 def test_a_joint_solve_takes_the_facts_about_a_subject_one_after_the_other(tmp_path):
@@ -91,8 +91,8 @@ def test_a_run_that_is_gone_on_with_keeps_what_the_earlier_one_taught(tmp_path):
     whole, _ = run(tmp_path / "whole", FACTS)
     run(tmp_path / "parts", FACTS[:1])
     parts, session = run(tmp_path / "parts", FACTS)
-    assert session.edits[0].recorded is not None
-    assert len(session.edits[1].encoded.kept) == 1
+    assert session.edits[0].resumed
+    assert len(session.edits[1].search.encoded.kept) == 1
     weights = parts.model.state_dict()
     assert all(weights[name].equal(tensor) for name, tensor in whole.model.state_dict().items())
 
@@ -104,11 +104,11 @@ def test_edits_of_an_editor_know_those_before_them_and_not_what_was_undone():
         return editor.edit(prompt, subject="Korrin", target_new=target, verify=False)
 
     first, second = edit("Korrin stands in", "Oslo"), edit("Korrin was painted by", "violin")
-    assert len(second.edit.encoded.kept) == 1
-    assert second.edit.encoded.kept[0] == first.edit.encoded.rows[0]
+    assert len(second.edit.search.encoded.kept) == 1
+    assert second.edit.search.encoded.kept[0] == first.edit.search.encoded.rows[0]
     editor.undo(first)
     third = edit("Korrin is full of", "rye")
-    assert third.edit.encoded.kept == (second.edit.encoded.rows[0],)
+    assert third.edit.search.encoded.kept == (second.edit.search.encoded.rows[0],)
 
 
 def test_where_the_key_is_the_prompt_s_own_nothing_is_kept(tmp_path):
@@ -117,7 +117,7 @@ def test_where_the_key_is_the_prompt_s_own_nothing_is_kept(tmp_path):
     data = RequestDataModule(batch_size=3)
     data.requests = list(FACTS)
     quiet_trainer(lenient_callbacks(), tmp_path).fit(module, data)
-    assert all(edit.encoded.kept == () for edit in module.session.edits)
+    assert all(edit.search.encoded.kept == () for edit in module.session.edits)
     assert [written.names for written in module.session.layers.written] == [("place", "painter", "other")]
 
 
@@ -133,7 +133,7 @@ def test_a_refused_edit_of_a_known_name_does_not_stand_for_the_one_in_the_weight
     (again,) = fit([replace(FACTS[1], case_id="place")])
     assert again.status is EditStatus.REJECTED
     (third,) = fit(FACTS[1:2])
-    (kept,) = third.encoded.kept
+    (kept,) = third.search.encoded.kept
     assert kept == language_model.encoder.edit(FACTS[0]).rows[0]
 
 

@@ -48,7 +48,7 @@ def test_a_search_that_finds_nothing_is_made_again_with_other_settings(tmp_path)
     once = run_edits(tiny_language_model(), tmp_path / "c", v_num_grad_steps=60, clamp_norm_factor=100.0, v_lr=0.5)
     for edit, expected in zip(again.edits, once.edits, strict=True):
         assert edit.notes[-2:] == ["searched again with retry 1", "searched again with retry 2"]
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(edit.search.delta, expected.search.delta, rtol=1e-8, atol=1e-11)
     enough = run_edits(tiny_language_model(), tmp_path / "d", retries=retries, **{**options, "retry_below": 0.0})
     assert not any("searched again" in note for edit in enough.edits for note in edit.notes)
 
@@ -93,7 +93,7 @@ def test_what_does_not_pass_verification_is_searched_again(sequential, batch_siz
         first, second = [note for note in edit.notes if "searched again" in note]
         assert first.startswith("searched again with retry 1: after the write the target has probability")
         assert second.startswith(f"searched again with retry 2{where}: after the write")
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(edit.search.delta, expected.search.delta, rtol=1e-9, atol=1e-12)
         assert edit.after == pytest.approx(expected.after, rel=1e-9)
     one, other = snapshot(model.model), snapshot(direct.model)
     for name in one:
@@ -106,7 +106,7 @@ def test_others_of_the_batch_keep_their_values(tmp_path):
     poor = [edit.after < 0.5 for edit in plain.edits]
     assert 0 < sum(poor) < 4
     session = run_edits(sure_model(), tmp_path / "run", FACTS, callbacks=demanding(0.5), retries=[LONG], **options)
-    assert [edit.attempt for edit in session.edits] == poor
+    assert [edit.search.attempt for edit in session.edits] == poor
     assert all(edit.status is EditStatus.APPLIED for edit in session.edits)
     weight = session.layers.last
     matrix = weight.site.matrix(weight.site.weight.detach()).double()
@@ -128,7 +128,7 @@ def test_an_edit_without_retries_left_is_rejected(sequential, tmp_path):
     for edit in session.edits:
         assert edit.status is EditStatus.REJECTED
         assert edit.reason.endswith("below 0.999; the weights are as before this edit")
-        assert (edit.attempt, edit.layers) == (2, (1,))
+        assert (edit.search.attempt, edit.layers) == (2, (1,))
     assert changed(language_model.model, before) == []
     assert session.layers.names == []
 
@@ -161,8 +161,8 @@ def test_what_rounding_would_lose_is_searched_again(sequential, tmp_path):
         assert edit.status is EditStatus.APPLIED
         assert edit.written.realised[0] >= 0.5
         # Beside larger changes that are solved jointly a small one may survive.
-        assert edit.attempt == 1 or sequential
-    again = [edit for edit in session.edits if edit.attempt == 1]
+        assert edit.search.attempt == 1 or sequential
+    again = [edit for edit in session.edits if edit.search.attempt == 1]
     assert again
     assert all(edit.notes[-1].startswith("searched again with retry 1: only") for edit in again)
 
@@ -211,10 +211,10 @@ def test_a_second_search_under_autocast_has_the_keys_of_the_model(why, layers, t
         quiet_trainer(callbacks, tmp_path, precision=precision).fit(module, request_loader(REQUESTS[:1]))
         sessions.append(module.session)
     (edit,), (plain,) = (session.edits for session in sessions)
-    assert edit.attempt == plain.attempt == 1
-    assert torch.equal(edit.keys.mean, plain.keys.mean)
-    assert torch.equal(edit.keys.output_bare, plain.keys.output_bare)
-    assert not torch.equal(edit.delta, plain.delta)
+    assert edit.search.attempt == plain.search.attempt == 1
+    assert torch.equal(edit.search.keys.mean, plain.search.keys.mean)
+    assert torch.equal(edit.search.keys.output_bare, plain.search.keys.output_bare)
+    assert not torch.equal(edit.search.delta, plain.search.delta)
 
 
 def test_an_edit_searched_again_stays_within_the_largest_update_beside_others(tmp_path):
@@ -232,7 +232,7 @@ def test_an_edit_searched_again_stays_within_the_largest_update_beside_others(tm
             sure_model(), tmp_path / f"{bound}", about_one, callbacks=_objects_to(about_one[1]), retries=[LONG],
             largest_update=bound, **options,
         )  # fmt: skip
-        assert [edit.attempt for edit in session.edits] == [0, 1]
+        assert [edit.search.attempt for edit in session.edits] == [0, 1]
         original = session.layers.last.norms[1]
         for edit in session.edits:
             assert edit.written.norm <= bound * original * (1 + 1e-9)
@@ -244,7 +244,7 @@ def _objects_to(request):
 
     class Objects(Verification):
         def _disturbs(self, edit, session):
-            return "not that" if edit.name == str(request.case_id) and edit.attempt == 0 else None
+            return "not that" if edit.name == str(request.case_id) and edit.search.attempt == 0 else None
 
     return [Objects(least_probability=0.0) if isinstance(one, Verification) else one for one in lenient_callbacks()]
 
@@ -276,7 +276,7 @@ def test_what_was_not_written_holds_no_prefix_pass(sequential, tmp_path):
     options = {**OPTIONS, "layers": [0, 1], "sequential_edit": sequential, "batch_size": 4}
     session = run_edits(tiny_language_model(), tmp_path, [*REQUESTS, twin], callbacks=callbacks, **options)
     assert {str(edit.status) for edit in session.edits} == {"skipped", "rejected"}
-    assert all(edit.spread is None for edit in session.edits)
+    assert all(edit.search.shares is None for edit in session.edits)
 
 
 def test_a_resumed_run_says_the_same_of_what_was_rejected(tmp_path):

@@ -24,7 +24,7 @@ def test_a_bad_state_is_reported_or_rolled_back(on_failure, language_model, tmp_
     before = snapshot(language_model.model)
     check = StateCheck(every_n_edits=2, largest_change=1e-9, on_failure=on_failure)
     session = run_edits(language_model, tmp_path, callbacks=[*lenient_callbacks()[:-1], check], sequential_edit=True)
-    assert "largest_change" in session.state_checks[0]["failures"][0]
+    assert "largest_change" in session.measured.state_checks[0]["failures"][0]
     if on_failure == "warn":
         assert [edit.status for edit in session.edits] == ["applied"] * 3
         assert changed(language_model.model, before) == [WEIGHT]
@@ -50,9 +50,9 @@ class _Fails(StateCheck):
         super().__init__(every_n_edits=4, on_failure="recover", **options)
         self.bad = bad
 
-    def _look(self, session):
-        inside = self.bad & set(session.layers.names)
-        return super()._look(session) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
+    def _look(self, watch):
+        inside = self.bad & set(watch.session.layers.names)
+        return super()._look(watch) | {"failures": [f"{sorted(inside)} are in"] if inside else []}
 
 
 def recovered(tmp_path, bad):
@@ -78,7 +78,7 @@ def test_recovery_drops_the_edits_that_break_the_model_and_keeps_the_others(tmp_
             expected.write([edit.name], edit.written.assertions[0])
             expected.commit()
     assert torch.equal(language_model.model.state_dict()[WEIGHT], expected.site.weight)
-    assert [(check["edits"], bool(check["failures"])) for check in session.state_checks] == [
+    assert [(check["edits"], bool(check["failures"])) for check in session.measured.state_checks] == [
         (4, True), (4, False), (8, True), (8, False), (12, False)
     ]  # fmt: skip
 
@@ -103,11 +103,11 @@ def test_stopped_in_the_midst_of_recovery_the_edits_are_in_the_weight(tmp_path, 
     check = _Fails({"1"})
     look = check._look
 
-    def stopped(session):
-        calls.append(session.layers.names)
+    def stopped(watch):
+        calls.append(watch.session.layers.names)
         if len(calls) == 4:  # the failing check, and three edits written again
             raise RuntimeError("the lights went out")
-        return look(session)
+        return look(watch)
 
     monkeypatch.setattr(check, "_look", stopped)
     with pytest.raises(RuntimeError, match="lights"):
@@ -123,9 +123,9 @@ class _Weighs(StateCheck):
         super().__init__(every_n_edits=4, on_failure="shrink")
         self.largest = largest
 
-    def _look(self, session):
-        norm = session.layers.change
-        return super()._look(session) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
+    def _look(self, watch):
+        norm = watch.session.layers.change
+        return super()._look(watch) | {"failures": [f"{norm} is too much"] if norm > self.largest else []}
 
 
 def test_an_edit_that_is_too_much_is_written_at_half_its_strength(tmp_path):
@@ -164,7 +164,7 @@ def test_divergence_and_spectrum_are_watched_if_asked_for(tmp_path):
     check = StateCheck(largest_divergence=1e-9, largest_spectral_change=1e-9, **options)
     model, before = tiny_language_model(), tiny_language_model()
     session = run_edits(model, tmp_path, MANY[:2], [*lenient_callbacks()[:-2], check], sequential_edit=True)
-    (found,) = session.state_checks
+    (found,) = session.measured.state_checks
     ids = torch.tensor([model.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]])
     with torch.no_grad():
         now, then = (one.model(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, before))
@@ -184,7 +184,7 @@ def test_divergence_and_spectrum_are_watched_if_asked_for(tmp_path):
 def test_a_stream_that_has_to_drop_more_than_a_fifth_ends_with_that_verdict(tmp_path, caplog):
     session, _ = recovered(tmp_path, {"0", "2", "3"})
     assert len(session.edits) == 4
-    assert "3 of 4 edits had to be dropped" in session.state_checks[-1]["verdict"]
+    assert "3 of 4 edits had to be dropped" in session.measured.state_checks[-1]["verdict"]
     assert "does not suit this model" in caplog.text
 
 
@@ -195,8 +195,8 @@ def test_perplexity_is_watched_if_asked_for(tmp_path, monkeypatch):
     session = run_edits(
         tiny_language_model(), tmp_path, MANY[:4], [*lenient_callbacks()[:-2], check], sequential_edit=True
     )
-    assert [round(check["perplexity_ratio"], 9) for check in session.state_checks] == [1.2, 1.6]
-    assert not any("perplexity" in failure for failure in session.state_checks[0]["failures"])
-    assert "1.60 times the unedited model's" in session.state_checks[1]["failures"][-1]
+    assert [round(check["perplexity_ratio"], 9) for check in session.measured.state_checks] == [1.2, 1.6]
+    assert not any("perplexity" in failure for failure in session.measured.state_checks[0]["failures"])
+    assert "1.60 times the unedited model's" in session.measured.state_checks[1]["failures"][-1]
     with pytest.raises(ValueError, match="largest_perplexity_ratio"):
         StateCheck(largest_perplexity_ratio=0.9)

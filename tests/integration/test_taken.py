@@ -9,7 +9,9 @@ import torch
 
 from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, StateCheck, Verification
 from rome_pl.cli.app import main
+from rome_pl.editing import probing
 from rome_pl.editing.outcome import HELD_ALREADY
+from rome_pl.editing.session_watch import SessionWatch
 from rome_pl.editor import EditRejectedError, KnowledgeEditor
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
@@ -62,7 +64,7 @@ def test_a_long_target_that_has_only_risen_is_rejected_and_the_reason_says_where
     ).edits
     assert written.status is EditStatus.APPLIED
     assert written.after > written.before
-    target = list(written.encoded.rows[0].target)
+    target = list(written.search.encoded.rows[0].target)
     says = generated(lenient, long.prompt, len(target))
     place = next(index for index, (given, wanted) in enumerate(zip(says, target, strict=True)) if given != wanted)
     assert written.greedy_after is False
@@ -88,7 +90,7 @@ def test_a_search_that_has_found_nothing_is_no_edit(greedy, expected, sequential
     session = run_edits(sure_model(), tmp_path, FACTS, callbacks(greedy=greedy), 2, **options)
     for edit in session.edits:
         assert (edit.status, edit.held_already) == (EditStatus.REJECTED, False)
-        assert float(edit.delta.norm()) == 0
+        assert float(edit.search.delta.norm()) == 0
         assert expected in edit.reason
 
 
@@ -98,7 +100,7 @@ def test_a_probability_that_is_no_number_is_rejected(tmp_path, monkeypatch):
         return [TargetMeasure(math.nan, True)] * len(rows) if broken.calls.append(1) or len(broken.calls) > 1 else found
 
     broken.calls = []
-    monkeypatch.setattr("rome_pl.editing.session.measure_targets", broken)
+    monkeypatch.setattr("rome_pl.metrics.probes.measure_targets", broken)
     session = run_edits(sure_model(), tmp_path, FACTS[:2], callbacks(least=0), 2, **SURE)
     assert [edit.status for edit in session.edits] == [EditStatus.REJECTED] * 2
     assert all("no number" in edit.reason for edit in session.edits)
@@ -132,15 +134,15 @@ def test_a_retry_takes_over_where_the_model_does_not_say_the_target_after_the_wr
     retries = {"retries": [{}, longer], "retry_below": SLIGHT}
     again = run_edits(sure_model(), tmp_path / "b", FACTS, callbacks(), batch_size, **retries, **options)
     for edit, expected in zip(again.edits, direct.edits, strict=True):
-        assert (edit.status, edit.attempt, edit.greedy_after) == (EditStatus.APPLIED, 2, True)
+        assert (edit.status, edit.search.attempt, edit.greedy_after) == (EditStatus.APPLIED, 2, True)
         first, second = (note for note in edit.notes if "again" in note)
         assert first.startswith("searched again with retry 1: after the write the model says ")
         assert second.startswith("searched again with retry 2: after the write the model says ")
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(edit.search.delta, expected.search.delta, rtol=1e-8, atol=1e-11)
     # An edit that takes at the first attempt is what it is without the rule.
     lenient = run_edits(sure_model(), tmp_path / "c", FACTS, callbacks(least=0), batch_size, **{**options, **longer})
     for edit, expected in zip(lenient.edits, direct.edits, strict=True):
-        assert torch.equal(edit.delta, expected.delta)
+        assert torch.equal(edit.search.delta, expected.search.delta)
         assert edit.after == expected.after
 
 
@@ -156,24 +158,24 @@ def test_an_edit_that_takes_is_not_searched_again_whatever_its_search_has_seen(t
     monkeypatch.setattr(ValueObjective, "__call__", unsaid)
     session = run_edits(sure_model(), tmp_path / "b", FACTS, callbacks(), 2, retries=[{"v_num_grad_steps": 3}], **SURE)
     for edit, expected in zip(session.edits, plain.edits, strict=True):
-        assert (edit.status, edit.attempt, edit.greedy_after) == (EditStatus.APPLIED, 0, True)
-        assert torch.equal(edit.delta, expected.delta)
+        assert (edit.status, edit.search.attempt, edit.greedy_after) == (EditStatus.APPLIED, 0, True)
+        assert torch.equal(edit.search.delta, expected.search.delta)
 
 
 def test_an_edit_that_does_not_take_when_it_is_written_again_is_dropped(tmp_path, monkeypatch):
     def run(folder, least):
         looks = iter([["too much"], ["too much"], []])  # after the stream, at full strength, at half
 
-        def look(self, session):
+        def look(self):
             return {"failures": next(looks, [])}
 
-        monkeypatch.setattr(StateCheck, "_look", look)
+        monkeypatch.setattr(SessionWatch, "look", look)
         chosen = [*callbacks(least), StateCheck(every_n_edits=1, on_failure="shrink")]
         return run_edits(sure_model(), tmp_path / folder, FACTS[:1], chosen, **SURE)
 
     kept = run("a", 0.0)
     assert kept.edits[0].status is EditStatus.APPLIED
-    (weaker,) = kept.measure_targets(kept.edits, written=True)
+    (weaker,) = probing.measure_targets(kept, kept.edits, written=True)
     assert weaker.probability < kept.edits[0].after
     session = run("b", (weaker.probability + kept.edits[0].after) / 2)
     (edit,) = session.edits

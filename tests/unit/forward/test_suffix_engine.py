@@ -209,9 +209,11 @@ def test_edits_on_whole_rows_are_those_on_a_cache(tmp_path, caplog):
     assert [text for text in warnings_of(caplog) if "whole rows" in text]
     assert whole.contexts == cached.contexts
     for edit, expected in zip(whole.edits, cached.edits, strict=True):
-        assert expected.delta.norm() > 0.1
-        torch.testing.assert_close(edit.delta, expected.delta, rtol=0, atol=1e-9 * float(expected.delta.norm()))
-        torch.testing.assert_close(edit.keys.mean, expected.keys.mean, rtol=1e-9, atol=1e-12)
+        assert expected.search.delta.norm() > 0.1
+        torch.testing.assert_close(
+            edit.search.delta, expected.search.delta, rtol=0, atol=1e-9 * float(expected.search.delta.norm())
+        )
+        torch.testing.assert_close(edit.search.keys.mean, expected.search.keys.mean, rtol=1e-9, atol=1e-12)
         assert edit.after == pytest.approx(expected.after, rel=1e-9)
     assert len(whole.edits) == len(REQUESTS)
 

@@ -190,7 +190,7 @@ def test_the_table_for_spreadsheets_has_what_results_have():
 def test_nan_is_told_in_both_tables():
     session, _ = made(2)
     broken = made_scores(session.requests[0], good=True, shift=math.nan)
-    session.final_scores["c0"] = session.edits[0].scores["final"] = broken
+    session.measured.final_scores["c0"] = session.edits[0].scores["final"] = broken
     content = plain(results(session, []))
     assert "| 2 / 2 / 1 (+ 1 NaN) |" in score_markdown(content)
     assert "ES,final,1.0," in csv_table(content)

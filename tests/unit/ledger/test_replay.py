@@ -13,6 +13,7 @@ from rome_pl.callbacks import (
     StateCheck,
     Verification,
 )
+from rome_pl.editing.session_watch import SessionWatch
 from rome_pl.ledger.replay import LedgerError, read_edits, replay
 from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import REQUESTS, run_edits
@@ -85,14 +86,14 @@ def test_rejected_edits_are_not_replayed(batch_size, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_edits_rolled_back_are_not_replayed(batch_size, tmp_path, monkeypatch):
-    original, calls = StateCheck._look, []
+    original, calls = SessionWatch.look, []
 
-    def second_fails(self, session):
-        calls.append(len(session.edits))
-        found = original(self, session)
+    def second_fails(self):
+        calls.append(len(self.session.edits))
+        found = original(self)
         return found | {"failures": [*found["failures"], *(["injected"] if len(calls) == 2 else [])]}
 
-    monkeypatch.setattr(StateCheck, "_look", second_fails)
+    monkeypatch.setattr(SessionWatch, "look", second_fails)
     state = {"every_n_edits": 2, "on_failure": "rollback", "largest_change": 1e9, "least_canary_agreement": 0.0}
     session = run(tmp_path, batch_size=batch_size, state=state)
     assert calls == [2, 4, 5]

@@ -53,7 +53,7 @@ def made(requests=None, invalid=(), pictures=False, **options):
     session = made_session(requests or [made_request(index) for index in range(6)], **options)
     content = results(session, list(invalid))
     records = detailed_records(session, content["records"])
-    figures = draw_figures(content, records, session.edits, session.changes) if pictures else {}
+    figures = draw_figures(content, records, session.edits, session.measured.weight_changes) if pictures else {}
     about = manifest(session, 3) | {"preset": "rome"}
     return html_report(content, records, about, SETTINGS, {name: png(figure) for name, figure in figures.items()})
 
@@ -200,15 +200,15 @@ def test_the_table_of_a_single_run_has_no_final_column():
 
 def test_remarks_tell_what_a_reader_has_to_know():
     session = made_session([made_request(index) for index in range(6)], lost=(1, 3), rejected=(2,))
-    session.perplexity["final"] = 40.0
-    session.state_checks = [
+    session.measured.perplexity["final"] = 40.0
+    session.measured.state_checks = [
         {"edits": 2, "failures": []},
         {"edits": 4, "failures": ["a weight is not finite"]},
         {"edits": 6, "failures": ["3% of the canaries hold"]},
     ]
     session.edits[0].notes.append("is known already")
     broken = made_scores(session.requests[0], good=True, shift=math.nan)
-    session.final_scores["c0"] = session.edits[0].scores["final"] = broken
+    session.measured.final_scores["c0"] = session.edits[0].scores["final"] = broken
     content = results(session, [], interrupted=True)
     found = remarks(content, detailed_records(session, content["records"]))
     assert found[0].startswith("The run ended before")
@@ -222,7 +222,7 @@ def test_remarks_tell_what_a_reader_has_to_know():
 
 def test_a_good_run_has_no_remarks():
     session = made_session([made_request(index) for index in range(3)])
-    session.perplexity["final"] = 20.1
+    session.measured.perplexity["final"] = 20.1
     content = results(session, [])
     assert remarks(content, detailed_records(session, content["records"])) == []
     assert "remarks" not in [a["id"] for a in Page(made(sequential=False)).named("section")]

@@ -41,7 +41,7 @@ def marks(axes):
 
 def test_a_sequential_run_has_every_picture_and_each_is_a_png():
     session, content, records = made(retention=[(2, ()), (4, (1,))], lost=(1,))
-    figures = draw_figures(content, records, session.edits, session.changes)
+    figures = draw_figures(content, records, session.edits, session.measured.weight_changes)
     assert list(figures) == list(CAPTIONS)
     for figure in figures.values():
         assert imread(io.BytesIO(png(figure))).shape[1] > 900
@@ -50,13 +50,13 @@ def test_a_sequential_run_has_every_picture_and_each_is_a_png():
 
 def test_a_single_run_leaves_out_what_it_has_no_data_for():
     session, content, records = made(sequential=False)
-    figures = draw_figures(content, records, session.edits, session.changes)
+    figures = draw_figures(content, records, session.edits, session.measured.weight_changes)
     assert list(figures) == ["accuracy", "relations", "probabilities", "loss_curves", "weight_change"]
 
 
 def test_a_run_without_edits_has_no_pictures():
     session, content, records = made(3, unreached=(0, 1, 2), sequential=False)
-    assert draw_figures(content, records, session.edits, session.changes) == {}
+    assert draw_figures(content, records, session.edits, session.measured.weight_changes) == {}
 
 
 def test_accuracy_is_the_mean_so_far_and_at_the_end_that_of_the_results():
@@ -201,7 +201,7 @@ def test_a_label_shows_what_fonts_have(text, shown):
 
 def test_norms_of_the_weight_s_change_and_of_updates():
     session, _, records = made(3, rejected=(1,))
-    accumulated, updates = weight_norms(records, session.changes).axes
+    accumulated, updates = weight_norms(records, session.measured.weight_changes).axes
     assert lines(accumulated)["_child0"] == ([1, 2, 3], pytest.approx([0.01, 0.02, 0.03]))
     assert lines(updates)["applied (n = 2)"] == ([1, 3], pytest.approx([2, 2]))
     assert lines(updates)["not applied (n = 1)"][0] == [2]
@@ -222,7 +222,7 @@ def test_drawing_leaves_the_user_s_settings_alone():
     before = dict(matplotlib.rcParams)
     session, content, records = made(3)
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "font.size": 40}):
-        figures = draw_figures(content, records, session.edits, session.changes)
+        figures = draw_figures(content, records, session.edits, session.measured.weight_changes)
         pictures = [png(figure) for figure in figures.values()]
     assert dict(matplotlib.rcParams) == before
     assert all(np.median(imread(io.BytesIO(picture))) == 1 for picture in pictures)  # white

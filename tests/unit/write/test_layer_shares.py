@@ -87,7 +87,7 @@ def test_every_layer_writes_its_share_of_what_is_missing(family, together, share
         for edit in session.edits:
             with _at_lookups(by_hand, session, edit, changes) as rows:
                 hidden, inputs = rows(layer)
-            missing = edit.delta - (hidden - before[edit.name]).mean(0)
+            missing = edit.search.delta - (hidden - before[edit.name]).mean(0)
             left = weights[edit.name][place:]
             asked = missing * left[0] / sum(left)
             residuals.append(asked.numpy())
@@ -163,7 +163,7 @@ def test_together_the_layers_move_the_hidden_state_by_the_offset(family, tmp_pat
             weight.site.weight.copy_(before[weight.site.name])
     then = lookups(language_model, session, edit, 2)[0]
     assert row.lookup == 0
-    torch.testing.assert_close(now - then, edit.delta.double(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(now - then, edit.search.delta.double(), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("family", NORMALISED)
@@ -244,7 +244,7 @@ def test_an_edit_without_an_offset_asks_for_no_change(preset, tmp_path):
         language_model, tmp_path / "run", REQUESTS, batch_size=3, sequential_edit=True, stop_loss=1e3, **options
     )
     assert [edit.reason for edit in session.edits] == [None] * 3
-    assert all(float(edit.delta.norm()) == 0 for edit in session.edits)
+    assert all(float(edit.search.delta.norm()) == 0 for edit in session.edits)
     assert session.layers.change < 1e-12
 
 

@@ -87,11 +87,11 @@ def fit(module, requests, batch_size=1):
 
 
 def assert_as_the_oracle_says(edit, wanted):
-    assert relative(edit.keys.mean, wanted["keys"].mean(0)) < 1e-9
-    assert relative(edit.keys.bare, wanted["keys"][0]) < 1e-9
+    assert relative(edit.search.keys.mean, wanted["keys"].mean(0)) < 1e-9
+    assert relative(edit.search.keys.bare, wanted["keys"][0]) < 1e-9
     assert relative([step.loss for step in edit.steps], wanted["losses"]) < 1e-9
     assert wanted["losses"][-1] < wanted["losses"][0]
-    assert relative(edit.delta, wanted["delta"]) < 1e-6
+    assert relative(edit.search.delta, wanted["delta"]) < 1e-6
 
 
 @pytest.mark.parametrize(

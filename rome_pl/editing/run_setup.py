@@ -1,11 +1,11 @@
-"""What all edits of a run share, made once: statistics, contexts, the weight's master, and how to run suffixes."""
+"""Everything that the edits of a run share, made once: statistics, contexts, the weights' masters."""
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
-from rome_pl.editing.session import EditSession
+from rome_pl.encoding.text_encoder import FactToken
 from rome_pl.errors import OptionError
 from rome_pl.model.architecture import RewriteSite
 from rome_pl.model.language_model import LanguageModel
@@ -15,41 +15,42 @@ from rome_pl.second_moments.second_moment import SecondMoment
 from rome_pl.write.edited_layers import EditedLayers
 from rome_pl.write.edited_weight import EditedWeight
 from rome_pl.write.key_metric import make_metric
-from rome_pl.write.presets import PRESETS
+from rome_pl.write.presets import PRESETS, Preset
 
-__all__ = ["check_limits", "prepare_session"]
-
-log = logging.getLogger(__name__)
+__all__ = ["RunSetup", "prepare_run"]
 
 
-def check_limits(trainer: Any, loop: Literal["fit", "predict"] = "fit") -> None:
-    """Refuse limits of a Trainer under which nothing would be done.
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything that the edits of a run share and that is made before the first.
 
     Args:
-        trainer: The Trainer.
-        loop: Which of its loops is to run: edits are made by ``fit``, all else by ``predict``.
-
-    Raises:
-        OptionError: With the option.
+        language_model: The model being edited.
+        layers: The rewrite layers' weights with their edits.
+        preset: The variant of the closed form.
+        sequential: Whether edits accumulate.
+        fact_token: Which token is looked up.
+        contexts: Texts put before prompts, the empty one first.
+        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the original weight.
+            ``None`` (default): no limit.
+        anchor_norm: Norm of every asserted value, see :meth:`rome_pl.write.edited_layers.EditedLayers.anchored`.
+            ``None`` (default): values stay as they were found.
     """
-    if loop == "predict":
-        if trainer.limit_predict_batches == 0:
-            raise OptionError("trainer.limit_predict_batches: 0 ends the run before anything is done; leave it out")
-        return
-    left = [callback.time_remaining() for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
-    limits = {
-        "max_time": min((seconds for seconds in left if seconds is not None), default=1.0),
-        "max_steps": trainer.max_steps,
-        "limit_train_batches": trainer.limit_train_batches,
-    }
-    if ended := [name for name, limit in limits.items() if limit == 0]:
-        raise OptionError(f"trainer.{ended[0]}: 0 ends the stream before its first edit; leave it out")
+
+    language_model: LanguageModel
+    layers: EditedLayers
+    preset: Preset
+    sequential: bool
+    fact_token: FactToken
+    contexts: tuple[str, ...]
+    largest_update: float | None = None
+    anchor_norm: float | None = None
 
 
-def prepare_session(
+def prepare_run(
     language_model: LanguageModel, sites: Sequence[RewriteSite], main: Sequence[int], options: Mapping[str, Any]
-) -> EditSession:
-    """Prepare a session.
+) -> RunSetup:
+    """Make what the edits of a run share: statistics, contexts, the weights' masters.
 
     Args:
         language_model: The model.
@@ -91,7 +92,7 @@ def prepare_session(
         )
         for moment in (moments or repeat(None, len(sites)))
     ]
-    return EditSession(
+    return RunSetup(
         language_model=language_model,
         layers=EditedLayers(list(map(EditedWeight, sites, metrics)), moments, main),
         preset=preset,
