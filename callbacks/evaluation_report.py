@@ -13,7 +13,7 @@ from rome_pl.reports.html_report import html_report
 from rome_pl.reports.run_figures import relation_bars, write_figures
 from rome_pl.reports.run_results import invalid_record, settings_of
 from rome_pl.reports.run_tables import score_table
-from rome_pl.reports.score_tables import csv_table, markdown_table
+from rome_pl.reports.score_tables import csv_table, score_markdown
 from rome_pl.requests.record_forms import InvalidRecord
 from rome_pl.utils.console import console
 
@@ -52,7 +52,7 @@ class EvaluationReport(Callback):
         write_json(folder / "manifest.json", about)
         records = [evaluation_record(module, index, request) for index, request in enumerate(module.requests)]
         write_lines(folder / "records.jsonl", records)
-        write_text(folder / "table.md", markdown_table(content))
+        write_text(folder / "table.md", score_markdown(content))
         write_text(folder / "table.csv", csv_table(content))
         if self.figures:
             try:

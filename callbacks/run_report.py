@@ -19,7 +19,7 @@ from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import draw_figures, write_figures
 from rome_pl.reports.run_results import manifest, note_change, results, settings_of
 from rome_pl.reports.run_tables import edit_table, score_table
-from rome_pl.reports.score_tables import csv_table, markdown_table, outcome_counts
+from rome_pl.reports.score_tables import csv_table, outcome_counts, score_markdown
 from rome_pl.utils.console import console
 
 __all__ = ["RunReport"]
@@ -110,7 +110,7 @@ class RunReport(Callback):
         self._untold = session, content, folder
         records = detailed_records(session, content["records"])
         write_lines(folder / "records.jsonl", records)
-        write_text(folder / "table.md", markdown_table(content))
+        write_text(folder / "table.md", score_markdown(content))
         write_text(folder / "table.csv", csv_table(content))
         products = ["records.jsonl", "table.md", "table.csv"]
         for name in self.formats:

@@ -1,7 +1,7 @@
 """Shows a run where people look: scalars by edit for every logger; pictures, texts and settings for TensorBoard."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +11,7 @@ from typing_extensions import override
 from rome_pl.editing.edit import Edit, EditBatch, edits_of
 from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import RunningScores
-from rome_pl.reports.continuations import Sample, compared, note_continuations
+from rome_pl.reports.continuations import compared, comparison, note_continuations
 from rome_pl.reports.drawing import Figure, pixels
 from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import draw_figures
@@ -138,7 +138,7 @@ class TensorBoardReport(Callback):
         note_continuations(session, self.generations, "final")
         if samples := compared(session, self.generations):
             for logger in _tensorboards(trainer):
-                logger.experiment.add_text("generations", _comparison(samples), step)
+                logger.experiment.add_text("generations", comparison(samples), step)
         if self.figures:
             records = detailed_records(session, content["records"])
             for name, figure in draw_figures(content, records, session.edits, session.measured.weight_changes).items():
@@ -211,18 +211,3 @@ def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -
         "data": str(getattr(data, "path", "")),
         "requests": len(session.requests),
     }
-
-
-def _comparison(samples: Sequence[Sample]) -> str:
-    """A table in Markdown of how prompts went on before and go on now."""
-    lines = ["| prompt | wanted | unedited model | final model |", "|---|---|---|---|"]
-    for request, before, after in samples:
-        cells = (request.prompt, request.target_new, before, after)
-        lines.append(f"| {' | '.join(map(_verbatim, cells))} |")
-    return "\n".join(lines)
-
-
-def _verbatim(text: str) -> str:
-    """A text in which Markdown finds nothing to format."""
-    shown = (char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
-    return "".join(char if char.isalnum() or char == " " or ord(char) > 127 else f"&#{ord(char)};" for char in shown)

@@ -129,17 +129,17 @@
       list.append(make("dt", "", name), make("dd", "", Array.isArray(value) ? value.join("; ") : String(value)));
     }
     cell.append(list);
-    const moments = Object.keys(r.values);
-    const names = [...new Set(moments.flatMap((moment) => Object.keys(r.values[moment])))];
+    const stages = Object.keys(r.values);
+    const names = [...new Set(stages.flatMap((stage) => Object.keys(r.values[stage])))];
     if (names.length) {
       const inner = make("table");
       const top = inner.createTHead().insertRow();
-      for (const name of ["score, %", ...moments.map((moment) => data.moments[moment])]) top.append(make("th", "number", name));
+      for (const name of ["score, %", ...stages.map((stage) => data.stages[stage])]) top.append(make("th", "number", name));
       const rows = inner.createTBody();
       for (const name of names) {
         const line = rows.insertRow();
         line.append(make("td", "number", name));
-        for (const moment of moments) line.append(make("td", "number", per(r.values[moment][name])));
+        for (const stage of stages) line.append(make("td", "number", per(r.values[stage][name])));
       }
       cell.append(inner);
     }

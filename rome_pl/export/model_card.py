@@ -1,13 +1,11 @@
 """The README.md of an export: what was edited, in which model, and how to load it."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rome_pl.export.hub import fault_of
+from rome_pl.utils.markdown import backslash_escaped, markdown_table
 
 __all__ = ["model_card"]
 
@@ -64,30 +62,32 @@ def model_card(about: Mapping[str, Any]) -> str:
     for name, value in (("BASE", base["source"]), ("DTYPE", base["dtype"])):
         loading = loading.replace(name, repr(value))
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(kind, base['source']), sort_keys=False)}---",
-        f"# {applied} edited {'fact' if applied == 1 else 'facts'} in {_text(Path(base['source']).name)}",
+        f"---\n{_metadata(kind, base['source'])}\n---",
+        f"# {applied} edited {'fact' if applied == 1 else 'facts'} in {backslash_escaped(Path(base['source']).name)}",
         f"Made by rome_pl (rank-one model editing): {_WHAT[kind]}.",
-        _table(("", ""), facts),
+        markdown_table(("", ""), facts),
     ]
     if "adapter" in about:
         parts.append(_adapter(about["adapter"]))
     parts += [
         "## Edits\n\nProbabilities are those of the new answer, before the edit and right after it; later edits may "
         "have changed them.",
-        _table(("record", "prompt", "true → new", "before", "after", "status"), map(_row, edits)),
+        markdown_table(("record", "prompt", "true → new", "before", "after", "status"), map(_row, edits)),
         f"## Loading\n\n```python\n{loading}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(kind: str, source: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
-    if _is_repository(source):
-        metadata["base_model"] = source
-    if kind != "delta":
-        metadata["library_name"] = {"hf": "transformers", "peft": "peft"}[kind]
-        metadata["pipeline_tag"] = "text-generation"
-    return metadata | {"tags": ["rome_pl", "model-editing", *(["lora"] if kind == "peft" else [])]}
+def _metadata(kind: str, source: str) -> str:
+    """What the hub reads of a card, in YAML."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        base_model=source if _is_repository(source) else None,
+        library_name={"hf": "transformers", "peft": "peft"}.get(kind),
+        pipeline_tag="text-generation" if kind != "delta" else None,
+        tags=["rome_pl", "model-editing", *["lora"] * (kind == "peft")],
+    ).to_yaml()
 
 
 def _is_repository(source: str) -> bool:
@@ -100,7 +100,7 @@ def _adapter(parts: Sequence[Mapping[str, Any]]) -> str:
     return (
         "## Adapter\n\nThe error is the Frobenius norm of what the adapter lacks of the change, relative to the "
         "change's; at full rank it is the rounding to float32.\n\n"
-        + _table(("weight", "rank", "rank of the change", "error"), rows)
+        + markdown_table(("weight", "rank", "rank of the change", "error"), rows)
     )
 
 
@@ -118,13 +118,3 @@ def _row(edit: Mapping[str, Any]) -> Sequence[str]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *([_text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(text: str) -> str:
-    """Text as Markdown shows it as it is, in a cell too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", " ".join(text.split()))

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from rome_pl.editing.session import EditSession
 from rome_pl.forward.generation import generate
 from rome_pl.requests.edit_request import EditRequest
+from rome_pl.utils.markdown import entity_escaped, markdown_table
 
-__all__ = ["Sample", "compared", "note_continuations"]
+__all__ = ["Sample", "compared", "comparison", "note_continuations"]
 
 TOKENS = 20
 """Tokens of a continuation."""
@@ -41,6 +42,12 @@ def compared(session: EditSession, number: int) -> Sequence[Sample]:
     before, after = (session.measured.continuations.get(stage, {}) for stage in ("base", "final"))
     known = [request for request in session.requests if str(request.case_id) in before.keys() & after.keys()]
     return [(request, before[str(request.case_id)], after[str(request.case_id)]) for request in known[: max(0, number)]]
+
+
+def comparison(samples: Sequence[Sample]) -> str:
+    """A table of samples for TensorBoard, in Markdown."""
+    rows = [(request.prompt, request.target_new, before, after) for request, before, after in samples]
+    return markdown_table(("prompt", "wanted", "unedited model", "final model"), rows, escape=entity_escaped)
 
 
 def _leaves_room(session: EditSession, request: EditRequest) -> bool:

@@ -1,7 +1,7 @@
 """A run as one HTML file that needs no server and no network: summary, scores, figures, edits, settings.
 
-Texts of the run are data here, whatever they hold: in markup they are escaped; the table of edits is made by the page's
-script from JSON in which no character can end the element that holds it.
+The page is ``assets/report.html``, a template that escapes every text of the run. The page's script makes the table of
+edits from JSON in which no character can end the element that holds it.
 """
 
 import base64
@@ -10,10 +10,10 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from importlib.resources import files
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from rome_pl.editing.outcome import held_already
 from rome_pl.files.whole_files import plain
@@ -32,53 +32,6 @@ __all__ = ["embedded", "html_report", "remarks"]
 
 Content = Mapping[str, Any]
 Records = Sequence[Mapping[str, Any]]
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-$script_hash'">
-<title>$title</title>
-<style>
-$css</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="facts">$facts</p>
-</header>
-<nav aria-label="Sections"><ul>$links</ul></nav>
-<main>
-<dl class="tiles">$tiles</dl>
-$remarks
-<section id="scores">
-<h2>Scores</h2>
-$scores
-</section>
-$figures
-$samples
-<section id="$table">
-<h2>$table_title</h2>
-<div class="tools" id="tools"><output id="found" for="tools"></output></div>
-<div class="scroll" id="rows"><table></table></div>
-<button type="button" class="more" id="more" hidden>Show more</button>
-<noscript><p>This table needs JavaScript; <code>records.jsonl</code> beside this file holds the same.</p></noscript>
-</section>
-<section id="settings">
-<h2>Settings</h2>
-<details><summary>Options, as resolved</summary><pre>$settings</pre></details>
-<details><summary>Versions, fingerprints, contexts</summary><pre>$manifest</pre></details>
-</section>
-</main>
-<footer>Written by rome_pl $version. The same numbers: <code>results.json</code>, <code>records.jsonl</code>,
-<code>table.csv</code>, <code>table.md</code>.</footer>
-<script type="application/json" id="data">$data</script>
-<script>$script</script>
-</body>
-</html>
-""")
 
 
 def html_report(
@@ -101,23 +54,25 @@ def html_report(
     """
     script = _asset("report.js")
     table = "records" if content["mode"] == "evaluation" else "edits"
-    sections = ["scores", *["figures"] * bool(pictures), *["generations"] * bool(samples), table, "settings"]
     title = "Evaluation" if table == "records" else "Edits"
-    return _PAGE.substitute(
-        title=escape(f"{title} of {manifest['model']['source']}"),
-        facts=escape(" · ".join(_facts(content, manifest))),
-        css=_asset("report.css"),
-        links="".join(f'<li><a href="#{name}">{name.capitalize()}</a></li>' for name in sections),
-        tiles="".join(_tiles(content, records)),
-        remarks=_remarks_section(remarks(content, records)),
-        scores=_score_section(content),
-        figures=_figure_section(pictures),
-        samples=_sample_section(samples),
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    ).from_string(_asset("report.html"))
+    return template.render(
+        title=f"{title} of {manifest['model']['source']}",
+        facts=" · ".join(_facts(content, manifest)),
+        sections=["scores", *["figures"] * bool(pictures), *["generations"] * bool(samples), table, "settings"],
+        tiles=list(_tiles(content, records)),
+        remarks=remarks(content, records),
+        stages=[STAGES[stage] for stage in measured_stages(content)],
+        scores=list(_score_rows(content)),
+        figures=[_figure(name, picture) for name, picture in pictures.items()],
+        samples=samples,
         table=table,
-        table_title=table.capitalize(),
-        settings=escape(settings),
-        manifest=escape(json.dumps(plain(manifest), indent=2, ensure_ascii=False)),
-        version=escape(str(manifest["versions"].get("rome_pl", ""))),
+        settings=settings,
+        manifest=json.dumps(plain(manifest), indent=2, ensure_ascii=False),
+        version=manifest["versions"].get("rome_pl", ""),
+        css=_asset("report.css"),
         data=embedded(_table_data(content, records)),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -187,117 +142,69 @@ def _asset(name: str) -> str:
     return (files("rome_pl") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _tiles(content: Content, records: Records) -> Iterator[str]:
+def _tiles(content: Content, records: Records) -> Iterator[tuple[str, str, str]]:
+    """Name, value and note of each number at the top."""
     stage = measured_stages(content)[-1]
     if "n_applied" in content:
-        yield _tile("Edits applied", f"{content['n_applied']} of {content['n_requested']}", held_already(content))
+        yield "Edits applied", f"{content['n_applied']} of {content['n_requested']}", held_already(content)
     else:
         measured = content["n_requested"] - content["n_skipped"]
         edits = f"{content['n_edits']} edits in the model" if content["n_edits"] else ""
-        yield _tile("Records measured", f"{measured} of {content['n_requested']}", edits)
+        yield "Records measured", f"{measured} of {content['n_requested']}", edits
+    yield from _score_tiles(content, stage)
+    lost = [record["lost"] for record in records if record.get("lost") is not None]
+    if lost:
+        yield "Lost since", str(sum(lost)), f"of {len(lost)} measured at the end"
+    before, after = content["perplexity"]["base"], content["perplexity"]["final"]
+    if after is not None:
+        yield "Perplexity", f"{after:.4g}", f"unedited {before:.4g}" if before is not None else ""
+    elif before is not None and stage == "base":
+        yield "Perplexity", f"{before:.4g}", "of held-out text"
+    if content["divergence"] is not None:
+        yield "KL to unedited", f"{content['divergence']:.2g}", "nats per token of held-out text"
+    if content.get("weight_change"):
+        yield "Weight change", f"{content['weight_change']:.2g}", "of the weight's norm"
+    if content.get("seconds_per_edit") is not None:
+        yield "Time of an edit", f"{content['seconds_per_edit']:.2g} s", "measuring included"
+
+
+def _score_tiles(content: Content, stage: str) -> Iterator[tuple[str, str, str]]:
     for names, subject in PANELS:
         score = next((name for name in names if content[stage][name]["value"] is not None), None)
         if score is not None:
-            entry = content[stage][score]
             base = content["base"][score]["value"]
             note = f"{subject}; unedited {100 * base:.1f}" if base is not None and stage != "base" else subject
-            yield _tile(f"{score}, %", f"{100 * entry['value']:.1f}", note)
-    lost = [record["lost"] for record in records if record.get("lost") is not None]
-    if lost:
-        yield _tile("Lost since", str(sum(lost)), f"of {len(lost)} measured at the end")
-    before, after = content["perplexity"]["base"], content["perplexity"]["final"]
-    if after is not None:
-        yield _tile("Perplexity", f"{after:.4g}", f"unedited {before:.4g}" if before is not None else "")
-    elif before is not None and stage == "base":
-        yield _tile("Perplexity", f"{before:.4g}", "of held-out text")
-    if content["divergence"] is not None:
-        yield _tile("KL to unedited", f"{content['divergence']:.2g}", "nats per token of held-out text")
-    if content.get("weight_change"):
-        yield _tile("Weight change", f"{content['weight_change']:.2g}", "of the weight's norm")
-    if content.get("seconds_per_edit") is not None:
-        yield _tile("Time of an edit", f"{content['seconds_per_edit']:.2g} s", "measuring included")
+            yield f"{score}, %", f"{100 * content[stage][score]['value']:.1f}", note
 
 
-def _tile(name: str, value: str, note: str = "") -> str:
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>'
-
-
-def _remarks_section(found: Sequence[str]) -> str:
-    if not found:
-        return ""
-    items = "".join(f"<li>{escape(remark)}</li>" for remark in found)
-    return f'<section class="warnings" id="remarks"><h2>Remarks</h2><ul>{items}</ul></section>'
-
-
-def _score_section(content: Content) -> str:
-    stages = measured_stages(content)
-    head = "".join(f'<th scope="col" class="number">{STAGES[stage]}</th>' for stage in stages)
-    rows = []
+def _score_rows(content: Content) -> Iterator[dict[str, Any]]:
+    """The rows of the table of scores: of each stage the mean, its interval, and how many records gave NaN."""
     previous = ""
     for score in measured_scores(content):
-        entries = [content[stage][score] for stage in stages]
-        cells = "".join(f'<td class="number">{_interval_cell(entry)}</td>' for entry in entries)
-        numbers = " / ".join(map(str, sorted({entry["n"] for entry in entries})))
-        apart = ' class="apart"' if previous in COUNTERFACT and score not in COUNTERFACT else ""
-        name = score.replace("_", "_<wbr>")  # where a narrow screen may break it
-        rows.append(
-            f'<tr{apart}><th scope="row">{name}</th>{cells}<td class="number">{numbers}</td>'
-            f'<td class="meaning">{escape(MEANINGS[score])}</td></tr>'
-        )
+        entries = [content[stage][score] for stage in measured_stages(content)]
+        texts = [interval_text(entry, 1).partition(" ") for entry in entries]
+        yield {
+            "name": score,
+            "apart": previous in COUNTERFACT and score not in COUNTERFACT,
+            "cells": [(mean, edges, e.get("n_nan")) for e, (mean, _, edges) in zip(entries, texts, strict=True)],
+            "numbers": " / ".join(map(str, sorted({entry["n"] for entry in entries}))),
+            "meaning": MEANINGS[score],
+        }
         previous = score
-    return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">score</th>{head}<th scope="col" class="number">n</th>'
-        f'<th scope="col" class="meaning">meaning</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="note">Means over records in %, with 95 % intervals. Every valid record counts, whatever became '
-        "of its edit.</p>"
-    )
 
 
-def _interval_cell(entry: Mapping[str, Any]) -> str:
-    value, _, edges = interval_text(entry, 1).partition(" ")
-    broken = f"<small>{entry['n_nan']} NaN</small>" if "n_nan" in entry else ""
-    return f"{value}<small>{edges}</small>{broken}"
-
-
-def _figure_section(pictures: Mapping[str, bytes]) -> str:
-    if not pictures:
-        return ""
-    shown = "".join(
-        f'<figure id="figure-{name}"><div class="scroll"><img alt="{escape(CAPTIONS[name])}" {_size(picture)} '
-        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"></div>'
-        f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
-        for name, picture in pictures.items()
-    )
-    return f'<section id="figures"><h2>Figures</h2>{shown}</section>'
-
-
-def _sample_section(samples: Sequence[Sample]) -> str:
-    if not samples:
-        return ""
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in (one.prompt, one.target_new, before, after))}</tr>"
-        for one, before, after in samples
-    )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", "wanted", "unedited model", "final model"))
-    return (
-        '<section id="generations"><h2>Generations</h2><div class="scroll"><table class="texts"><thead>'
-        f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        '<p class="note">How the model goes on with the prompts of the first edits, greedily.</p></section>'
-    )
-
-
-def _size(picture: bytes) -> str:
-    """Width and height out of a PNG file's head: the page knows its length before the pictures are decoded."""
+def _figure(name: str, picture: bytes) -> dict[str, Any]:
+    # The size stands in a PNG file's head: the page knows its length before the pictures are decoded.
     width, height = struct.unpack(">II", picture[16:24])
-    return f'width="{width}" height="{height}"'
+    encoded = base64.b64encode(picture).decode()
+    return {"name": name, "caption": CAPTIONS[name], "width": width, "height": height, "png": encoded}
 
 
 def _table_data(content: Content, records: Records) -> dict[str, Any]:
     stage = measured_stages(content)[-1]
     panels = [[name for name in names if content[stage][name]["n"]] for names, _ in PANELS]
     return {
-        "moments": STAGES,
+        "stages": STAGES,
         "scores": [names[0] for names in panels if names],
         "meanings": MEANINGS,
         "records": [_row(record) for record in records],

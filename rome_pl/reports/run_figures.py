@@ -98,25 +98,13 @@ def accuracy_trend(content: Content, records: Records) -> Figure | None:
     if not panels:
         return None
     figure, axes = subplots(len(panels))
+    last = max(record["index"] for record in ordered) + 1
     for panel, (score, subject) in zip(axes, panels, strict=True):
         for stage, style in (("base", {"color": GREY, "linestyle": "--"}), ("immediate", {"color": BLUE})):
-            points = [
-                (record["index"] + 1, record["values"][stage][score])
-                for record in ordered
-                if not math.isnan(record["values"].get(stage, {}).get(score, math.nan))
-            ]
-            if points:
-                sums = accumulate(value for _, value in points)
-                means = [total / number for number, total in enumerate(sums, start=1)]
-                panel.plot([place for place, _ in points], means, label=STAGES[stage], **style)
-        last = max(record["index"] for record in ordered) + 1
-        marks = (("base", GREY, "s"), ("immediate", BLUE, "o"), ("final", ORANGE, "D"))
-        for place, (stage, colour, marker) in enumerate(marks, start=1):
-            entry = content[stage][score] if content[stage] is not None else None
-            if entry is None or entry["value"] is None:
-                continue
-            label = STAGES[stage] if stage == "final" else None
-            mark(panel, last * (1 + 0.05 * place), entry, color=colour, marker=marker, label=label)
+            means = _running_mean(ordered, stage, score)
+            if means:
+                panel.plot(*zip(*means, strict=True), label=STAGES[stage], **style)
+        _mark_totals(panel, content, score, last)
         number = content["immediate"][score]["n"]
         panel.set(title=f"{score}: {subject} (n = {number})", ylim=(-0.03, 1.03))
         count_edits(panel, "edits so far", last)
@@ -124,53 +112,71 @@ def accuracy_trend(content: Content, records: Records) -> Figure | None:
     return legend_below(figure, axes[0])
 
 
+def _running_mean(records: Records, stage: str, score: str) -> list[tuple[int, float]]:
+    """The mean of a score over the records so far, at each record that has a value, by number of edits."""
+    found = [(record["index"] + 1, record["values"].get(stage, {}).get(score, math.nan)) for record in records]
+    known = [(edits, value) for edits, value in found if not math.isnan(value)]
+    sums = accumulate(value for _, value in known)
+    return [(edits, total / number) for number, ((edits, _), total) in enumerate(zip(known, sums, strict=True), 1)]
+
+
+def _mark_totals(axes: Any, content: Content, score: str, last: int) -> None:
+    """The mean over all records at each stage, with its interval, to the right of the last edit."""
+    marks = (("base", GREY, "s"), ("immediate", BLUE, "o"), ("final", ORANGE, "D"))
+    for place, (stage, colour, marker) in enumerate(marks, start=1):
+        entry = content[stage][score] if content[stage] is not None else None
+        if entry is not None and entry["value"] is not None:
+            label = STAGES[stage] if stage == "final" else None
+            mark(axes, last * (1 + 0.05 * place), entry, color=colour, marker=marker, label=label)
+
+
 @styled
 def retention_curves(content: Content, records: Records) -> Figure | None:
     """What earlier edits are worth at points of the stream, and how many still hold by age."""
-    points = content.get("retention") or []
-    if not points:
+    if not content.get("retention"):
         return None
     figure, (left, right) = subplots(2)
+    _sample_panel(left, content, records)
+    _age_panel(right, _by_age(content, records))
+    return legend_below(figure, left)
+
+
+def _sample_panel(axes: Any, content: Content, records: Records) -> None:
+    """The score of a sample of earlier edits, by number of edits made."""
+    points = content["retention"]
     score = next((name for name in PANELS[0][0] if points[-1]["scores"][name]["value"] is not None), None)
     if score is not None:
-        known = [(point["edits"], point["scores"][score]) for point in points]
-        known = [(edits, entry) for edits, entry in known if entry["value"] is not None]
+        known = [(p["edits"], p["scores"][score]) for p in points if p["scores"][score]["value"] is not None]
         places = [edits for edits, _ in known]
-        left.fill_between(
-            places, *([entry[edge] for _, entry in known] for edge in ("low", "high")), color=BLUE, alpha=0.15, lw=0
-        )
-        left.plot(
-            places, [entry["value"] for _, entry in known], color=BLUE, marker="o", label="sample of earlier edits"
-        )
-        if content["final"] is not None and content["final"][score]["value"] is not None:
-            entry = content["final"][score]
-            label = f"all records, final model (n = {entry['n']})"
-            mark(
-                left, max(record["index"] or 0 for record in records) + 1, entry, color=ORANGE, marker="D", label=label
-            )
+        low, value, high = ([entry[name] for _, entry in known] for name in ("low", "value", "high"))
+        axes.fill_between(places, low, high, color=BLUE, alpha=0.15, lw=0)
+        axes.plot(places, value, color=BLUE, marker="o", label="sample of earlier edits")
+        final = content["final"][score] if content["final"] is not None else None
+        if final is not None and final["value"] is not None:
+            last = max(record["index"] or 0 for record in records) + 1
+            label = f"all records, final model (n = {final['n']})"
+            mark(axes, last, final, color=ORANGE, marker="D", label=label)
     numbers = [len(point["held"]) for point in points]
     sample = str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-    left.set(
-        title=f"{score or 'score'} of earlier edits (n = {sample})",
-        ylabel="mean over sampled edits",
-        ylim=(-0.03, 1.03),
-    )
-    count_edits(left, "edits so far")
-    groups = _by_age(content, records)
-    if groups:
-        ages = [sum(age for age, _ in group) / len(group) for group in groups]
-        for age, group in zip(ages, groups, strict=True):
-            held = torch.tensor([float(held) for _, held in group])
-            low, high = wilson_interval(held)
-            mark(right, age, {"value": float(held.mean()), "low": low, "high": high}, color=BLUE, marker="o")
-        right.plot(ages, [sum(held for _, held in group) / len(group) for group in groups], color=BLUE, lw=1)
-    right.set(
-        title=f"edits that had taken (n = {sum(map(len, groups))} looks)",
-        ylabel="share that still holds",
-        ylim=(-0.03, 1.03),
-    )
-    count_edits(right, "age of the edit (edits begun since)")
-    return legend_below(figure, left)
+    title = f"{score or 'score'} of earlier edits (n = {sample})"
+    axes.set(title=title, ylabel="mean over sampled edits", ylim=(-0.03, 1.03))
+    count_edits(axes, "edits so far")
+
+
+def _age_panel(axes: Any, groups: Sequence[Sequence[tuple[int, bool]]]) -> None:
+    """The share of edits that still hold, by groups of similar age."""
+    points = []
+    for group in groups:
+        age = sum(age for age, _ in group) / len(group)
+        held = torch.tensor([float(held) for _, held in group])
+        low, high = wilson_interval(held)
+        mark(axes, age, {"value": float(held.mean()), "low": low, "high": high}, color=BLUE, marker="o")
+        points.append((age, sum(held for _, held in group) / len(group)))
+    if points:
+        axes.plot(*zip(*points, strict=True), color=BLUE, lw=1)
+    title = f"edits that had taken (n = {sum(map(len, groups))} looks)"
+    axes.set(title=title, ylabel="share that still holds", ylim=(-0.03, 1.03))
+    count_edits(axes, "age of the edit (edits begun since)")
 
 
 def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
@@ -194,42 +200,45 @@ def _by_age(content: Content, records: Records) -> list[list[tuple[int, bool]]]:
 @styled
 def relation_bars(records: Records, stages: Sequence[str] = ("final", "immediate")) -> Figure | None:
     """Mean scores by relation, of each record at the first of some stages at which it was measured."""
-    measured = [(record, record.get("values", {})) for record in records]
-    scored = [
-        (record, next(values[stage] for stage in stages if stage in values))
-        for record, values in measured
-        if any(stage in values for stage in stages)
-    ]
-    panels = _panels([values for _, values in scored])
-    groups: dict[str, list[Mapping[str, float]]] = {}
-    for record, values in scored:
-        groups.setdefault(record["request"]["relation"] or "none", []).append(values)
-    if not panels or set(groups) <= {"none"}:
+    groups = _by_relation(records, stages)
+    panels = _panels([values for group in groups.values() for values in group])
+    if not panels or groups.keys() <= {"none"}:
         return None
-    names = sorted(groups, key=lambda name: (-len(groups[name]), name))
-    if len(names) > RELATIONS:
-        rest = names[RELATIONS - 1 :]
-        together = f"{len(rest)} others"
-        names = [*names[: RELATIONS - 1], together]
-        groups[together] = [values for name in rest for values in groups[name]]
-    labels = [f"{fitting(name, 24)} (n = {len(groups[name])})" for name in names]
+    labels = [f"{fitting(name, 24)} (n = {len(group)})" for name, group in groups.items()]
     left = 0.3 + 0.075 * max(map(len, labels))
-    figure, axes = subplots(len(panels), 0.9 + 0.26 * len(names), left, sharey=True)
+    figure, axes = subplots(len(panels), 0.9 + 0.26 * len(groups), left, sharey=True)
     for panel, (score, subject), colour in zip(axes, panels, (BLUE, ORANGE, GREEN), strict=False):
-        for place, name in enumerate(names):
-            found = torch.tensor([values[score] for values in groups[name] if score in values])
-            found = found[~found.isnan()]
-            if not len(found):
-                continue
-            mean = float(found.mean())
-            low, high = wilson_interval(found) if SCORES[score].rate else bootstrap_interval(found)
-            arms = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-            panel.barh(place, mean, xerr=arms, color=colour, height=0.7, capsize=2, error_kw={"elinewidth": 0.8})
+        for place, group in enumerate(groups.values()):
+            _bar(panel, place, [values[score] for values in group if score in values], score, colour)
         panel.set(title=f"{score}: {subject}", xlabel="mean over records", xlim=(0, 1.03))
         panel.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(names)), labels)
-    axes[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)  # the first on top
     return figure
+
+
+def _by_relation(records: Records, stages: Sequence[str]) -> dict[str, list[Mapping[str, float]]]:
+    """Each relation's scores at the first stage that a record has, the largest relation first, the rest together."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for record in records:
+        values = record.get("values", {})
+        measured = next((values[stage] for stage in stages if stage in values), None)
+        if measured is not None:
+            groups.setdefault(record["request"]["relation"] or "none", []).append(measured)
+    names = sorted(groups, key=lambda name: (-len(groups[name]), name))
+    shown, rest = (names, []) if len(names) <= RELATIONS else (names[: RELATIONS - 1], names[RELATIONS - 1 :])
+    together = {f"{len(rest)} others": [values for name in rest for values in groups[name]]} if rest else {}
+    return {name: groups[name] for name in shown} | together
+
+
+def _bar(axes: Any, place: int, values: Sequence[float], score: str, colour: str) -> None:
+    """The mean of some values as a bar with its interval; none where no value is known."""
+    found = torch.tensor([value for value in values if not math.isnan(value)])
+    if len(found):
+        mean = float(found.mean())
+        low, high = wilson_interval(found) if SCORES[score].rate else bootstrap_interval(found)
+        arms = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        axes.barh(place, mean, xerr=arms, color=colour, height=0.7, capsize=2, error_kw={"elinewidth": 0.8})
 
 
 def took(values: Mapping[str, float]) -> bool:

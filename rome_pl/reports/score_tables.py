@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rome_pl.editing.outcome import held_already
+from rome_pl.utils.markdown import markdown_table
 
 __all__ = [
     "COUNTERFACT",
@@ -13,10 +14,10 @@ __all__ = [
     "STAGES",
     "csv_table",
     "interval_text",
-    "markdown_table",
     "measured_scores",
     "measured_stages",
     "outcome_counts",
+    "score_markdown",
 ]
 
 STAGES = {"base": "unedited", "immediate": "just edited", "final": "final model"}
@@ -90,28 +91,23 @@ def interval_text(entry: Mapping[str, Any], digits: int) -> str:
     return f"{value} [{low},{' ' * bool(digits)}{high}]"
 
 
-def markdown_table(content: Mapping[str, Any]) -> str:
+def score_markdown(content: Mapping[str, Any]) -> str:
     """The scores of results.json as a table for papers, in per cent; scores without records are left out.
 
     Args:
         content: What results.json holds.
     """
     stages = measured_stages(content)
-    lines = [
-        f"| score | {' | '.join(STAGES[stage] for stage in stages)} | n |",
-        f"|---|{'---:|' * len(stages)}---:|",
-    ]
+    rows = []
     for score in measured_scores(content):
         entries = [content[stage][score] for stage in stages]
-        cells = " | ".join(interval_text(entry, 1) for entry in entries)
-        lines.append(f"| {score} | {cells} | {_numbers(entries)} |")
+        rows.append([score, *(interval_text(entry, 1) for entry in entries), _numbers(entries)])
     for name, values in _text_measures(content).items():
-        cells = " | ".join("" if values.get(stage) is None else f"{values[stage]:.4g}" for stage in stages)
-        lines.append(f"| {name} | {cells} | |")
-    mode = content["mode"]
+        rows.append([name, *("" if values.get(stage) is None else f"{values[stage]:.4g}" for stage in stages)])
+    names = ["score", *(STAGES[stage] for stage in stages), "n"]
     return (
-        "\n".join(lines)
-        + f"\n\nMean over records in % [95 % interval]; {mode} mode; {_counts(content)}. "
+        markdown_table(names, rows, numbers=len(names) - 1, escape=str)
+        + f"\n\nMean over records in % [95 % interval]; {content['mode']} mode; {_counts(content)}. "
         + "Every valid record counts, whatever became of its edit. Perplexity and divergence (nats) are no shares.\n"
     )
 

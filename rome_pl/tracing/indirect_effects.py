@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry
 from rome_pl.tracing.trace import Kind, Trace
+from rome_pl.utils.markdown import markdown_table
 
 __all__ = [
     "ROLES",
@@ -103,10 +104,7 @@ def peak(effects: Mapping[Kind, Mapping[Role, Sequence[Entry]]]) -> int | None:
 
 def trace_table(content: Mapping[str, Any]) -> str:
     """The strongest effects of each kind and role in results.json as a table in Markdown, in per cent."""
-    lines = [
-        "| put back | at | strongest at layer | average indirect effect | facts |",
-        "|---|---|---:|---:|---:|",
-    ]
+    rows = []
     for kind, roles in content["effects"].items():
         for role, layers in roles.items():
             known = [(entry["value"], -layer) for layer, entry in enumerate(layers) if entry["value"] is not None]
@@ -115,11 +113,13 @@ def trace_table(content: Mapping[str, Any]) -> str:
             layer = -max(known)[1]
             found = layers[layer]
             cell = f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-            lines.append(f"| {kind} | {ROLE_NAMES[role]} | {layer} | {cell} | {found['n']} |")
+            rows.append([kind, ROLE_NAMES[role], str(layer), cell, str(found["n"])])
+    columns = ("put back", "at", "strongest at layer", "average indirect effect", "facts")
+    table = markdown_table(columns, rows, numbers=3, escape=str)
     total = content["totals"]["total_effect"]
     if total["value"] is None:
-        return "\n".join(lines) + "\n"
-    return "\n".join(lines) + (
+        return table + "\n"
+    return table + (
         f"\n\nIn % of probability [95 % interval over facts]. Total effect {100 * total['value']:.1f} "
         f"[{100 * total['low']:.1f}, {100 * total['high']:.1f}]: the answer's first token has "
         f"{100 * content['totals']['clean']['value']:.1f} % without noise and "

@@ -16,6 +16,7 @@ from rome_pl.metrics.intervals import Entry, bootstrap_interval, entry, harmonic
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.metrics.scores import record_values
 from rome_pl.metrics.scores import summarise as summarise_scores
+from rome_pl.utils.markdown import markdown_table
 
 __all__ = [
     "LayerScores",
@@ -148,15 +149,14 @@ def trial_content(trial: Trial) -> dict[str, Any]:
 def trial_table(content: Mapping[str, Any]) -> str:
     """The trial in results.json as a table in Markdown, in per cent; the recommended layer in bold."""
     trial = content["trial"]
-    lines = ["| layer | S | ES | PS | NS | relative norm | applied |", "|---:|---:|---:|---:|---:|---:|---:|"]
-    base = " | ".join(_cell(trial["base"][name]) for name in ("S", *RATES))
-    lines.append(f"| unedited | {base} | | |")
+    names = ("S", *RATES)
+    rows = [["unedited", *(_cell(trial["base"][name]) for name in names)]]
     for found in trial["layers"]:
         layer = f"**{found['layer']}**" if found["layer"] == trial["recommended"] else str(found["layer"])
-        cells = " | ".join(_cell(found["scores"][name]) for name in ("S", *RATES))
         size = "" if found["perturbation"] is None else f"{found['perturbation']:.3f}"
-        lines.append(f"| {layer} | {cells} | {size} | {found['applied']} |")
-    return "\n".join(lines) + (
+        rows.append([layer, *(_cell(found["scores"][name]) for name in names), size, str(found["applied"])])
+    columns = ("layer", *names, "relative norm", "applied")
+    return markdown_table(columns, rows, numbers=len(columns), escape=str) + (
         f"\n\n{trial['edits']} single edits a layer, in % [95 % interval]; S is the harmonic mean of "
         f"{', '.join(trial['S_of'])}. Rejected edits count with what the model says without them.\n"
     )
@@ -196,6 +196,10 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _correlation(one: Tensor, two: Tensor) -> float | None:
+    """Pearson's correlation, which of ranks is Spearman's; ``None`` of fewer than three, or where all are equal.
+
+    torchmetrics adds 1e-6 to the denominator: of three layers in the same order it says 0.9999985.
+    """
     one, two = (values.double() - values.double().mean() for values in (one, two))
     size = one.norm() * two.norm()
     return float(one @ two / size) if len(one) > 2 and size > 0 else None

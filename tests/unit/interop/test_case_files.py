@@ -12,7 +12,7 @@ from rome_pl.metrics import EditScores
 from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_results import results
 from rome_pl.reports.run_tables import score_table
-from rome_pl.reports.score_tables import COUNTERFACT, MEANINGS, csv_table, interval_text, markdown_table
+from rome_pl.reports.score_tables import COUNTERFACT, MEANINGS, csv_table, interval_text, score_markdown
 from rome_pl.requests.record_forms import InvalidRecord, parse_records
 from tests.made_run import NASTY, made_request, made_scores, made_session
 
@@ -160,7 +160,7 @@ def test_a_mean_with_its_interval(value, low, high, digits, text):
 
 def test_the_table_for_papers():
     _, content = made(4, lost=(2,), rejected=(1,))
-    lines = markdown_table(content).splitlines()
+    lines = score_markdown(content).splitlines()
     assert lines[0] == "| score | unedited | just edited | final model | n |"
     entry = content["final"]["ES"]
     assert lines[2].startswith("| ES | 0.0 [0.0, 49.0] | 75.0 [")
@@ -192,7 +192,7 @@ def test_nan_is_told_in_both_tables():
     broken = made_scores(session.requests[0], good=True, shift=math.nan)
     session.measured.final_scores["c0"] = session.edits[0].scores["final"] = broken
     content = plain(results(session, []))
-    assert "| 2 / 2 / 1 (+ 1 NaN) |" in markdown_table(content)
+    assert "| 2 / 2 / 1 (+ 1 NaN) |" in score_markdown(content)
     assert "ES,final,1.0," in csv_table(content)
     assert csv_table(content).split("ES,final,")[1].splitlines()[0].endswith(",1,1")
 

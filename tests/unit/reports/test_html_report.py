@@ -166,7 +166,9 @@ def test_embedded_json_gives_back_what_went_in_and_cannot_end_its_element(value)
 
 def test_every_record_is_in_the_table():
     invalid = [InvalidRecord(7, "odd", "subject", "records.json, record odd, field 'subject': is <empty>")]
-    rows = data_of(Page(made(invalid=invalid, lost=(1,), rejected=(2,), unreached=(5,))))["records"]
+    data = data_of(Page(made(invalid=invalid, lost=(1,), rejected=(2,), unreached=(5,))))
+    rows = data["records"]
+    assert data["stages"].keys() >= {stage for row in rows for stage in row["values"]}
     assert [row["status"] for row in rows] == [
         "applied",
         "applied",

@@ -74,6 +74,9 @@ def test_tracing_agrees_if_the_layer_tried_next_to_its_peak_is_the_best():
     assert not found["agrees"]
     assert found["nearest_S"] == 0.5
     assert found["rank_correlation"] == pytest.approx(-0.5)  # ranks 2, 3, 1 of the effects and 3, 1, 2 of S
+    same_order = trial(layer(0, 0.1), layer(3, 0.9), layer(2, 0.95))
+    assert agreement(same_order, effects, 2)["rank_correlation"] == pytest.approx(1.0, abs=1e-12)
+    assert agreement(trial(*same_order.layers[:2]), effects, 2)["rank_correlation"] is None
     assert agreement(tried, effects, 1)["agrees"]
     assert agreement(tried, effects, None) is None
     same = trial(layer(0, 0.9), layer(3, 0.9), layer(6, 0.9))
