@@ -6,7 +6,7 @@ import torch
 
 from rome_pl.editing.edit import Edit
 from rome_pl.editing.session import EditSession, Retention
-from rome_pl.encoding.chat_template import PlainFrame
+from rome_pl.encoding.chat_template import PromptFrame
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import Answer, ProbeScores
 from rome_pl.requests.edit_request import EditRequest, Probe
@@ -73,7 +73,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
     layers = SimpleNamespace(change=0.25, numbers=[1], main=(1,), last=weight, weights=[weight], moments=(), written=[])
     session = EditSession(
         language_model=SimpleNamespace(
-            encoder=SimpleNamespace(frame=PlainFrame()),
+            encoder=SimpleNamespace(frame=PromptFrame()),
             identity=lambda: {
                 "source": "made up",
                 "fingerprint": "f",

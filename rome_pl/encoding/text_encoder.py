@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from rome_pl.encoding.chat_template import ChatFrame, PlainFrame, TemplateError
+from rome_pl.encoding.chat_template import PromptFrame, TemplateError
 from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
 from rome_pl.encoding.target_space import joined_by_space
 from rome_pl.errors import RomeError, shortened
@@ -52,7 +52,7 @@ class TextEncoder:
         self,
         tokenizer: Any,
         max_length: int,
-        frame: PlainFrame | ChatFrame | None = None,
+        frame: PromptFrame | None = None,
         embedded: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -61,7 +61,7 @@ class TextEncoder:
                 "load the fast tokenizer of this model (AutoTokenizer does where one exists)"
             )
         self.tokenizer = tokenizer
-        self.max_length, self.frame, self.embedded = max_length, frame or PlainFrame(), embedded
+        self.max_length, self.frame, self.embedded = max_length, frame or PromptFrame(), embedded
         self.pad_id: int = tokenizer.pad_token_id or 0
 
     @property
