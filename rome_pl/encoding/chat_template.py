@@ -37,7 +37,7 @@ class ChatForm:
     switches: dict[str, Any] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
-        """Plain values for manifests."""
+        """Return plain values for manifests."""
         return asdict(self)
 
 
