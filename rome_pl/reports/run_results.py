@@ -77,6 +77,7 @@ def manifest(session: EditSession, seed: int, run: Path | None = None) -> dict[s
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
         "mode": "sequential" if session.sequential else "single",
+        "preset": session.preset.name,
         "model": language_model.identity()
         | {"dtype": str(layers.last.site.weight.dtype)}
         | (noted_places(language_model.source, run) if run is not None else {}),
