@@ -52,3 +52,9 @@ def test_files_and_classes_that_are_named_exist(page):
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     known = set(re.findall(r"^(?:class )?(\w+)(?:\(| =|:)", code, re.M))
     assert set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.\w+)?`", text)) <= known
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]), ids=lambda path: path.stem)
+def test_lines_of_prose_are_short_enough_to_compare(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert [line for line in prose.splitlines() if len(line) > 140 and not line.startswith("|")] == []
