@@ -127,7 +127,7 @@ def _prepare(target: Path) -> None:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether the converting process has ended. A process on another machine counts as ended after a while."""
+    """Whether the converting process has ended. A process on another machine counts as ended after a day."""
     made_by = re.fullmatch(r"(.+)-(\d+)-(\d+)-[^-]+", folder.name.rpartition(UNFINISHED)[2])
     if made_by is None:
         return False
