@@ -6,7 +6,7 @@ result is.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +162,7 @@ class MomentSums:
 
 
 @contextmanager
-def keys_of(sites: Sequence[RewriteSite], take: Any) -> Iterator[None]:
+def keys_of(sites: Sequence[RewriteSite], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Pass the keys of each site to ``take(layer, keys)`` while a model runs. The forward ends at the deepest site.
 
     Args:
