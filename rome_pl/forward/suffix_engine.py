@@ -86,7 +86,7 @@ class SuffixEngine:
             if error <= largest:
                 if whole:
                     log.warning(
-                        "%s cannot go on from a cached prefix (%s): every step runs whole rows, which is slower",
+                        "%s cannot continue from a cached prefix (%s): every step runs whole rows, which is slower",
                         type(self.model).__name__,
                         reasons[0],
                     )

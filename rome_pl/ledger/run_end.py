@@ -53,5 +53,5 @@ def _results(run: Path) -> dict[str, Any]:
         content: dict[str, Any] = parsed(read_regular(path))
         checked(RESULTS, content)
     except (OSError, ValueError) as error:
-        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it anew")
+        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it again")
     return content

@@ -50,7 +50,7 @@ def can_resume(folder: Path, resume: str | None, overwrite: bool) -> bool:
     if resume is None:
         return False
     if overwrite:
-        raise OptionError("resume goes on with an earlier run, overwrite replaces it; give one of the two")
+        raise OptionError("resume continues an earlier run, overwrite replaces it; give one of the two")
     there = (folder / "ledger" / "edits.jsonl").is_file()
     if resume != "auto" and not there:
         raise RunFolderError(f"resume: {resume} holds no run (ledger/edits.jsonl); give the folder of one, or auto")
@@ -74,7 +74,9 @@ def check_save_folder(folder: Path, sequential: bool, overwrite: bool, run: Path
         RunFolderError: If it is a file, or holds files that may not be replaced.
     """
     if not sequential:
-        raise OptionError("save_model: in single-edit mode every edit is taken back; set model.sequential_edit: true")
+        raise OptionError(
+            "save_model: in single-edit mode every edit is undone after its evaluation; set model.sequential_edit: true"
+        )
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"save_model: {folder} is a file; give a folder")
     target, own = folder.resolve(), run.resolve()

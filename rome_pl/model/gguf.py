@@ -120,7 +120,7 @@ def _prepare(target: Path) -> None:
         if _is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
     if target.exists() and not _is_whole(target):
-        log.warning("The conversion in %s is damaged or not complete: it is made anew", target)
+        log.warning("The conversion in %s is damaged or not complete: it is repeated", target)
         shutil.rmtree(target, ignore_errors=True)
         if target.exists():
             raise SourceError(f"{target}: a damaged conversion that cannot be removed; delete it")
