@@ -243,7 +243,8 @@ class Tracer:
             if error <= largest or not bool(corrupted.isfinite().all()):
                 if whole:
                     log.warning(
-                        "%s cannot continue from a cached prefix (%s): every restoration runs whole rows, which is slower",
+                        "%s cannot continue from a cached prefix (%s): every restoration runs whole rows, which is "
+                        "slower",
                         type(self.model).__name__,
                         reason,
                     )
