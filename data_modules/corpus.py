@@ -14,17 +14,16 @@ __all__ = ["CorpusDataModule"]
 
 
 class CorpusDataModule(LightningDataModule):
-    """Gives :class:`rome_pl.CovarianceModule` text, packed into blocks and dealt out to the processes.
+    """Supplies :class:`rome_pl.CovarianceModule` with text, packed into blocks and distributed to the processes.
 
     Args:
         path: Text file, JSONL, Parquet, Arrow or CSV file, a pattern of such files, the name of a data set on the hub,
-            or ``generated`` for text that the model writes itself. In plain text a document ends at a blank line;
-            without blank lines each line is one.
+            or ``generated`` for text that the model generates. In plain text a document ends at a blank line; without
+            blank lines each line is a document.
         column: Column that holds the text, where there are columns.
         split: Split of a hub data set.
         subset: Configuration of a hub data set, such as ``20231101.en`` of ``wikimedia/wikipedia``.
-        num_workers: Processes that read and tokenise; every one reads the whole text, so that more than one or two
-            bring nothing.
+        num_workers: Processes that read and tokenise. Each reads the whole text, so more than one or two do not help.
         seed: Seed of a generated corpus.
     """
 
@@ -45,10 +44,10 @@ class CorpusDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Block]:
-        """This process's share of the blocks.
+        """Return this process's share of the blocks.
 
         Raises:
-            TypeError: If the Trainer's module is none that sums blocks.
+            TypeError: If the Trainer's module is not a :class:`rome_pl.CovarianceModule`.
         """
         module = self._module
         if not hasattr(module, "begin"):
@@ -57,13 +56,13 @@ class CorpusDataModule(LightningDataModule):
             module.begin(self.corpus, self.seed),
             batch_size=None,
             num_workers=self.num_workers,
-            # A generator of its own: a loader would otherwise draw from the global one.
+            # Its own generator: otherwise the loader would draw from the global one.
             generator=torch.Generator(),
         )
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Let other runs have the job: after an exception Lightning does not call the module's ``teardown``."""
+        """Release the job for other runs: after an exception Lightning does not call the module's ``teardown``."""
         if self._module is not None:
             self._module.teardown("predict")
 

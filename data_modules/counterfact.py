@@ -8,13 +8,13 @@ __all__ = ["CounterFactDataModule"]
 
 
 class CounterFactDataModule(RequestDataModule):
-    """Streams CounterFact as published (Meng et al. 2022): records of any other form are refused.
+    """Streams CounterFact as published (Meng et al. 2022). Records of any other form are refused.
 
     Args:
         path: Hub data set, or a file in the published form.
-        limit: Most records to use, from the first on; nothing uses all 21,919.
+        limit: Largest number of records, from the first on. ``None`` (default): all 21,919.
         split: Split of the hub data set.
-        on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        on_error: Whether an invalid record is skipped (and reported) or stops the run.
         batch_size: As in :class:`RequestDataModule`.
     """
 

@@ -1,4 +1,4 @@
-"""How a stream of requests is cut into batches, and shared among devices."""
+"""Cutting a stream of requests into batches, and sharing them among devices."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -13,12 +13,12 @@ from rome_pl.requests.edit_request import EditRequest
 __all__ = ["WINDOW", "EditBatchSampler", "RequestList", "as_it_is", "check_shared"]
 
 WINDOW = 8
-"""Batches of similar length are formed within so many batches of the stream, so that a run that ends early has done its
-beginning."""
+"""Number of batches within which requests of similar length are grouped, so that a run that ends early
+has done the beginning of the stream."""
 
 
 class RequestList(Sequence[EditRequest]):
-    """Requests that a loader may ask for one by one or several at once.
+    """Requests that a loader may take one by one or several at once.
 
     Args:
         requests: The requests, in order.
@@ -43,26 +43,25 @@ class RequestList(Sequence[EditRequest]):
 
 
 def as_it_is(batch: list[EditRequest]) -> list[EditRequest]:
-    """Requests are text: nothing to collate."""
+    """Return the batch unchanged: requests are text."""
     return batch
 
 
 class EditBatchSampler(DistributedSampler[list[int]]):
-    """Lists of indices, one list a batch; every request exactly once over all ranks.
+    """Lists of indices, one list per batch. Over all ranks every request occurs exactly once.
 
-    All ranks give the same number of batches, the last of some being empty: Lightning synchronises them batch by
-    batch. It is a ``DistributedSampler`` so that Lightning leaves it alone, and nothing else of one: that class repeats
+    All ranks have the same number of batches, of which the last may be empty: Lightning synchronises ranks batch by
+    batch. It subclasses ``DistributedSampler`` only to keep Lightning from replacing it: that class itself repeats
     samples.
 
     Args:
         requests: The stream.
-        batch_size: Requests of a batch.
-        by_length: Whether batches may take requests of similar length from nearby instead of the next ones; see
-            :meth:`regroup`.
-        rank: Which share to give.
+        batch_size: Number of requests in a batch.
+        by_length: Whether batches may group nearby requests of similar length; see :meth:`regroup`.
+        rank: Index of the share.
         world_size: Number of shares.
-        apart: Whether a batch ends before a request about a subject that it has already: facts about one subject have
-            one key, at which a joint solve cannot assert two values; one after the other they can be kept.
+        apart: Whether a batch ends before a second request about one of its subjects. Facts about one subject share a
+            key, at which a joint solve cannot assert two values. In separate batches both can hold.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class EditBatchSampler(DistributedSampler[list[int]]):
         self._batches = self._share(subjects_apart(requests, batch_size) if apart else self._cut(order))
 
     def regroup(self, lengths: Sequence[int]) -> None:
-        """Form the batches anew from requests of similar length, if that is allowed; their number stays.
+        """Regroup the batches by similar length, if allowed. Their number does not change.
 
         Args:
-            lengths: Tokens that a suffix forward runs, for each request.
+            lengths: For each request the number of tokens in a suffix forward.
         """
         if not self.by_length or self.batch_size == 1:
             return
@@ -104,7 +103,7 @@ class EditBatchSampler(DistributedSampler[list[int]]):
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
-        # One look at a time: Lightning makes its iterator before the module knows the lengths.
+        # Read lazily: Lightning makes its iterator before the module knows the lengths.
         for place in range(len(self._batches)):
             yield self._batches[place]
 
@@ -114,7 +113,7 @@ class EditBatchSampler(DistributedSampler[list[int]]):
 
 
 def check_shared(loader: object) -> None:
-    """Refuse a loader that would give several devices the same request.
+    """Refuse a loader that could give several devices the same request.
 
     Raises:
         OptionError: If its requests are not shared by :class:`EditBatchSampler`.

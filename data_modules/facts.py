@@ -14,19 +14,19 @@ __all__ = ["FactDataModule"]
 
 
 class FactDataModule(RequestDataModule):
-    """Gives facts to a :class:`rome_pl.TraceModule`: prompts with a subject and the true answer.
+    """Supplies a :class:`rome_pl.TraceModule` with facts: prompts with a subject and the true answer.
 
-    Beside the forms of :class:`RequestDataModule` it reads ``known_1000.json`` (Meng et al. 2022), and short records
-    without ``target_new``. For trial edits these get another fact's answer as the new one, of the same relation where
-    there is one, drawn by ``sample_seed``.
+    Besides the forms of :class:`RequestDataModule` it reads ``known_1000.json`` (Meng et al. 2022), and short records
+    without ``target_new``. For trial edits these get another fact's answer as new target, of the same relation if
+    possible, drawn by ``sample_seed``.
 
     Args:
         path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` for the records shipped with the package.
-        limit: Most records to use, from the first on; nothing uses all.
+        limit: Largest number of records, from the first on. ``None`` (default): all.
         form: As in :class:`RequestDataModule`.
         split: Split of a hub data set.
-        on_error: Whether a record that is no valid fact is skipped (and reported) or stops the run.
-        sample: Size of a seeded sample of the valid records, in file order; nothing takes all.
+        on_error: Whether an invalid record is skipped (and reported) or stops the run.
+        sample: Size of a seeded sample of the valid records, in file order. ``None`` (default): all.
         sample_by_relation: Whether each relation keeps its share in the sample.
         sample_seed: Seed of the sample and of new targets.
     """
@@ -55,10 +55,10 @@ class FactDataModule(RequestDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[EditRequest]:
-        """The facts that the model knows, one at a time.
+        """Return the facts that the model knows, one at a time.
 
         Raises:
-            TypeError: If the Trainer's module is none that traces.
+            TypeError: If the Trainer's module is not a :class:`rome_pl.TraceModule`.
         """
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if module is None or not hasattr(module, "begin"):

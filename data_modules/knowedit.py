@@ -8,15 +8,15 @@ __all__ = ["KnowEditDataModule"]
 
 
 class KnowEditDataModule(RequestDataModule):
-    """Streams KnowEdit (Zhang et al. 2024): records of any other form are refused.
+    """Streams KnowEdit (Zhang et al. 2024). Records of any other form are refused.
 
     Of several accepted answers the first is scored.
 
     Args:
         path: File, or hub data set.
-        limit: Most records to use, from the first on; nothing uses all.
+        limit: Largest number of records, from the first on. ``None`` (default): all.
         split: Split of a hub data set.
-        on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        on_error: Whether an invalid record is skipped (and reported) or stops the run.
         batch_size: As in :class:`RequestDataModule`.
     """
 

@@ -25,31 +25,31 @@ from rome_pl.second_moments.corpus import is_kind_of_file
 __all__ = ["RequestDataModule", "request_loader"]
 
 BATCH = 8
-"""Independent edits optimised side by side, unless asked otherwise."""
+"""Default number of independent edits optimised at once."""
 
 SHIPPED = {"sample": "sample_records.json", "questions": "sample_questions.yaml"}
-"""Paths that stand for records shipped with the package: statements, and questions for chat models."""
+"""Special paths of records shipped with the package: statements, and questions for chat models."""
 
 
 class RequestDataModule(LightningDataModule):
-    """Streams edit requests in batches, in file order but for single edits of similar length, which share batches.
+    """Streams edit requests in batches, in file order. Independent edits of similar length may share batches.
 
     Args:
         path: JSON, JSONL or YAML file; name of a hub data set; or ``sample`` or ``questions`` for the records shipped
             with the package.
-        limit: Most records to use, from the first on; nothing uses all.
-        form: Form of the records: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; nothing recognises it
-            from the first record.
+        limit: Largest number of records, from the first on. ``None`` (default): all.
+        form: Form of the records: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; ``None`` (default):
+            recognised from the first record.
         split: Split of a hub data set.
-        on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
-        retention_sample: Earlier edits that are measured again every ``val_check_interval`` batches of a sequential
-            stream: a seeded sample of so many; 0 measures none.
-        sample: Size of a seeded sample of the valid records, in file order; nothing takes all.
+        on_error: Whether an invalid record is skipped (and reported) or stops the run.
+        retention_sample: Size of the seeded sample of earlier edits that are measured again every
+            ``val_check_interval`` batches of a sequential stream. 0: none.
+        sample: Size of a seeded sample of the valid records, in file order. ``None`` (default): all.
         sample_by_relation: Whether each relation keeps its share in the sample.
         sample_seed: Seed of the sample.
-        batch_size: Edits optimised side by side. Nothing takes 8 where edits are independent, with requests of similar
-            length from nearby sharing a batch, and 1 in sequential mode, where more means one joint solve a batch and
-            where a batch ends before a second fact about one of its subjects.
+        batch_size: Edits optimised at once. ``None`` (default): 8 independent edits, nearby requests of similar length
+            sharing a batch; 1 in sequential mode. There a larger batch is solved jointly and ends before a second fact
+            about one of its subjects.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RequestDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[EditRequest]:
-        """The stream of edits: this rank's share, where several devices make independent edits."""
+        """Return the stream of edits, or this rank's share if several devices make independent edits."""
         trainer = self.trainer
         session = getattr(trainer.lightning_module, "session", None) if trainer is not None else None
         independent = isinstance(session, EditSession) and not session.sequential
@@ -115,10 +115,10 @@ class RequestDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[EditRequest]:
-        """This rank's share of the requests, some at a time, for an :class:`rome_pl.EvaluationModule`.
+        """Return this rank's share of the requests, in batches, for an :class:`rome_pl.EvaluationModule`.
 
         Raises:
-            TypeError: If the Trainer's module is none that evaluates.
+            TypeError: If the Trainer's module is not an :class:`rome_pl.EvaluationModule`.
         """
         trainer = self.trainer
         module: Any = trainer.lightning_module if trainer is not None else None
@@ -132,7 +132,7 @@ class RequestDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[list[EditRequest]]:
-        """A sample of the edits begun so far, whenever it is asked for; nothing unless edits accumulate."""
+        """Return a sample of the edits so far, drawn at each validation. Empty unless edits accumulate."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         return retention_loader(self.requests, lambda: getattr(module, "session", None), self.retention_sample)
 
@@ -158,14 +158,14 @@ def request_loader(
     world_size: int = 1,
     apart: bool = False,
 ) -> DataLoader[EditRequest]:
-    """A loader that gives :class:`RomeModule` lists of requests; see :class:`EditBatchSampler` for the arguments."""
+    """Make a loader of batches of requests for :class:`RomeModule`; see :class:`EditBatchSampler` for the arguments."""
     return DataLoader(
-        # A data set in torch's sense is whatever can be indexed, which its annotation does not know.
+        # Torch accepts any sequence as a data set, but its annotation does not.
         RequestList(requests),  # type: ignore[arg-type]
         batch_size=None,
         sampler=EditBatchSampler(requests, batch_size, by_length, rank, world_size, apart),
         collate_fn=as_it_is,  # requests are text
-        # A generator of its own: a loader would otherwise draw from the global one.
+        # Its own generator: otherwise the loader would draw from the global one.
         generator=torch.Generator(),
     )
 
@@ -176,7 +176,7 @@ def _from_hub(name: str, split: str, limit: int | None) -> list[Any]:
     try:
         stream = datasets.load_dataset(name, split=split, streaming=True)
         return list(stream.take(limit) if limit is not None else stream)
-    except Exception as error:  # the library raises many kinds, from many layers
+    except Exception as error:  # the library raises many kinds of exception
         raise DataError(
             f"'{name}': no such file, and no hub data set of that name could be loaded with split '{split}' "
             f"(offline?): {error}"

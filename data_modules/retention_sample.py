@@ -16,14 +16,14 @@ __all__ = ["RetentionSample", "retention_loader"]
 
 
 class RetentionSample(IterableDataset[list[EditRequest]]):
-    """Edits begun so far, some at a time: a seeded sample, which only grows or gives way to later edits.
+    """A seeded sample of the edits so far, in batches. A member leaves it only for a later edit.
 
-    It is iterated anew whenever retention is measured, and is as long as it is then.
+    It is iterated at each measurement of retention; its length is that at the moment.
 
     Args:
         requests: The stream.
-        session: Gives the run's session.
-        size: Most edits; none in single mode, whose edits do not last.
+        session: Returns the run's session.
+        size: Largest size of the sample. It is empty in single mode, whose edits are not kept.
     """
 
     def __init__(self, requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int) -> None:
@@ -46,11 +46,11 @@ class RetentionSample(IterableDataset[list[EditRequest]]):
 def retention_loader(
     requests: Sequence[EditRequest], session: Callable[[], EditSession | None], size: int
 ) -> DataLoader[list[EditRequest]]:
-    """A loader of earlier edits to measure again, for Lightning's validation loop; see :class:`RetentionSample`."""
+    """Make a loader of earlier edits for Lightning's validation loop; see :class:`RetentionSample`."""
     return DataLoader(
         RetentionSample(requests, session, size),
         batch_size=None,
         collate_fn=as_it_is,
-        # A generator of its own: a loader would otherwise draw from the global one.
+        # Its own generator: otherwise the loader would draw from the global one.
         generator=torch.Generator(),
     )

@@ -8,15 +8,15 @@ __all__ = ["ZsreDataModule"]
 
 
 class ZsreDataModule(RequestDataModule):
-    """Streams zsRE in its evaluation form (Mitchell et al. 2022): records of any other form are refused.
+    """Streams zsRE in its evaluation form (Mitchell et al. 2022). Records of any other form are refused.
 
     The unrelated question of a record is a locality probe, its ``New Question`` a portability probe.
 
     Args:
         path: File, or hub data set.
-        limit: Most records to use, from the first on; nothing uses all.
+        limit: Largest number of records, from the first on. ``None`` (default): all.
         split: Split of a hub data set.
-        on_error: Whether a record that is no valid request is skipped (and reported) or stops the run.
+        on_error: Whether an invalid record is skipped (and reported) or stops the run.
         batch_size: As in :class:`RequestDataModule`.
     """
 

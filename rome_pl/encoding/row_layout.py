@@ -16,7 +16,7 @@ class RowLayout:
         rows: All rows.
         contexts: For each edit the indices of its prompt under each context, the bare prompt first.
         kl: For each edit the index of the row in which the divergence is measured.
-        kl_offset: For each edit the number of tokens between the lookup token and the divergence's position.
+        kl_offset: For each edit how many tokens after the lookup token the divergence is measured.
         kept: For each edit the indices of earlier facts to preserve.
     """
 

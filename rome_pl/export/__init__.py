@@ -1,1 +1,1 @@
-"""Checkpoints, deltas and adapters made of a run."""
+"""Checkpoints, deltas and adapters of a run."""

@@ -1,7 +1,7 @@
-"""Saving a model as a Hugging Face checkpoint, and reading back that the files hold what is in memory.
+"""Saving a model as a Hugging Face checkpoint, and comparing the files with the model in memory.
 
-What a model writes of itself is not always all of it: a model with an adapter writes the adapter alone. So every
-checkpoint is compared with the model before it gets its name.
+A model may save only a part of itself: a model with an adapter saves only the adapter. So every checkpoint is compared
+with the model before it gets its final name.
 """
 
 import errno
@@ -29,33 +29,33 @@ _OWN = re.compile(
     r"|chat_template|rome_pl)\.json"
     r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|merges\.txt|chat_template\.jinja"
 )
-"""Names of the files of a checkpoint: a new one replaces all of an older one's."""
+"""Names of the files of a checkpoint. A new checkpoint replaces all of them."""
 
 
 class SavedModelError(RomeError):
-    """A checkpoint that does not hold the model that was saved."""
+    """A checkpoint that differs from the saved model."""
 
 
 def model_bytes(language_model: LanguageModel) -> int:
-    """How many bytes a checkpoint of a model takes at least: those of its weights, tied ones once."""
+    """Smallest size of a checkpoint in bytes: its weights, tied ones once."""
     weights = {_storage(tensor): tensor for tensor in language_model.model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def save_model(language_model: LanguageModel, folder: Path, option: str = "save_model", replace: bool = False) -> None:
-    """Save a checkpoint to a folder of its own, whole or not at all.
+    """Save a checkpoint to its own folder, completely or not at all.
 
     Args:
         language_model: The model.
         folder: Where to.
         option: The option that names it.
-        replace: Whether the checkpoint that it holds may be replaced; what is no part of a checkpoint stays. Otherwise
-            it does not exist, or is empty.
+        replace: Whether to replace a checkpoint in it; other files are kept. Otherwise the folder has to be empty or
+            not exist.
 
     Raises:
-        OptionError: If the disk has no room.
+        OptionError: If the disk has not enough room.
         OSError: If the folder cannot be written.
-        SavedModelError: If the files would not hold the model.
+        SavedModelError: If the files would differ from the model.
     """
     check_room(folder, model_bytes(language_model), option)
     with whole_folder(folder, _is_own if replace else None) as work:
@@ -63,17 +63,17 @@ def save_model(language_model: LanguageModel, folder: Path, option: str = "save_
 
 
 def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors in the model's dtype, configurations, tokenizer; and read it back.
+    """Write a Hugging Face checkpoint (safetensors in the model's dtype, configurations, tokenizer), and verify it.
 
     Args:
         language_model: The model.
         folder: Where to; meant to be a temporary folder, see :func:`rome_pl.files.whole_files.whole_folder`.
-        max_shard_size: Largest file, such as ``5GB``. ``None``: as transformers has it.
+        max_shard_size: Largest size of a file, such as ``5GB``. ``None`` (default): that of transformers.
 
     Raises:
         OSError: If the folder cannot be written.
         SafetensorError: The same, for the weights.
-        SavedModelError: If the files do not hold the model.
+        SavedModelError: If the files differ from the model.
     """
     check_saves_whole(language_model.model)
     try:
@@ -81,7 +81,7 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(errno.EIO, str(error)) from error  # how a full disk shows in the tokenizers library
+        raise OSError(errno.EIO, str(error)) from error  # how the tokenizers library reports a full disk
     sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
     language_model.model.save_pretrained(folder, **sizes)
     if found := difference(language_model, folder):
@@ -92,7 +92,7 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
 
 
 def difference(language_model: LanguageModel, folder: Path) -> str | None:
-    """How a checkpoint differs from a model in memory; ``None`` if every weight has the same bits.
+    """Describe how a checkpoint differs from a model in memory. ``None``: every weight has the same bits.
 
     Args:
         language_model: The model.
@@ -149,7 +149,7 @@ class _Files:
 
 
 def _compared(weights: Mapping[str, Tensor], files: _Files) -> tuple[str | None, list[str]]:
-    """The first weight that differs; and those that the files do not have by their names."""
+    """Return the first weight that differs, and the names of weights that the files lack."""
     names = files.names()
     held = {_storage(tensor) for name, tensor in weights.items() if name in names}
     for name in sorted(names & weights.keys()):
@@ -159,14 +159,14 @@ def _compared(weights: Mapping[str, Tensor], files: _Files) -> tuple[str | None,
 
 
 def _loaded_difference(model: Any, folder: Path, weights: Mapping[str, Tensor], missing: list[str]) -> str | None:
-    """How the model differs from what its own class makes of a checkpoint whose weights have other names."""
+    """Describe how the model differs from a checkpoint loaded by its own class, if names of weights differ."""
     lacks = f"it lacks {len(missing)} weights, such as {missing[0]}"
     try:
         loaded, report = type(model).from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
         again = loaded.state_dict()
-    except Exception as error:  # whatever a class of somebody else raises: it cannot be loaded
+    except Exception as error:  # a foreign class may raise anything: it cannot be loaded
         return f"{lacks} ({first_line(error)})"
     if report["missing_keys"] or again.keys() != model.state_dict().keys():
         return lacks
@@ -182,8 +182,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies: tied weights lie in one place."""
-    if tensor.is_meta:  # nowhere
+    """The storage of a tensor: tied weights share one."""
+    if tensor.is_meta:  # no storage
         return (id(tensor),)
     return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 

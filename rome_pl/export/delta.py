@@ -1,7 +1,7 @@
-"""The change that a run has made, alone: kilobytes an edit, that make the run's model of its base model, bit for bit.
+"""The change of a run: a few kilobytes per edit that turn the base model into the run's model, bit for bit.
 
 The file holds each edit's factors in float64, in the ledger's order. They are added to a float64 master one write after
-the other, as the run did, and cast once: a sum formed beforehand would be rounded in another way.
+the other, as in the run, and cast once: a sum computed beforehand would be rounded differently.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from rome_pl.write.edited_layers import EditedLayers
 __all__ = ["ABOUT", "Delta", "DeltaError", "apply_delta", "read_delta", "save_delta"]
 
 ABOUT = "rome_pl.json"
-"""What says of an export what it is: base model, layers, edits."""
+"""File with the description of an export: base model, layers, edits."""
 
 TENSORS = "delta.safetensors"
 
 OTHER_FORMS = ("hf", "peft")
-"""Forms of an export that no delta can be read from."""
+"""Other forms of an export, which cannot be read as a delta."""
 
 VERSION = 3
-"""Version of the form; a reader refuses others. Version 2 had no checksums."""
+"""Version of the format. Others are refused. Version 2 had no checksums."""
 
 
 class DeltaError(RomeError):
-    """A delta that is missing, damaged, or of another base model."""
+    """A delta that is missing, damaged, or belongs to another base model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Delta:
     """A delta as read from its folder.
 
     Args:
-        about: What :data:`ABOUT` says.
+        about: The content of :data:`ABOUT`.
         updates: For each rewrite layer its changes, in the order of the writes.
     """
 
@@ -66,15 +66,15 @@ class Delta:
 def save_delta(folder: Path, layers: EditedLayers) -> dict[str, Any]:
     """Write the factors of every edit, ``layers.<place>.left`` ``[n, d_value]`` and ``….right`` ``[n, d_key]``.
 
-    Layers that no edit is written into have no place.
+    Layers without edits are left out.
 
     Args:
         folder: Where to.
         layers: The weights with their edits.
 
     Returns:
-        What a reader has to know besides: ``num_edits``; ``writes``, for each layer how many edits each of its writes
-        holds; ``digests`` of the edited weights; and ``tensors``, the SHA-256 of the file.
+        Further information for a reader: ``num_edits``; ``writes``, for each layer the number of edits of each write;
+        ``digests`` of the edited weights; and ``tensors``, the SHA-256 of the file.
     """
     tensors = {}
     edited = [weight for weight in layers.weights if weight.written]
@@ -94,7 +94,7 @@ def read_delta(folder: Path) -> Delta:
     """Read a delta.
 
     Raises:
-        DeltaError: If it is missing, damaged, of another version, or an export in another form.
+        DeltaError: If it is missing, damaged, of another version, or another form of export.
     """
     path = folder / ABOUT
     advice = "give the folder of an export as delta"
@@ -134,7 +134,7 @@ def read_delta(folder: Path) -> Delta:
 
 
 def _updates(left: Tensor, right: Tensor, writes: Sequence[int]) -> tuple[Update, ...]:
-    # Copies lie in memory as the run's own factors did: kernels may take another path for what is not aligned.
+    # Copies are aligned in memory as the run's factors were: kernels may round unaligned data differently.
     if any(tensor.ndim != 2 or not bool(tensor.isfinite().all()) for tensor in (left, right)):
         raise ValueError("it holds factors that are no finite numbers in rows")
     rows = zip(torch.split(left, list(writes)), torch.split(right, list(writes)), strict=True)
@@ -146,15 +146,15 @@ def apply_delta(language_model: LanguageModel, delta: Delta) -> bool:
     """Put a delta's edits into the unedited model that its run began with.
 
     Args:
-        language_model: The model; unchanged if this fails.
+        language_model: The model. It is unchanged after an error.
         delta: The delta.
 
     Returns:
-        Whether the weights are bit for bit those of the run. They are not if the model's were loaded from a copy in
-        another precision, or the machine or the number of threads rounds a matrix product otherwise.
+        Whether the weights are bit for bit those of the run. They are not if the model was loaded from a copy in
+        another precision, or if the machine or the number of threads rounds matrix products differently.
 
     Raises:
-        DeltaError: If the delta is of another model.
+        DeltaError: If the delta belongs to another model.
     """
     base = delta.about["base"]
     refuse_another_model(base, language_model, DeltaError, "a delta", "give the model that the run began with")

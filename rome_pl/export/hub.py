@@ -1,4 +1,4 @@
-"""Putting a folder on the Hugging Face hub."""
+"""Uploading a folder to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -8,30 +8,30 @@ __all__ = ["HubError", "fault_of", "push"]
 
 
 class HubError(RomeError):
-    """A folder that could not be put on the hub."""
+    """A folder that could not be uploaded to the hub."""
 
 
 def fault_of(repository: str) -> str | None:
-    """What keeps a text from being the name of a repository, if anything does."""
+    """Why a text cannot be the name of a repository. ``None``: it can."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_url(repository, "README.md")  # makes an address of it, which needs no network
+        hf_hub_url(repository, "README.md")  # builds its address, without network
     except HFValidationError as error:
         return first_line(error)
     return None
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder's files to a repository of the hub; a new one is private.
+    """Upload a folder's files to a repository of the hub. A new repository is private.
 
     Args:
-        folder: The folder; it stays as it is.
+        folder: The folder, which is not changed.
         repository: ``NAME`` or ``ORGANISATION/NAME``.
 
     Returns:
-        The address of what was uploaded.
+        The address of the upload.
 
     Raises:
         HubError: If there is no token, the hub cannot be reached, or it refuses.
@@ -39,7 +39,7 @@ def push(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Without a network its client lets the error of the HTTP library through, whose name changes with releases.
+    # Without a network the client raises an error of its HTTP library, whose name changes with releases.
     failures: tuple[type[Exception], ...] = (ValueError, *HfHubHTTPError.__bases__)
     kept = f"The export stays in {folder}; to try again: hf upload {repository} {folder}"
     if get_token() is None:

@@ -1,8 +1,8 @@
-"""A run's edits as a LoRA adapter in the form that the peft library loads.
+"""A run's edits as a LoRA adapter for the peft library.
 
 The adapter is ``base(x) + B A x`` in each edited projection, ``B A`` being the exact change of its float64 master. A
-float32 model holds that change to its last bits. A model in bfloat16 or float16 holds it rounded: the adapter then is
-closer to what the edits assert than the edited weights are.
+float32 model holds that change almost exactly. A bfloat16 or float16 model rounds it: the adapter is then closer to the
+asserted values than the edited weights are.
 """
 
 import json
@@ -22,13 +22,13 @@ __all__ = ["AdapterPart", "save_adapter"]
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """What an adapter holds of one layer.
+    """The part of an adapter for one layer.
 
     Args:
         weight: Name of the edited weight.
         rank: Number of factors.
         full_rank: Rank of the layer's whole change.
-        error: Frobenius norm of what the adapter lacks of the change, relative to the change's.
+        error: Frobenius norm of the difference of adapter and change, relative to the change's.
     """
 
     weight: str
@@ -40,16 +40,16 @@ class AdapterPart:
 def save_adapter(folder: Path, layers: EditedLayers, source: str, rank: int | None = None) -> list[AdapterPart]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, its factors in float32.
 
-    A layer that no edit has changed has no part in it.
+    Layers without edits are left out.
 
     Args:
         folder: Where to.
         layers: The weights with their edits.
         source: The unedited model, as loaders know it.
-        rank: Most factors a layer. ``None`` (default): as many as the change's rank.
+        rank: Largest number of factors per layer. ``None`` (default): as many as the change's rank.
 
     Raises:
-        LedgerError: If the edits have changed nothing.
+        LedgerError: If the edits have changed no weight.
     """
     tensors, parts, ranks = {}, list[AdapterPart](), dict[str, int]()
     for weight in layers.weights:
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, layers: EditedLayers, source: str, rank: int | No
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source,
         "inference_mode": True,
-        # Full names: the modules of these names in other layers, or of other parts of a model, stay what they are.
+        # Full names, so that modules of the same name in other layers or parts of the model are not changed.
         "target_modules": list(ranks),
         "r": largest,
         "rank_pattern": ranks,

@@ -1,4 +1,4 @@
-"""A weight change in as few factors as its rank allows, or in fewer."""
+"""A weight change in as many factors as its rank, or in fewer."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class LowRank:
         down: ``[r, d_key]``, float32.
         up: ``[d_value, r]``, float32.
         full_rank: Rank of the whole change; ``r`` is smaller if it was compressed.
-        error: Frobenius norm of what these factors lack of the change, rounding included, relative to the change's.
+        error: Frobenius norm of the difference of factors and change, rounding included, relative to the change's.
     """
 
     down: Tensor
@@ -33,16 +33,16 @@ class LowRank:
 
 
 def low_rank(update: Update, rank: int | None = None) -> LowRank:
-    r"""Factorise a change anew, into its singular vectors.
+    r"""Factorise a change into its singular vectors.
 
     With :math:`L^T = Q_l R_l` and :math:`R^T = Q_r R_r` the change is :math:`Q_l (R_l R_r^T) Q_r^T`, and the matrix in
-    the middle has at most n rows: the change itself is never formed. A truncated one is the best of its rank
-    (Eckart and Young 1936).
+    the middle has at most n rows, so the change itself is never computed. A truncated factorisation is the best of its
+    rank (Eckart and Young 1936).
 
     Args:
         update: The change, in n factors.
-        rank: Most factors; nothing takes as many as the change has singular values other than zero, which are at most
-            ``min(n, d_value, d_key)``.
+        rank: Largest number of factors. ``None`` (default): the number of nonzero singular values, at most ``min(n,
+            d_value, d_key)``.
     """
     left, right = torch.linalg.qr(update.left.T), torch.linalg.qr(update.right.T)
     outer, sizes, inner = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
@@ -58,5 +58,5 @@ def low_rank(update: Update, rank: int | None = None) -> LowRank:
 
 
 def _norm(update: Update) -> float:
-    """Frobenius norm; unlike :attr:`Update.norm` exact for a sum that all but vanishes."""
+    """Frobenius norm. Unlike :attr:`Update.norm`, it is accurate for a sum that nearly vanishes."""
     return float((torch.linalg.qr(update.left.T).R @ torch.linalg.qr(update.right.T).R.T).norm())

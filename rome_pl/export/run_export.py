@@ -1,7 +1,6 @@
-"""What a run has edited, for use elsewhere: a Hugging Face checkpoint, the change alone, or a LoRA adapter.
+"""Exporting the edits of a run: as a Hugging Face checkpoint, a delta, or a LoRA adapter.
 
-Nothing is optimised. The edits are put into the base model from the ledger, written in the form asked for, and taken
-out again.
+Nothing is optimised. The edits are applied to the base model from the ledger, exported, and undone again.
 """
 
 import json
@@ -29,18 +28,18 @@ from rome_pl.write.edited_layers import EditedLayers
 __all__ = ["EXPORT_FORMS", "Exported", "check_export", "export_run"]
 
 EXPORT_FORMS = ("hf", "delta", "peft")
-"""Forms of an export: a merged Hugging Face checkpoint, the change alone, a LoRA adapter."""
+"""Forms of an export: a merged Hugging Face checkpoint, a delta, a LoRA adapter."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """The result of an export.
 
     Args:
-        folder: Where it lies.
+        folder: Its folder.
         num_edits: Number of edits.
         num_bytes: Size of all files.
-        adapter: What an adapter holds of each layer; empty in other forms.
+        adapter: The parts of an adapter, by layer; empty in other forms.
     """
 
     folder: Path
@@ -50,7 +49,7 @@ class Exported:
 
 
 def check_export(form: str, folder: Path, rank: int | None = None, max_shard_size: str | None = None) -> None:
-    """Refuse what cannot be meant, before a model is loaded; arguments as those of :func:`export_run`.
+    """Check the arguments of :func:`export_run` before a model is loaded.
 
     Raises:
         OptionError: With what to do.
@@ -84,19 +83,19 @@ def export_run(
     """Write the edits of a sequential run to a folder of their own, with ``README.md`` and ``rome_pl.json``.
 
     Args:
-        language_model: The unedited model that the run began with, in the dtype of the run; it is so again afterwards,
-            bit for bit, whatever happens.
+        language_model: The unedited model that the run began with, in the run's dtype. It is restored bit for bit, even
+            after an exception.
         run: The run's folder.
         folder: Where to; it does not exist, or is empty. After an exception it is as it was.
         form: One of :data:`EXPORT_FORMS`.
-        rank: Most factors an adapter has a layer; nothing makes it exact.
-        max_shard_size: Largest file of a checkpoint, such as ``5GB``; nothing leaves it to transformers.
-        cases: The edits, by ``case_id``; nothing takes all that are in the weights. The others are left out by solving
-            for these anew, as ``rome-pl pick`` does.
-        statistics: The run's second moments where ``cases`` needs them and they are neither shipped nor in the cache.
+        rank: Largest number of an adapter's factors per layer. ``None`` (default): the adapter is exact.
+        max_shard_size: Largest size of a checkpoint's file, such as ``5GB``. ``None`` (default): that of transformers.
+        cases: The edits, by ``case_id``. ``None`` (default): all edits in the weights. Other edits are left out by
+            solving again, as in ``rome-pl pick``.
+        statistics: Paths of the run's second moments, if ``cases`` needs them and they are neither shipped nor cached.
 
     Raises:
-        OptionError: As :func:`check_export`.
+        OptionError: Like :func:`check_export`.
         LedgerError: If no edit is in the weights, or the ledger cannot be used; see
             :func:`rome_pl.ledger.replay.read_writes`.
         OSError: If the folder cannot be written.
@@ -127,7 +126,7 @@ def export_run(
 def _edited(
     language_model: LanguageModel, run: Path, cases: Sequence[str] | None, statistics: Sequence[Path]
 ) -> Iterator[EditedLayers]:
-    """The model with a run's edits inside; without any after, whatever happens."""
+    """Apply a run's edits inside; undo them afterwards, even after an exception."""
     layers = replay(language_model, run) if cases is None else pick(language_model, run, cases, statistics)
     try:
         if not layers.names:
@@ -138,7 +137,7 @@ def _edited(
 
 
 def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
-    """What an export is, as JSON can hold it."""
+    """The description of an export, for JSON."""
     manifest, edits = read_manifest(run), read_edits(run)
     model = manifest["model"]
     base: dict[str, Any] = {name: model.get(name) for name in ("source", "fingerprint", "config", "tokenizer", "chat")}

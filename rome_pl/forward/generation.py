@@ -1,8 +1,8 @@
-"""What a model writes after a text: the one place that asks it to generate.
+"""Text generation: the only module that calls ``generate``.
 
-A checkpoint may ship generation settings (beams, penalties, stop strings, an output format, a kind of cache). They suit
-its use as a product, and say nothing about how contexts, fluency, samples or a corpus are to be written. None of them
-has a part in it here; of a model's own settings only the ids that end a text are asked for.
+A checkpoint may ship generation settings (beams, penalties, stop strings, an output format, a kind of cache). They are
+meant for its use as a product, not for contexts, fluency, samples or a corpus. Of these settings only the ids that end
+a text are used here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        seed: Seed of the generators, whose own state is left as it was.
+        seed: Seed of the generators. Their own state is restored.
         top_k: Number of likeliest tokens to draw from, by their probabilities. 0: all.
     """
 
@@ -40,11 +40,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after some rows.
+    """The texts that a model wrote after some rows.
 
     Args:
-        rows: For each row the ids written, up to the end of the text and without the token that ends it.
-        steps: Tokens asked of the model for each row; rows that had ended waited for the others.
+        rows: For each row the new ids, up to the end of the text and without its end token.
+        steps: Tokens generated for each row, including those of ended rows that waited for the others.
     """
 
     rows: list[list[int]]
@@ -59,14 +59,14 @@ def write_ids(
     sampling: Sampling | None = None,
     full_length: bool = False,
 ) -> Continuation:
-    """Let the model go on with some rows, side by side.
+    """Let the model continue some rows as one batch.
 
     Args:
         language_model: The model, with its current weights.
-        rows: Ids of what stands before, of any lengths, what the tokenizer puts before a text included.
-        tokens: Most tokens to write; the caller leaves room for them within what the model reads.
-        sampling: How tokens are drawn. ``None``: the likeliest each time.
-        full_length: Whether to write all of them, with no end of the text before.
+        rows: Ids of the texts to continue, of any lengths, including those that the tokenizer puts before a text.
+        tokens: Largest number of tokens to write. The rows have to leave room for them in the model's context.
+        sampling: How tokens are drawn. ``None`` (default): always the likeliest one.
+        full_length: Whether to write exactly ``tokens`` tokens, without ending a text earlier.
     """
     model: Any = language_model.model
     encoder = language_model.encoder
@@ -74,7 +74,7 @@ def write_ids(
     how: dict[str, Any] = {"do_sample": False}
     if sampling is not None:
         how = {"do_sample": True, "top_k": sampling.top_k, "top_p": 1.0, "temperature": 1.0}
-    # The last tokens stand in one column.
+    # The last tokens are in one column.
     encoded = [EncodedRow(tuple(row), len(row) - 1, (), len(row) - 1) for row in rows]
     aligned = align(encoded, encoder.pad_id, language_model.device)
     config = GenerationConfig(
@@ -103,7 +103,7 @@ def write_ids(
 
 
 def end_ids(language_model: LanguageModel) -> list[int]:
-    """Ids that end a text, by the model's own generation settings; those that its vocabulary lacks never come up."""
+    """Ids that end a text, from the model's generation settings, without ids outside its vocabulary."""
     settings = [module.generation_config for module in _with_settings(language_model.model)]
     found = next((one.eos_token_id for one in settings if one is not None), None)
     ids = torch.as_tensor([] if found is None else found).flatten().tolist()
@@ -112,16 +112,16 @@ def end_ids(language_model: LanguageModel) -> list[int]:
 
 
 def _with_settings(model: nn.Module) -> list[Any]:
-    """The modules that keep generation settings, or ``None`` in their place, the outermost first.
+    """The modules that can hold generation settings, possibly ``None``, the outermost first.
 
-    A wrapper reads those of what it wraps.
+    A wrapper reads the settings of the wrapped model.
     """
     return [module for module in model.modules() if "generation_config" in vars(module)]
 
 
 @contextmanager
 def _without_own_settings(model: nn.Module) -> Iterator[None]:
-    """Bare generation settings inside, since ``generate`` fills what it is not told from the model's own."""
+    """Use empty generation settings inside: ``generate`` takes missing arguments from the model's own."""
     kept = [(module, module.generation_config) for module in _with_settings(model)]
     try:
         for module, _ in kept:
@@ -133,23 +133,26 @@ def _without_own_settings(model: nn.Module) -> Iterator[None]:
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Ids before the first that ends the text: what ``generate`` fills a finished row with is no text."""
+    """Ids before the first end of text: ``generate`` fills the rest of a finished row."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int, seed: int | None = None) -> list[str]:
-    """Continuations of prompts, without them.
+    """Generate continuations of prompts.
 
     Args:
         language_model: The model, with its current weights.
         prompts: Texts, of any lengths.
-        tokens: Most tokens of a continuation; where the context ends earlier, so does it.
-        seed: Seed of the sampling; ``None`` takes the likeliest token each time.
+        tokens: Largest number of tokens of a continuation. It is shorter if the context ends earlier.
+        seed: Seed of the sampling. ``None`` (default): always take the likeliest token.
+
+    Returns:
+        A text for each prompt, without the prompt.
     """
     encoder = language_model.encoder
     texts = [""] * len(prompts)
     rows = [encoder.prompt(prompt) for prompt in prompts]
-    # Where the context ends early there is room for fewer tokens, or none: that is no matter of the other prompts.
+    # A long prompt may leave room for fewer tokens, or none. This does not affect the other prompts.
     rooms: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         rooms.setdefault(min(tokens, encoder.max_length - len(row.ids)), []).append(place)
@@ -169,7 +172,7 @@ def generate(language_model: LanguageModel, prompts: Sequence[str], tokens: int,
 
 
 ROWS = 32
-"""Prompts continued at once."""
+"""Number of prompts continued at once."""
 
 
 TOP_K = 5

@@ -1,4 +1,4 @@
-"""Context managers that look into a model or change one forward of it, and leave nothing behind."""
+"""Context managers that read a model's activations or change a forward, and remove their hooks afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,8 +82,8 @@ def capture_output(layer: nn.Module, columns: slice) -> Iterator[dict[str, Tenso
 def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     """Zero the hidden states of padding as they enter each decoder layer.
 
-    A padding column on the left attends to nothing, which some attention kernels answer with NaN; and zero weight
-    times NaN is NaN for every token that comes later.
+    A padding column on the left attends to nothing, for which some attention kernels return NaN. Zero weight times NaN
+    is NaN for every later token.
 
     Args:
         model: The language model.
@@ -94,7 +94,7 @@ def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != padding.shape[1]:
-            return args, kwargs  # a later step of generation, which has no padding of its own
+            return args, kwargs  # a later step of generation has no padding
         hidden = hidden.masked_fill(padding, 0.0)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -128,7 +128,7 @@ def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[
 
     Args:
         module: The module; its output may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
-        value: What stands there instead.
+        value: The new output there, ``[d]``.
         rows: Number of rows of the batch.
         chosen: The rows that change.
         column: The column.
@@ -148,7 +148,7 @@ def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[
 
 @contextmanager
 def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
-    """Let each row see a rank-one change of the projection's weight of its own, which nobody writes.
+    """Apply a rank-one change of the projection's weight to each row, without writing it.
 
     Args:
         projection: The module; its input may be ``[rows, length, d_key]`` or flattened.
@@ -172,7 +172,7 @@ def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator
 def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Run the head on chosen positions only; the model then returns logits ``[1, positions, vocabulary]``.
 
-    Hooking the head keeps what some families do to logits afterwards (scaling, soft-capping).
+    The hook on the head keeps later changes of logits in some families (scaling, soft-capping).
     """
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -22,14 +22,14 @@ __all__ = [
 
 
 class PassThrough(nn.Module):
-    """Stands in for a decoder layer that need not run; answers in the form the family's layers answer in."""
+    """Replaces a decoder layer that need not run. Returns hidden states in the form of the family's layers."""
 
     def __init__(self, answer: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.answer = answer
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """The hidden states as they came."""
+        """Return the hidden states unchanged."""
         return self.answer(hidden_states)
 
 
@@ -41,7 +41,7 @@ def run_from_layer(
     answer: Callable[[Tensor], Any],
     stand_ins: Mapping[int, nn.Module] | None = None,
 ) -> Iterator[None]:
-    """Skip the decoder layers below ``layer`` and feed it ``hidden`` instead of what the embedding gave.
+    """Skip the decoder layers below ``layer`` and feed it ``hidden``.
 
     Args:
         model: The language model.
@@ -72,7 +72,7 @@ def run_from_layer(
 
 
 def layer_answer(output: Any) -> Callable[[Tensor], Any]:
-    """How to wrap hidden states like ``output``, one decoder layer's own return value."""
+    """Return a function that wraps hidden states like ``output``, the return value of a decoder layer."""
     if isinstance(output, tuple):
         padding = (None,) * (len(output) - 1)
         return lambda hidden: (hidden, *padding)
@@ -80,7 +80,7 @@ def layer_answer(output: Any) -> Callable[[Tensor], Any]:
 
 
 class _ReachedError(Exception):
-    """Ends a forward whose later layers nobody needs."""
+    """Ends a forward before layers that are not needed."""
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def stopped_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def stopped_before(module: nn.Module) -> Iterator[None]:
-    """End the forward inside when ``module`` is about to run; hooks registered on its input earlier still do."""
+    """End the forward inside right before ``module`` runs; hooks registered earlier on its input still run."""
     with _stopped(module.register_forward_pre_hook):
         yield
 
@@ -112,12 +112,12 @@ def _stopped(register: Callable[..., Any]) -> Iterator[None]:
 
 
 def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
-    """A cache that holds given keys and values for the layers from ``first`` on."""
-    # Without the model's config every layer keeps all columns, also where attention slides: the mask does that.
+    """Build a cache with the given keys and values for the layers from ``first`` on."""
+    # Without the model's config every layer keeps all columns, even with sliding attention, which the mask handles.
     cache = DynamicCache()
     if not kept or kept[0][0].shape[2] == 0:
         return cache
-    # The layers that are skipped still tell the model how long the prefix is.
+    # The model reads the length of the prefix from the skipped layers.
     keys = kept[0][0]
     length = keys.new_zeros(keys.shape[0], 1, keys.shape[2], 1)
     for layer in range(first):
@@ -128,9 +128,9 @@ def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
 
 
 def forward_masks(model: Any, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-    """Mask and positions in the form the model takes; BLOOM reads its positions off the mask."""
+    """Return mask and positions in the form that the model takes. BLOOM derives positions from the mask."""
     masks = {"attention_mask": attention_mask}
-    # A model of PEFT hands on what its own forward does not name.
+    # A PEFT model passes on arguments that its own forward does not name.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "position_ids" in inspect.signature(inner.forward).parameters:
         masks["position_ids"] = position_ids

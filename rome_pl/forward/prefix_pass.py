@@ -1,8 +1,8 @@
-"""The prefix pass and the suffix forward: run only what a value offset can change.
+"""The prefix pass and the suffix forward: run only the part that a value offset can change.
 
-Nothing before the rewrite layer and nothing before the lookup token depends on the offset. The columns before the
-lookup column run once and leave attention's keys and values; the columns from there on run once up to the rewrite layer
-and leave the hidden states that enter it. Each later forward starts with those two.
+Nothing before the rewrite layer or before the lookup token depends on the offset. The columns before the lookup column
+run once, and attention's keys and values are kept. The other columns run once up to the rewrite layer, and the hidden
+states that enter it are kept. Each later forward starts from these two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,12 +32,12 @@ from rome_pl.utils.restored_state import frozen
 __all__ = ["Lookup", "PrefixPass", "run_prefix"]
 
 GROUP_TOKENS = 256
-"""Rows of similar prefix length share a forward of at least so many tokens, for the sake of little padding."""
+"""Smallest number of tokens in a forward of rows with similar prefix lengths, which need little padding."""
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """What there is at the lookup column of a rewrite layer, for each row.
+    """Activations at the lookup column of a rewrite layer, for each row.
 
     Args:
         keys: The projection's input, ``[rows, d_key]``.
@@ -52,7 +52,7 @@ class Lookup:
 
 @dataclass
 class PrefixPass:
-    """What the prefix pass leaves for the suffix forwards.
+    """The results of a prefix pass, from which suffix forwards start.
 
     Args:
         model: The language model.
@@ -62,9 +62,10 @@ class PrefixPass:
         keys: The projection's input at the lookup column, ``[rows, d_key]``.
         outputs: Its output there, bias included, ``[rows, d_value]``.
         hidden: Hidden states entering the rewrite layer from column ``start`` on, ``[rows, length, hidden]``.
-        cache: Attention keys and values of the columns before ``start``, for the layers from the site's on.
+        cache: For each layer from the site's on, attention's keys and values of the columns before ``start``, each
+            ``[rows, heads, start, d_head]``.
         answer: Wraps hidden states as the family's decoder layers return them.
-        start: First column that suffix forwards run: the lookup column, or 0 where whole rows have to run.
+        start: First column that suffix forwards run: the lookup column, or 0 if whole rows have to run.
         stand_ins: Modules that run instead of decoder layers above the site, by index.
         below: The same pass as seen from lower rewrite layers, the lowest first.
     """
@@ -109,7 +110,7 @@ class PrefixPass:
         return logits
 
     def select(self, rows: Sequence[int]) -> "PrefixPass":
-        """The same for some of the rows, in the order given, without the padding that only the others needed."""
+        """Return the pass for some of the rows, in the order given, without padding that only other rows needed."""
         if list(rows) == list(range(len(self.rows.source))):
             return self
         index = to_device(torch.tensor(list(rows)), self.hidden.device)
@@ -129,21 +130,21 @@ class PrefixPass:
 
     @torch.no_grad()
     def through(self, sites: Sequence[RewriteSite], changes: Sequence[tuple[Tensor, Tensor]] = ()) -> list[Lookup]:
-        """Run the lookup column from this pass's layer on, with the weights as they are now.
+        """Run the lookup column from this pass's layer on, with the present weights.
 
-        What columns before it would make of these weights is left out, as it is for an offset; unless whole rows have
-        to run.
+        The effect of these weights on earlier columns is left out, as it is for an offset, unless whole rows have to
+        run.
 
         Args:
             sites: The rewrite layers from this pass's own on, the lowest first; nothing above the last one runs.
-            changes: A change of the first sites' weights that each row sees, as factors ``[rows, d_value]`` and
+            changes: For each of the first sites a change of its weight, per row, as factors ``[rows, d_value]`` and
                 ``[rows, d_key]``.
 
         Returns:
-            What each site reads and gives at the lookup column.
+            For each site its activations at the lookup column.
         """
         rows, start = self.rows, self.start
-        last = rows.prefix + 1  # nothing after it can change it
+        last = rows.prefix + 1  # later columns have no effect on it
         column = slice(rows.prefix - start, rows.prefix - start + 1)
         layers = decoder_layers(self.model)[1]
         with ExitStack() as stack:
@@ -168,7 +169,7 @@ class PrefixPass:
         ]
 
     def _fresh_cache(self) -> dict[str, Any]:
-        """A cache of the prefix that a forward may extend. Built anew each time, so no graph outlives its step."""
+        """Build a new cache of the prefix that a forward may extend, so that no graph outlives its step."""
         if not self.cache:
             return {"use_cache": False}
         return {"past_key_values": cache_of(self.cache, self.site.layer), "use_cache": True}
@@ -183,14 +184,14 @@ def run_prefix(
     whole_rows: bool = False,
     below: Sequence[RewriteSite] = (),
 ) -> PrefixPass:
-    """Run whole rows once, as far as an offset cannot change them, and keep what later forwards need.
+    """Run rows once, as far as an offset cannot change them, and keep the results that later forwards need.
 
     Args:
         model: The language model.
         site: The projection at which offsets will enter.
         rows: Rows of one or more edits.
         pad_id: Id that fills the padding.
-        whole_rows: Whether later forwards have to run all columns, because the model's cache cannot stand in for some.
+        whole_rows: Whether later forwards have to run all columns, because the model's cache cannot replace some.
         below: Lower rewrite layers, the lowest first, from which forwards will start too.
     """
     device, sites = site.weight.device, (*below, site)
@@ -237,10 +238,10 @@ def run_prefix(
 def _run_columns_before_lookup(
     model: Any, rows: Sequence[EncodedRow], prefix: int, pad_id: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Attention's keys and values before the lookup column, a pair a layer, ``[rows, heads, prefix, d]``."""
+    """Attention's keys and values before the lookup column, one pair per layer, ``[rows, heads, prefix, d_head]``."""
     joined: list[tuple[Tensor, Tensor]] = []
     for group in _groups([row.lookup for row in rows]):
-        # Cut before its lookup token, and with its last token as the one to align, every row ends in the same column.
+        # Rows are cut before their lookup tokens and aligned at their last tokens, so all end in the same column.
         heads = [EncodedRow(rows[i].ids[: rows[i].lookup], rows[i].lookup - 1, (), 0) for i in group]
         aligned = align(heads, pad_id, device)
         cache = DynamicCache()
@@ -266,7 +267,7 @@ def _room(part: Tensor, rows: int, prefix: int) -> Tensor:
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows with a prefix, those of similar length together."""
+    """Yield indices of rows with a prefix, grouped by similar length."""
     group: list[int] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
         if group and lengths[index] < lengths[group[0]] and len(group) * lengths[group[0]] >= GROUP_TOKENS:

@@ -1,4 +1,4 @@
-"""Rows that join a forward at layers of their own: what is known of them below costs nothing."""
+"""Rows that join a forward at different layers, so that known hidden states below cost nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def join_layers(
     """Let each decoder layer run the first rows of a batch only, and leave the others as they are.
 
     Args:
-        model: The language model; what it hands to its layers is made for all rows.
+        model: The language model. Its masks and positions are made for all rows.
         hidden: For each row the hidden states that enter the first layer that it runs through,
             ``[rows, length, d]``; rows in the order in which they join.
         running: How many rows run through each layer, never fewer than through the one below.
@@ -43,7 +43,7 @@ def join_layers(
 
 
 class _Joined(nn.Module):
-    """Stands in for a decoder layer and runs it on the first rows."""
+    """Replaces a decoder layer and runs it on the first rows only."""
 
     def __init__(self, layer: nn.Module, rows: int, answer: Callable[[Tensor], Any], start: Tensor | None) -> None:
         super().__init__()
@@ -62,10 +62,10 @@ class _Joined(nn.Module):
 
 
 def _first_rows(argument: Any, rows: int, every: int) -> Any:
-    """What belongs to the first rows of a mask, of positions or of their embeddings.
+    """Cut a mask, positions or their embeddings to the first rows.
 
-    The rows come first in all of these, by themselves or, in ALiBi's biases, multiplied by the heads; what holds for
-    all rows alike has 1 there.
+    Rows are the first dimension of all of these, in ALiBi's biases multiplied by the heads. It is 1 for a tensor shared
+    by all rows.
     """
     if isinstance(argument, tuple):
         return tuple(_first_rows(part, rows, every) for part in argument)

@@ -1,4 +1,4 @@
-"""Chooses how suffixes run: with a cached prefix where the model's cache can do it, else with whole rows."""
+"""Running suffixes with a cached prefix if the model's cache allows it, else with whole rows."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,25 @@ __all__ = ["SuffixEngine"]
 log = logging.getLogger(__name__)
 
 LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""Largest difference of logits from a plain forward's, in standard deviations of these; 0.2 in half precision."""
+"""Largest difference of logits from those of a plain forward, in their standard deviations; 0.2 in half precision."""
 
 
 LARGEST_SHARE_ERROR = 0.2
-"""Largest relative difference between an offset and what it does to the hidden state; rounding to bfloat16 included."""
+"""Largest relative difference between an offset and the change of the hidden state, including rounding to bfloat16."""
 
 
 class SuffixEngine:
     """Runs prefix passes of one model and site.
 
-    Before its first pass it compares two rows with plain forwards of each, with an offset added: a cache that cannot be
-    cut before the lookup token, or a layer that padding disturbs, is found out before the first edit and not by its
-    results. Such a model runs whole rows in every step, with a warning.
+    Before its first pass it compares two rows, with an offset added, with plain forwards of each. This finds a cache
+    that cannot be cut before the lookup token, or a layer that padding disturbs, before the first edit. Such a model
+    runs whole rows in every step, with a warning.
 
     Args:
         model: The language model.
         site: The projection at which offsets enter.
         pad_id: Id that fills the padding.
-        compiled: Whether steps run the decoder layers above the site through ``torch.compile``.
+        compiled: Whether to run the decoder layers above the site through ``torch.compile``.
         below: Lower rewrite layers, the lowest first.
     """
 
@@ -59,16 +59,16 @@ class SuffixEngine:
         return (*(site.layer for site in self.below), self.site.layer)
 
     def check(self, rows: Sequence[EncodedRow]) -> None:
-        """Find out how suffixes have to run, once.
+        """Find out once how suffixes have to run.
 
         Raises:
-            UnsupportedModelError: If padded rows give other results than single ones on this model, however they run;
-                or if an offset could not be shared among several layers.
+            UnsupportedModelError: If padded rows give other results than single ones even as whole rows, or if an
+                offset cannot be shared among several layers.
         """
         self._check_shares(rows[:1])
         longest = max(rows, key=lambda row: row.lookup)
         if self.whole_rows is not None or longest.lookup == 0:
-            return  # rows without a prefix need neither cache nor padding: others will tell
+            return  # rows without a prefix need neither cache nor padding: check with later rows
         cut = (longest.lookup + 1) // 2
         shorter = replace(longest, ids=longest.ids[cut:], lookup=longest.lookup - cut, first=longest.first - cut)
         two = [longest, shorter]
@@ -79,14 +79,14 @@ class SuffixEngine:
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-                reasons.append(f"{type(failure).__name__}: {failure}")  # what a cache of another kind may answer
+                reasons.append(f"{type(failure).__name__}: {failure}")  # another kind of cache may raise this
                 continue
-            if error is None:  # these rows overflow in a plain forward too; others will tell
+            if error is None:  # these rows overflow in a plain forward too: check with later rows
                 return
             if error <= largest:
                 if whole:
                     log.warning(
-                        "%s cannot go on from a cached prefix (%s): every step runs whole rows, which is slower",
+                        "%s cannot continue from a cached prefix (%s): every step runs whole rows, which is slower",
                         type(self.model).__name__,
                         reasons[0],
                     )
@@ -99,16 +99,16 @@ class SuffixEngine:
         )
 
     def run(self, rows: Sequence[EncodedRow]) -> PrefixPass:
-        """Run whole rows once, as far as an offset cannot change them; see :meth:`check`."""
+        """Run the prefix pass over rows; see :func:`run_prefix` and :meth:`check`."""
         self.check(rows)
         made = run_prefix(self.model, self.site, rows, self.pad_id, bool(self.whole_rows), self.below)
         return replace(made, stand_ins=self._stand_ins)
 
     @torch.no_grad()
     def _error(self, rows: Sequence[EncodedRow], whole: bool) -> tuple[float | None, float]:
-        """Largest difference to plain forwards, in standard deviations of the logits, and what is tolerable.
+        """Largest difference to plain forwards, and the tolerance, in standard deviations of the logits.
 
-        The difference is ``None`` where plain forwards are not finite either.
+        The difference is ``None`` if plain forwards are not finite either.
         """
         made = run_prefix(self.model, self.site, rows, self.pad_id, whole)
         delta = self._random_delta(made)
@@ -122,7 +122,7 @@ class SuffixEngine:
 
     @torch.no_grad()
     def _check_shares(self, rows: Sequence[EncodedRow]) -> None:
-        """Refuse several layers where the MLP's output is no plain part of the sum that hidden states are."""
+        """Refuse several layers if the MLP's output is not simply added to the hidden state."""
         if not self.below or self._shared:
             return
         made = run_prefix(self.model, self.site, rows, self.pad_id, True, self.below)
@@ -140,7 +140,7 @@ class SuffixEngine:
             )
 
     def _random_delta(self, made: PrefixPass) -> Tensor:
-        """Offsets as large as what the projection gives, ``[rows, d_value]``; the same each time."""
+        """Seeded offsets as large as the projection's output, ``[rows, d_value]``."""
         dtype = dtype_of_delta(self.site.weight)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(len(made.outputs), self.site.d_value, generator=generator, dtype=dtype)

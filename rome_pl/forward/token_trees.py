@@ -1,11 +1,11 @@
-"""Texts that begin alike, packed into one row so that what they share runs once.
+"""Texts with common beginnings, packed into one row so that the common part runs once.
 
-A pack is a tree of tokens laid out depth first in one row of the batch. Every token sees its ancestors and itself, and
-its position is its depth, so each path from the root is what the model would make of that text alone. Ten prompts and
-two targets each are then about as many tokens as the prompts alone, without padding between them.
+A pack is a tree of tokens, laid out depth first in one row of the batch. Every token attends to its ancestors and
+itself, and its position is its depth, so each path from the root gives the same results as that text alone. Ten prompts
+with two targets each then need about as many tokens as the prompts alone, without padding between them.
 
-Whether a model takes such rows is tried, not known by name; one that does not gets a chain instead of a tree: a row
-for each text, shared only by texts that are its beginning.
+Whether a model takes such rows is tested, not known by name. Other models get chains instead of trees: a row for each
+text, shared only with texts that are its beginning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,20 +26,20 @@ from rome_pl.utils.restored_state import frozen
 __all__ = ["Pack", "StackedPacks", "forwards", "pack_texts", "stack_packs", "takes_branches"]
 
 WIDTH = 256
-"""Most tokens of a pack with branches: attention's cost grows with it, and what every forward costs shrinks."""
+"""Largest number of tokens of a pack with branches. A longer pack costs more attention, but needs fewer forwards."""
 
 TOKENS = 2048
-"""Most tokens of one forward, padding included."""
+"""Largest number of tokens of one forward, padding included."""
 
 PADDING = 128
-"""Most padding of one forward: so many tokens cost more than what every forward costs."""
+"""Largest padding of one forward, in tokens. More would cost as much as another forward."""
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Largest difference of a log-probability that is taken for rounding, when branches are tried; the texts of the trial
-differ by far more where attention leaks."""
+"""Largest difference of a log-probability that counts as rounding in the test of branches. If attention leaks, the
+test's texts differ by far more."""
 
 TOLERANCE_HALF = 0.1
-"""The same in 16 bits."""
+"""The same for 16-bit precisions."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Pack:
         ids: The tokens, depth first.
         depths: Depth of each, which is its position.
         ends: The column after each token's last descendant.
-        texts: The texts that were packed, by their number.
+        texts: The numbers of the packed texts.
         columns: For each of them the column of each of its tokens.
     """
 
@@ -61,7 +61,7 @@ class Pack:
     columns: list[list[int]] = field(default_factory=list)
 
     def add(self, number: int, text: Sequence[int], shared: int) -> None:
-        """Add a text; its first ``shared`` tokens are those of the text added before it."""
+        """Add a text that shares its first ``shared`` tokens with the text added before it."""
         path = self.columns[-1][:shared] if shared else []
         for depth, token in enumerate(text[shared:], start=shared):
             path.append(len(self.ids))
@@ -79,7 +79,7 @@ class StackedPacks:
     """Packs as a batch.
 
     Args:
-        input_ids: ``[packs, width]``; what is left of a row on the right is padding.
+        input_ids: ``[packs, width]``, padded on the right.
         masks: Attention mask and positions, as the model takes them.
     """
 
@@ -92,13 +92,13 @@ def pack_texts(texts: Sequence[Sequence[int]], owners: Sequence[int], branches: 
 
     Args:
         texts: Token ids of each.
-        owners: What each belongs to.
-        branches: Whether texts that part may share a pack; if not, or where a text is longer than a pack, a text
-            joins only one that it is the beginning of.
+        owners: The owner of each.
+        branches: Whether texts that diverge may share a pack. If not, or if a text is longer than a pack, it shares one
+            only with a text that it is the beginning of.
     """
     packs: list[Pack] = []
     before: int | None = None
-    # In this order whatever a text is the beginning of comes right before it.
+    # In this order a text comes right after the texts that it is the beginning of.
     for number in sorted(range(len(texts)), key=lambda number: (owners[number], texts[number]), reverse=True):
         text = texts[number]
         joins = before is not None and owners[before] == owners[number]
@@ -121,13 +121,13 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def forwards(packs: Sequence[Pack]) -> Iterator[list[Pack]]:
-    """The packs that go through the model together: of similar width, as many as make up one forward."""
+    """Group packs of similar width into forwards."""
     batch: list[Pack] = []
     for pack in sorted(packs, key=lambda pack: len(pack.ids)):
         if batch:
             whole = (len(batch) + 1) * len(pack.ids)
             padding = whole - sum(len(other.ids) for other in (*batch, pack))
-            # One that is longer than packs with branches keeps the model's own mask, which may have a window.
+            # A text longer than packs with branches keeps the model's own mask, which may have a window.
             longer = len(batch[0].ids) <= WIDTH < len(pack.ids)
             if longer or whole > TOKENS or padding > PADDING:
                 yield batch
@@ -138,12 +138,12 @@ def forwards(packs: Sequence[Pack]) -> Iterator[list[Pack]]:
 
 
 def stack_packs(language_model: LanguageModel, packs: Sequence[Pack]) -> StackedPacks:
-    """A batch of packs, padded on the right; plain masks if none of them branches."""
+    """Stack packs into a batch, padded on the right. Without branches, use plain masks."""
     model, device = language_model.model, language_model.device
     width = max(len(pack.ids) for pack in packs)
     columns = torch.arange(width)
     ids = torch.full((len(packs), width), language_model.encoder.pad_id)
-    # Padding sees itself alone, so that no row of attention is empty, and repeats a position that the model has.
+    # Padding attends only to itself, so that no row of attention is empty, and repeats a valid position.
     depths, ends = torch.zeros_like(ids), (columns + 1).repeat(len(packs), 1)
     for row, pack in enumerate(packs):
         for whole, part in ((ids, pack.ids), (depths, pack.depths), (ends, pack.ends)):
@@ -162,9 +162,9 @@ _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def takes_branches(language_model: LanguageModel) -> bool:
-    """Whether a model gives packs with branches what it gives each text alone; tried once a model.
+    """Whether packs with branches give the same results as each text alone. Tested once per model.
 
-    The trial is as wide as a pack and as deep as a text in it can be, so that a window of attention shows as well.
+    The test is as wide and deep as a pack can be, so that it also detects windowed attention.
     """
     model = language_model.model
     if model not in _TRIED:
@@ -186,7 +186,7 @@ def _try_branches(language_model: LanguageModel) -> bool:
         alone = dict(_last_log_probs(language_model, pack_texts(texts, [0] * len(texts), branches=False)))
         try:
             together = dict(_last_log_probs(language_model, pack_texts(texts, [0] * len(texts), branches=True)))
-        except (TypeError, ValueError, RuntimeError, IndexError):  # the ways in which models refuse such a mask
+        except (TypeError, ValueError, RuntimeError, IndexError):  # the errors with which models refuse such a mask
             return False
     return all(
         torch.allclose(together[number], alone[number], rtol=0.0, atol=tolerance, equal_nan=True) for number in alone
@@ -194,7 +194,7 @@ def _try_branches(language_model: LanguageModel) -> bool:
 
 
 def _last_log_probs(language_model: LanguageModel, packs: Sequence[Pack]) -> Iterator[tuple[int, Tensor]]:
-    """For each text its number and the log-probabilities of what follows it."""
+    """Yield for each text its number and the log-probabilities of the next token."""
     model: Any = language_model.model
     for pack in packs:
         stacked = stack_packs(language_model, [pack])

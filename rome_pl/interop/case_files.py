@@ -1,7 +1,7 @@
-"""A run's records one by one: with all their scores, and in the shapes that EasyEdit and kmeng01/rome write.
+"""The scores of a run's records, one entry each, in the formats of EasyEdit and kmeng01/rome.
 
-The shapes are those of zjunlp/EasyEdit's ``BaseEditor.edit`` and of the ``case_*.json`` that kmeng01/rome's
-``experiments.summarize`` reads, so that numbers can be compared with the same tools.
+The formats are those of zjunlp/EasyEdit's ``BaseEditor.edit`` and of the ``case_*.json`` that kmeng01/rome's
+``experiments.summarize`` reads, so that results can be compared with the same tools.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,22 +18,22 @@ FormatName = Literal["easyedit", "kmeng01"]
 
 
 def easyedit_cases(session: EditSession) -> list[dict[str, Any]]:
-    """One entry per edit as EasyEdit's ``edit`` returns them.
+    """Return one entry per edit as EasyEdit's ``edit`` does.
 
-    As there, ``post`` is measured on the final model of a sequential stream and right after the edit otherwise; every
-    accuracy is teacher-forced, by token; locality compares predictions with those before and has no ``pre``. Neighbours
-    are EasyEdit's locality of the kind ``neighborhood``.
+    As in EasyEdit, ``post`` is measured on the final model of a sequential stream, otherwise right after the edit.
+    Every accuracy is teacher-forced, by token. Locality compares predictions with those before and has no ``pre``.
+    Neighbours are EasyEdit's locality of the kind ``neighborhood``.
     """
     return [easyedit_case(edit, before, after) for edit, before, after in _measured(session)]
 
 
 def easyedit_case(edit: Edit, before: ProbeScores, after: ProbeScores) -> dict[str, Any]:
-    """One edit's entry as EasyEdit's ``edit`` returns it.
+    """Return one edit's entry as EasyEdit's ``edit`` does.
 
     Args:
         edit: The edit.
-        before: What was measured without it.
-        after: What was measured with it.
+        before: Its probe scores without the edit.
+        after: Its probe scores with the edit.
     """
     return {
         "pre": _easyedit_scores(edit.request, before, None),
@@ -45,9 +45,9 @@ def easyedit_case(edit: Edit, before: ProbeScores, after: ProbeScores) -> dict[s
 
 
 def kmeng01_cases(session: EditSession) -> list[dict[str, Any]]:
-    """One entry per edit as kmeng01/rome's ``case_*.json``, in which a probability is a negative mean log-probability.
+    """Return one entry per edit as in kmeng01/rome's ``case_*.json``: its probabilities are negative log-probabilities.
 
-    ``post`` is as in :func:`easyedit_cases`. Probes that need a true target are left out where there is none.
+    ``post`` is as in :func:`easyedit_cases`. Probes that need a true target are left out if there is none.
     """
     return [
         {
@@ -65,7 +65,7 @@ CASE_FORMS: dict[FormatName, Callable[[EditSession], list[dict[str, Any]]]] = {
     "easyedit": easyedit_cases,
     "kmeng01": kmeng01_cases,
 }
-"""Shapes of other projects, by the name of the file that holds them."""
+"""Formats of other projects, by the name of their file."""
 
 
 def _measured(session: EditSession) -> list[tuple[Edit, ProbeScores, ProbeScores]]:
@@ -78,7 +78,7 @@ def _measured(session: EditSession) -> list[tuple[Edit, ProbeScores, ProbeScores
 
 
 def _seconds(edit: Edit) -> float:
-    """What the edit itself took, without what measures it."""
+    """The seconds of the edit itself, without measurements."""
     return sum(seconds for stage, seconds in edit.seconds.items() if stage not in ("verify", "evaluate"))
 
 
@@ -132,7 +132,7 @@ def _easyedit_scores(request: EditRequest, now: ProbeScores, base: ProbeScores |
 
 def _kmeng01_request(request: EditRequest) -> dict[str, Any]:
     start, end = request.span
-    # Their template is filled by str.format, for which braces of the text have to be doubled.
+    # Their template is filled by str.format, so braces in the text have to be doubled.
     head, tail = (part.replace("{", "{{").replace("}", "}}") for part in (request.prompt[:start], request.prompt[end:]))
     shown = {
         "prompt": f"{head}{{}}{tail}",

@@ -1,4 +1,4 @@
-"""Settings of EasyEdit, kmeng01/rome and their relatives, turned into a configuration of ``rome-pl edit``."""
+"""Converting settings of EasyEdit, kmeng01/rome and related projects to a configuration of ``rome-pl edit``."""
 
 import shlex
 import textwrap
@@ -18,12 +18,12 @@ __all__ = ["Converted", "Row", "convert_settings", "shown", "write_config"]
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one key.
+    """The conversion of one key.
 
     Args:
         key: The key.
-        value: Its value, as YAML; ``None`` where the file lacks it.
-        fate: What became of it.
+        value: Its value, as YAML. ``None``: the file lacks it.
+        fate: The result of its conversion.
     """
 
     key: str
@@ -36,10 +36,10 @@ class Converted:
     """Converted settings.
 
     Args:
-        path: The file that they come from.
+        path: Their file.
         method: Its method, one of :data:`rome_pl.interop.settings_file.METHODS`.
-        config: What ``rome-pl edit --config`` reads.
-        rows: What became of every key, in the file's order, and of those that it lacks.
+        config: The configuration for ``rome-pl edit --config``.
+        rows: The conversion of every key, in the file's order, then of keys that it lacks.
     """
 
     path: Path
@@ -53,11 +53,11 @@ def convert_settings(path: str | Path, force: bool = False) -> Converted:
 
     Args:
         path: A YAML or JSON file, such as EasyEdit's ``hparams/ROME/gpt2-xl.yaml``.
-        force: Whether unknown keys are left out.
+        force: Whether to leave out unknown keys instead of refusing them.
 
     Raises:
-        ConversionError: If the file cannot be read, is of a method that is not here, lacks a key, holds one that is
-            unknown, or a value of the wrong type.
+        ConversionError: If the file cannot be read, its method is not supported, it lacks a key, or has an unknown key
+            or a value of the wrong type.
     """
     path = local_path(path)
     settings = read_settings(path)
@@ -85,7 +85,7 @@ def convert_settings(path: str | Path, force: bool = False) -> Converted:
 
 
 def write_config(converted: Converted, output: Path) -> None:
-    """Write the configuration, with a comment on where it comes from, how to run it and what differs."""
+    """Write the configuration, with a comment on its origin, how to run it, and differences."""
     lines = [
         f"Converted from {converted.path} ({converted.method}).",
         f"Run:   rome-pl edit --config {shlex.quote(str(output))} --data.path FACTS",

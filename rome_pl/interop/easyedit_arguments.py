@@ -13,12 +13,12 @@ __all__ = ["ELSEWHERE", "EasyEditResult", "accumulates", "easyedit_requests", "p
 
 
 class EasyEditResult(NamedTuple):
-    """What EasyEdit's ``edit`` returns, in its order.
+    """The result of EasyEdit's ``edit``, in its order.
 
     Args:
         metrics: One entry per fact, with ``pre`` and ``post``.
         model: The model, with the edits in it.
-        undo: Takes the edits of this call back; stands where EasyEdit returns a copy of the weights.
+        undo: Undoes the edits of this call. EasyEdit returns a copy of the weights here.
     """
 
     metrics: list[dict[str, Any]]
@@ -40,7 +40,7 @@ ELSEWHERE = {
 }
 """Arguments of EasyEdit's ``edit`` that have no meaning here, with what to do instead."""
 
-# What the fields of a request are called there.
+# Names of a request's fields in EasyEdit.
 _WRITTEN = {
     "prompt": "prompts",
     "target_true": "ground_truth",
@@ -63,24 +63,24 @@ def easyedit_requests(
     first: int = 0,
     **others: Any,
 ) -> list[EditRequest]:
-    """Requests from the arguments of EasyEdit's ``edit``: lists of one entry per fact, or texts for a single one.
+    """Make requests from the arguments of EasyEdit's ``edit``: lists with one entry per fact, or texts for one fact.
 
     Args:
         prompts: Texts that end right before the answers.
-        target_new: The answers that the model shall give.
+        target_new: The answers that the model should give.
         subject: The entities, each exactly as in its prompt.
-        ground_truth: The answers before; an entry may be ``None``. Empty text and
-            ``<|endoftext|>``, here and as an answer below, are none.
+        ground_truth: The answers before; an entry may be ``None``. Empty text and ``<|endoftext|>``, here and as an
+            answer below, mean no answer.
         rephrase_prompts: Paraphrases; an entry may be a list of several, or ``None``.
         locality_inputs: By kind ``{"prompt": ..., "ground_truth": ...}`` of unrelated facts; an entry of either may be
             a list of several, or ``None``.
-        portability_inputs: By kind the same of what follows from the new fact.
-        first: ``case_id`` of the first.
-        others: Nothing is known; an error says why.
+        portability_inputs: By kind the same for consequences of the new fact.
+        first: ``case_id`` of the first request.
+        others: Other arguments, which are refused with the reason.
 
     Raises:
-        RequestError: If a request is not valid; it names argument and position.
-        OptionError: For an argument that has no meaning here.
+        RequestError: If a request is not valid, naming argument and position.
+        OptionError: If an argument has no meaning here.
     """
     for name in others:
         raise OptionError(f"{named(name)}: {ELSEWHERE.get(name) or f'no argument of edit{did_you_mean(name, _KNOWN)}'}")
@@ -119,14 +119,14 @@ def easyedit_requests(
 
 
 def accumulates(sequential_edit: bool | None, keep_original_weight: bool | None) -> bool:
-    """Whether edits stay in the model, which they do unless it is said otherwise.
+    """Whether edits stay in the model; by default they do.
 
     Args:
         sequential_edit: Whether they do.
         keep_original_weight: Whether they do not.
 
     Raises:
-        OptionError: If the two contradict each other, or are no booleans.
+        OptionError: If the two contradict each other, or are not booleans.
     """
     given = {"sequential_edit": sequential_edit, "keep_original_weight": keep_original_weight}
     for name, value in given.items():
@@ -139,7 +139,7 @@ def accumulates(sequential_edit: bool | None, keep_original_weight: bool | None)
 
 @contextmanager
 def place_errors(place: int) -> Iterator[None]:
-    """Errors about a request's field name EasyEdit's argument and the position in it."""
+    """Let errors about a request's field name EasyEdit's argument and the position in it."""
     try:
         yield
     except RequestError as error:
@@ -148,7 +148,7 @@ def place_errors(place: int) -> Iterator[None]:
 
 
 def _entries(name: str, value: object, number: int) -> list[Any]:
-    """An argument's entries, one for each prompt."""
+    """Return an argument's entries, one for each prompt."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence):
         raise RequestError(name, f"expected text or a list of texts, got {type(value).__name__}")
@@ -162,7 +162,7 @@ def _entries(name: str, value: object, number: int) -> list[Any]:
 
 
 def _probes(name: str, inputs: Mapping[str, Any], number: int) -> list[list[Probe]]:
-    """What is measured beside each fact: by kind, prompts with answers."""
+    """Return the probes of each fact: by kind, prompts with answers."""
     if not isinstance(inputs, Mapping):
         raise RequestError(name, f"expected kinds with prompt and ground_truth, got {type(inputs).__name__}")
     found: list[list[Probe]] = [[] for _ in range(number)]
@@ -182,7 +182,7 @@ def _probes(name: str, inputs: Mapping[str, Any], number: int) -> list[list[Prob
             if len(several) != len(wanted):
                 raise RequestError(f"{where}[{place}]", f"has {len(several)} prompts and {len(wanted)} answers")
             firsts = [first_accepted(its) for its in wanted]
-            # An empty answer is none: the request leaves its prompt out, and notes it.
+            # A request leaves out a prompt with an empty answer, and notes it.
             for part, texts in (("prompt", several), ("ground_truth", firsts)):
                 if not all(isinstance(text, str) and (part != "prompt" or cut_edges(text)[1]) for text in texts):
                     raise RequestError(

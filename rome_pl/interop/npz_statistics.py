@@ -1,4 +1,4 @@
-"""Second moments in the form in which kmeng01/rome publishes and reads them: ``.npz`` files."""
+"""Second moments in the format of kmeng01/rome: ``.npz`` files."""
 
 import zlib
 from pathlib import Path
@@ -22,7 +22,7 @@ TOTAL, COUNT = "mom2.mom2", "mom2.count"
 def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> SecondMoment:
     """Read published statistics for one layer of a model.
 
-    The file does not say which model it is of; only the length of a key can be checked.
+    The file does not name its model; only the length of a key can be checked.
 
     Args:
         path: The ``.npz`` file.
@@ -30,7 +30,7 @@ def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> 
         site: The projection whose keys it sums.
 
     Raises:
-        StatisticsError: If it cannot be read, is of another form, or sums keys of another length.
+        StatisticsError: If it cannot be read, has another format, or sums keys of another length.
     """
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
@@ -57,12 +57,12 @@ def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> 
 
 
 def export_npz(moment: SecondMoment, folder: Path, site: RewriteSite) -> Path:
-    """Write statistics where kmeng01/rome and EasyEdit look for them, below their folder of a model's statistics.
+    """Write statistics where kmeng01/rome and EasyEdit expect them, below their folder of a model's statistics.
 
     Args:
         moment: The second moment.
         folder: Folder for the file, such as ``data/stats/gpt2-xl/wikipedia_stats``.
-        site: The projection whose keys it sums; names the file.
+        site: The projection whose keys it sums. It determines the name of the file.
 
     Returns:
         The file.

@@ -1,4 +1,4 @@
-"""What each setting of EasyEdit, kmeng01/rome and their relatives is here: converted, not needed, or different.
+"""Rules for each setting of EasyEdit, kmeng01/rome and related projects: converted, not needed, or different.
 
 The keys are those of the files below ``hparams/`` of zjunlp/EasyEdit (ROME, R-ROME, MEMIT, EMMET, AlphaEdit),
 kmeng01/rome, kmeng01/memit, scalable-model-editing/unified-model-editing and jianghoucheng/AlphaEdit, and the fields of
@@ -17,17 +17,17 @@ from rome_pl.write.presets import PRESETS
 __all__ = ["IMPLIED", "REQUIRED", "RULES", "Fate"]
 
 REQUIRED = ("layers", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "mom2_adjustment")
-"""Keys without which a file is no file of such settings."""
+"""Required keys of a settings file."""
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a key.
+    """The conversion of a key.
 
     Args:
-        kind: Whether it is ``converted``, ``not needed``, or ``differs``: then the result is, or may be, another one.
-        remark: Why.
-        options: What is set for it, by dotted name.
+        kind: ``converted``, ``not needed``, or ``differs``: then the result is or may be different.
+        remark: The reason.
+        options: The options to set, by dotted name.
     """
 
     kind: Literal["converted", "not needed", "differs"]
@@ -38,11 +38,11 @@ class Fate:
 Rule = Callable[[Settings, str], Fate]
 
 ADDING_UP = {"model.sequential_edit": True, "model.keep_subject_facts": False}
-"""Edits that accumulate as theirs do: facts about one subject know nothing of each other."""
+"""Options for edits that accumulate as theirs: facts about one subject do not affect each other's search."""
 
 
 def _number(remark: str = "", shared: str = "") -> Rule:
-    """A number of the same name; ``shared`` says what is different for methods that search for a hidden state."""
+    """Convert a number of the same name. ``shared`` is the remark for methods that search for a hidden state."""
 
     def rule(settings: Settings, key: str) -> Fate:
         options = {f"model.{key}": settings.number(key)}
@@ -58,7 +58,7 @@ def _not_needed(remark: str) -> Rule:
 
 
 def _off(on: str, off: str = "off there too") -> Rule:
-    """A switch that is off in nearly every file, and that nothing here stands for."""
+    """A switch that is off in nearly every file and has no counterpart here."""
 
     def rule(settings: Settings, key: str) -> Fate:
         return Fate("differs", on) if settings.flag(key) else Fate("not needed", off)
@@ -277,7 +277,7 @@ RULES: Mapping[str, Rule] = {
     "keep_original_weight": _sequential,
     "sequential_edit": _sequential,
 }
-"""What becomes of each key."""
+"""The rule of each key."""
 
 
 def _implied_method(settings: Settings, key: str) -> Fate:
@@ -302,4 +302,4 @@ IMPLIED: Mapping[str, Rule] = {
         else Fate("not needed", "the default: ten contexts of five tokens, ten of ten")
     ),
 }
-"""What a file that lacks a key stands for."""
+"""The meaning of a missing key."""

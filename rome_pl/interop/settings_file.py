@@ -1,4 +1,4 @@
-"""Files of settings of EasyEdit, kmeng01/rome and their relatives, as they are: YAML or JSON with checked values."""
+"""Settings files of EasyEdit, kmeng01/rome and related projects: YAML or JSON with checked values."""
 
 import json
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ class ConversionError(RomeError):
 
 
 METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit")
-"""``alg_name`` of what can be converted."""
+"""``alg_name`` of the methods that can be converted."""
 
 _REMEDY = "take one of the two out"
 
 _TELLING = {"nullspace_threshold": "AlphaEdit", "emmet_lambda": "EMMET", "mom2_update_weight": "MEMIT"}
-"""Keys by which a file of a method is known that does not name it; what has none of them is ROME's."""
+"""Keys that identify the method of a file that does not name it. A file with none of them is ROME's."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     Args:
         path: The file.
         method: One of :data:`METHODS`.
-        values: What it holds.
+        values: Its content.
     """
 
     path: Path
@@ -49,15 +49,15 @@ class Settings:
 
     @property
     def statistics(self) -> bool:
-        """Whether the second moment is used: ROME looks at ``mom2_adjustment``, the others use it always."""
+        """Whether the second moment is used: ROME checks ``mom2_adjustment``, the others always use it."""
         return self.shared or self.flag("mom2_adjustment")
 
     def error(self, key: str, message: str) -> ConversionError:
-        """An error that names file and key."""
+        """Make an error that names file and key."""
         return ConversionError(f"{self.path}, key '{key}': {message}")
 
     def number(self, key: str) -> float:
-        """A number; YAML reads ``5e-1``, without a point, as text."""
+        """Return a number. YAML reads ``5e-1``, without a point, as text."""
         value = self.values[key]
         try:
             if isinstance(value, bool):
@@ -67,14 +67,14 @@ class Settings:
             raise self.error(key, f"expected a number, got {shortened(value)}") from None
 
     def whole(self, key: str) -> int:
-        """A whole number."""
+        """Return a whole number."""
         number = self.number(key)
         if not number.is_integer():
             raise self.error(key, f"expected a whole number, got {shortened(self.values[key])}")
         return int(number)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, f"expected true or false, got {shortened(value)}")
@@ -88,14 +88,14 @@ class Settings:
         return value
 
     def numbers(self, key: str) -> list[int]:
-        """Whole numbers from 0 on."""
+        """Return whole numbers from 0 on."""
         value = self.values[key]
         if not _are_whole(value):
             raise self.error(key, f"expected whole numbers from 0 on, such as [5], got {shortened(value)}")
         return list(value)
 
     def pairs(self, key: str) -> list[list[int]]:
-        """Pairs of positive whole numbers."""
+        """Return pairs of positive whole numbers."""
         value = self.values[key]
         if not isinstance(value, list) or not all(_are_whole(pair) and len(pair) == 2 and all(pair) for pair in value):
             raise self.error(
@@ -108,7 +108,7 @@ def read_settings(path: Path) -> Settings:
     """Read a file of settings.
 
     Raises:
-        ConversionError: If it cannot be read, or is of a method that is not here.
+        ConversionError: If it cannot be read, or its method is not supported.
     """
     values = _read(path)
     return Settings(path, _method(path, values), values)
@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _method(path: Path, values: Mapping[str, Any]) -> str:
-    """The method that a file names; else that of its folder, as in ``hparams/MEMIT``; else what its keys tell."""
+    """Return the method that a file names, else that of its folder, as in ``hparams/MEMIT``, else that of its keys."""
     known = {_plain(method): method for method in METHODS}
     if (named := values.get("alg_name")) is not None:
         if (method := known.get(_plain(str(named)))) is None:

@@ -1,1 +1,1 @@
-"""The record of a run's edits, and what can be rebuilt from it."""
+"""The record of a run's edits, and rebuilding weights from it."""

@@ -1,4 +1,4 @@
-"""In which edits, and by how much, two runs differ."""
+"""Comparing the edits and weights of two runs."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ __all__ = ["Differences", "differences"]
 
 @dataclass(frozen=True)
 class Differences:
-    """How two runs differ.
+    """The differences of two runs.
 
     Args:
-        names: Records that only one of them has, or whose new target or outcome is another.
+        names: Records that only one of them has, or whose new target or outcome differs.
         norm: Frobenius norm of the difference of the edited weights.
-        norms: Frobenius norms of what either has changed.
+        norms: Frobenius norms of the change of each run.
     """
 
     names: tuple[str, ...]
@@ -30,7 +30,7 @@ def differences(one: Path, two: Path) -> Differences:
     """Compare the ledgers of two sequential runs of one model.
 
     Raises:
-        LedgerError: If they are of different models, or one cannot be read.
+        LedgerError: If they belong to different models, or one cannot be read.
     """
     models = [read_manifest(run)["model"] for run in (one, two)]
     if any(len({model.get(name, "") for model in models} - {""}) > 1 for name in ("fingerprint", "config")):
@@ -53,7 +53,7 @@ def differences(one: Path, two: Path) -> Differences:
 
 
 def _changes(run: Path) -> dict[int, list[Update]]:
-    """The changes a run has made, by layer."""
+    """The changes of a run, by layer."""
     changes: dict[int, list[Update]] = {}
     for group in groups_of(read_edits(run)):
         for layer, written in load_write(run, group).layers.items():

@@ -2,12 +2,12 @@
 
 Each applied edit leaves one safetensors shard (keys, value, factors of the update), written to a temporary name,
 synced and renamed; then one line of JSON is appended and synced, and that line is the commit. A record is complete or
-absent; lines that belong together count themselves, and are all there or none is. A later line about the same edit
-changes what an earlier one says. Each line ends in a checksum of itself and of those before it, and names that of its
-shard: what was changed, lost, doubled or moved since is found when it is read.
+absent. Lines that belong together carry their number, so that all or none of them count. A later line about the same
+edit overrides an earlier one. Each line ends in a checksum of itself and of the lines before it, and holds the checksum
+of its shard. So reading finds any line or shard that was changed, lost, doubled or moved.
 
-A run that goes on with a ledger makes its decisions again, from what the ledger holds of each edit. Until it is past
-the last line it writes nothing, and what it decides has to be what the lines say.
+A run that resumes with a ledger repeats its decisions, from the recorded edits. It writes nothing until it has passed
+the last line, and its decisions have to match the lines.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def lock_of(folder: Path) -> FileLock:
-    """The lock that a run holds on its ledger's folder; the operating system frees it if the run is killed."""
+    """Return the lock of a run on its ledger's folder. The operating system releases it if the run is killed."""
     return FileLock(folder / ".lock")
 
 
@@ -43,10 +43,10 @@ class Ledger:
     """Appends edits to a folder.
 
     Args:
-        folder: Holds ``edits.jsonl`` and ``shards/``; created if missing.
-        resume: Whether to go on with what is there. A half written end is cut off.
-        wait: Seconds to wait for another process to let go of the folder.
-        lock: The folder's lock, where whoever runs this holds it already.
+        folder: Folder of ``edits.jsonl`` and ``shards/``. It is created if missing.
+        resume: Whether to resume with an existing ledger. A half-written end is cut off.
+        wait: Seconds to wait for another process to release the folder.
+        lock: The folder's lock, if the caller holds it already.
 
     Raises:
         LedgerError: If another run writes there, or a line is damaged.
@@ -78,19 +78,19 @@ class Ledger:
             self._shards = {line.record["shard"] for line in lines if "shard" in line.record}
 
     def close(self) -> None:
-        """Note how far it has come, and let other runs have the folder."""
+        """Record the ledger's end, and release the folder."""
         try:
             if self._appended:
                 with whole_file(self.folder / END) as work:
                     work.write_text(json.dumps({"lines": self._written, "check": self._check}), encoding="utf-8")
                 self._appended = False
-        except OSError as error:  # every line is on disk; only its loss would not show
+        except OSError as error:  # every line is on disk; only a later loss would not be noticed
             log.warning("%s", error)
         finally:
             self._lock.release()
 
     def names_ahead(self) -> list[str]:
-        """Edits of an earlier run that this one has not come to yet, by ``case_id``."""
+        """The ``case_id`` of edits of an earlier run that this one has not reached yet."""
         return list(dict.fromkeys(str(line.record["case_id"]) for line in self._ahead))
 
     @property
@@ -99,15 +99,15 @@ class Ledger:
         return bool(self._ahead)
 
     def ahead(self, count: int) -> list[dict[str, Any]]:
-        """What the next lines of an earlier run say, at most so many."""
+        """Return the next records of an earlier run, at most ``count``."""
         return [line.record for line in list(self._ahead)[:count]]
 
     def all_ahead(self) -> list[dict[str, Any]]:
-        """What all lines of an earlier run say that this one has not come to yet."""
+        """Return all records of an earlier run that this one has not reached yet."""
         return [line.record for line in self._ahead]
 
     def skip(self) -> None:
-        """Take what is there as it is: write behind it from now on."""
+        """Accept all lines that are there, and append to them from now on."""
         self._ahead.clear()
 
     def append(self, record: Mapping[str, Any], written: EditWrite | None = None) -> None:
@@ -115,14 +115,14 @@ class Ledger:
         self.append_batch([(record, written)])
 
     def append_batch(self, records: Sequence[tuple[Mapping[str, Any], EditWrite | None]], joint: bool = False) -> None:
-        """Append records, each with the tensors of its write if there was one; returns once they are on disk.
+        """Append records, each with the tensors of its write if there was one. Return once they are on disk.
 
         Args:
             records: Plain values, and keys, value and factors; ``index`` names the shard.
             joint: Whether their writes were solved together. Each line then names the others under ``joint``.
 
         Raises:
-            LedgerError: If an earlier run had decided otherwise at this place.
+            LedgerError: If an earlier run decided differently here.
         """
         if self._ahead:
             self._confirm(record for record, _ in records)
@@ -144,14 +144,14 @@ class Ledger:
         verdicts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
         writes: Sequence[tuple[EditWrite, Sequence[Mapping[str, Any]]]],
     ) -> None:
-        """Append what has become of edits after they were recorded: new verdicts, and writes that were solved anew.
+        """Append changes of recorded edits: new verdicts, and writes that were solved again.
 
         Args:
-            verdicts: Records of edits, each with what is said of it now, its ``status`` among it.
+            verdicts: Records of edits, each with its changed fields, including ``status``.
             writes: Writes, each with the records of its edits.
 
         Raises:
-            LedgerError: If an earlier run had decided otherwise at this place.
+            LedgerError: If an earlier run decided differently here.
         """
         lines: list[dict[str, Any]] = [
             {"index": record["index"], "case_id": record["case_id"], **changes} for record, changes in verdicts
@@ -176,7 +176,7 @@ class Ledger:
         self._write(lines)
 
     def _unused_shard(self, index: int) -> str:
-        # One that no line names is what a killed run was about to record: its place is free.
+        # A shard that no line names was left by a killed run and can be overwritten.
         names = (f"{index:06d}.{version}.safetensors" for version in itertools.count(1))
         return next(name for name in names if name not in self._shards)
 
@@ -198,7 +198,7 @@ class Ledger:
         self._shards |= {line["shard"] for line in lines if "shard" in line}
 
     def _confirm(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Pass by the lines ahead, which have to say the same."""
+        """Skip the next lines of the earlier run, which have to match."""
         for record in records:
             said = self._ahead.popleft().record if self._ahead else None
             now, then = (f"{one['case_id']} {one['status']}" if one else "nothing" for one in (record, said))
@@ -215,7 +215,7 @@ class Ledger:
 
     @staticmethod
     def _write_shard(path: Path, written: EditWrite) -> str:
-        """Write the tensors of a write; the SHA-256 of the file."""
+        """Save the tensors of a write. Return the SHA-256 of the file."""
         tensors = {
             f"layers.{place}.{name}": tensor
             for place, layer in enumerate(written.layers.values())

@@ -1,4 +1,4 @@
-"""Which edits act on a prompt, and where."""
+"""The effect of edits at each token of a prompt."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,15 +16,15 @@ __all__ = ["Influence", "blame"]
 
 @dataclass(frozen=True)
 class Influence:
-    """What an edit does at one token of a prompt.
+    """The effect of an edit at one token of a prompt.
 
     Args:
         name: The edit.
         token: The token's text.
-        column: Its place in the prompt, from 0.
+        column: Its position in the prompt, from 0.
         layer: The rewrite layer.
-        share: How much of its change the edit makes there: 1 at its own key, 0 where it does nothing.
-        size: Norm of that change, relative to what the unedited projection gives there.
+        share: Share of the edit's change that applies there: 1 at its own key, 0 where it has no effect.
+        size: Norm of that change, relative to the unedited projection's output there.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Influence:
 
 
 def blame(language_model: LanguageModel, layers: EditedLayers, prompt: str) -> list[Influence]:
-    """Find out what each edit does at each token of a prompt, the largest change first.
+    """Measure the effect of each edit at each token of a prompt, the largest change first.
 
     The change that edit i makes at key k is ``left_i (right_i · k)``; ``right_i · k_i = 1`` at the key where it asserts
     its value.

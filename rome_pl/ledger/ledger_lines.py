@@ -1,4 +1,4 @@
-"""Reading the lines of a ledger: complete, of the right form, unchanged, and in the order they were written in."""
+"""Reading the lines of a ledger, and checking that they are complete, valid, unchanged and in order."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from rome_pl.ledger.run_schemas import LEDGER_END, ledger_line
 __all__ = ["END", "LedgerError", "Line", "check_end", "read_lines", "read_with_chain"]
 
 END = "end.json"
-"""What says in a ledger's folder how far it had come when it was last closed."""
+"""File in a ledger's folder with its end when it was last closed."""
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,11 @@ class Line:
     """A complete line of a ledger.
 
     Args:
-        start: Where it begins in the file, in bytes.
-        end: Where the next one begins.
-        record: What it says, without its checksum.
-        check: What the checksum of the next line starts from: its own, which covers the lines before it too; for what
-            an earlier version wrote, without checksums, a hash of all lines so far.
+        start: Its offset in the file, in bytes.
+        end: The offset of the next line.
+        record: Its content, without the checksum.
+        check: The start of the next line's checksum: its own checksum, which covers the lines before it too, or, for
+            earlier versions without checksums, a hash of all lines so far.
     """
 
     start: int
@@ -44,7 +44,7 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The complete lines of a ledger; what a killed run has left half written at the end is left out, and said.
+    """Read the complete lines of a ledger. A half-written end of a killed run is left out, with a warning.
 
     Raises:
         LedgerError: If the file cannot be read, a line is damaged, or lines were lost, doubled or moved.
@@ -53,7 +53,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_with_chain(path: Path) -> tuple[list[Line], str]:
-    """What :func:`read_lines` gives, and what the checksum of the next line starts from."""
+    """Return the lines as :func:`read_lines` does, and the start of the next line's checksum."""
     try:
         content = read_regular(path)
     except OSError as error:
@@ -61,7 +61,7 @@ def read_with_chain(path: Path) -> tuple[list[Line], str]:
     lines, start, before = list[Line](), 0, ""
     unchecked, all_unchecked = hashlib.sha256(), True
     while (end := content.find(b"\n", start) + 1) > 0:
-        # Texts may hold characters that splitlines() takes for the end of a line.
+        # Texts may contain characters at which splitlines() would split.
         try:
             body, check, right = unchained(content[start : end - 1], before)
             record: dict[str, Any] = parsed(body)
@@ -93,23 +93,23 @@ def read_with_chain(path: Path) -> tuple[list[Line], str]:
 
 
 def _without_half_a_write(lines: list[Line]) -> list[Line]:
-    """The lines without those at the end that were to be written together with others."""
+    """Drop lines at the end whose group is not complete."""
     place, count = (lines[-1].record.get("together") if lines else None) or (0, 0)
     return lines[: max(0, len(lines) - place)] if place < count else lines
 
 
 def check_end(folder: Path, lines: Sequence[Line]) -> None:
-    """Refuse a ledger that has lost lines at its end since it was last closed.
+    """Refuse a ledger whose last lines are missing since it was last closed.
 
     Args:
         folder: The ledger's folder.
         lines: Its lines.
 
     Raises:
-        LedgerError: If it has.
+        LedgerError: If lines are missing.
     """
     path = folder / END
-    if not path.exists():  # the run was killed, or an earlier version made it
+    if not path.exists():  # the run was killed, or is of an earlier version
         return
     try:
         known = parsed(read_regular(path))

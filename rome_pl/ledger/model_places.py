@@ -1,4 +1,4 @@
-"""Where the model of a run lies: noted when the run is made, and looked for when its ledger is used."""
+"""The location of a run's model: recorded with the run, and searched when its ledger is used."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ __all__ = ["find_model", "noted_places"]
 
 
 def noted_places(source: str, run: Path) -> dict[str, str]:
-    """Where a source lies, for the manifest of a run; empty unless it is a file or folder.
+    """Return the location of a source for the manifest of a run. Empty unless it is a file or folder.
 
     Args:
-        source: The source as it was given, perhaps relative to the present folder.
+        source: The source as given, possibly relative to the working folder.
         run: The run's folder.
 
     Returns:
-        ``folder``, the absolute path, and ``from_run``, the path from the run's folder on, which holds where both were
-        moved together.
+        ``folder``, the absolute path, and ``from_run``, the path relative to the run's folder, which stays valid if
+        both are moved together.
     """
     path = local_path(source)
     if not path.exists():
@@ -40,21 +40,21 @@ def find_model(
     pretrained: str | None = None,
     kind: str = "ledger",
 ) -> LanguageModel:
-    """Load the model that a run began with, wherever it lies now.
+    """Load the model that a run began with, even if it was moved.
 
-    Without ``pretrained`` these places are tried, in this order: the path from the run's folder on, the absolute path,
-    the source as it was given, and that path below the folders that the run lies in. The first that holds the run's
-    model is it; a model with its weights and another config or tokenizer only if no place holds that one.
+    Without ``pretrained`` these locations are tried in order: the path relative to the run's folder, the absolute path,
+    the source as given, and that path below the parent folders of the run. The first one with the run's model is used.
+    A model with its weights but another config or tokenizer is used only if there is no exact match.
 
     Args:
-        about: What the run's manifest says of its model.
+        about: The model's section of the run's manifest.
         run: The run's folder.
         load: Loads a source.
-        pretrained: Where the model lies; ``None`` (default): as the run notes it.
-        kind: What was made of the model, for messages.
+        pretrained: Location of the model. ``None`` (default): as recorded by the run.
+        kind: Kind of object that was made from the model, for messages.
 
     Raises:
-        SourceError: If no place holds it, with all that were tried and the option that names another.
+        SourceError: If it is not found, with all locations that were tried and the option that names another.
     """
     tried: list[str] = []
     other, alike = False, None
@@ -71,7 +71,7 @@ def find_model(
             continue
         other = True
         tried.append(f"{place}: {loaded.fingerprint[:12]}")
-    if alike is not None:  # whoever uses it says what differs
+    if alike is not None:  # the caller reports the difference
         return alike
     fault = f"a {kind} of another model than the one loaded" if other else f"the model of this {kind} was not found"
     raise SourceError(
@@ -81,7 +81,7 @@ def find_model(
 
 
 def _same_rules(loaded: LanguageModel, about: Mapping[str, Any]) -> bool:
-    """Whether config and tokenizer are those on record; manifests of earlier versions do not tell them."""
+    """Whether config and tokenizer are the recorded ones. Manifests of earlier versions lack them."""
     known = about.get("config") is not None
     return not known or (loaded.config_fingerprint, loaded.tokenizer_fingerprint) == (
         about["config"],

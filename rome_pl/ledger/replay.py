@@ -25,21 +25,21 @@ from rome_pl.write.edited_weight import EditedWeight, LayerWrite
 __all__ = ["groups_of", "load_write", "read_edits", "read_manifest", "read_writes", "replay"]
 
 PARTS = ("key_shape", "key_at", "value", "left", "right", "ridge")
-"""What a shard holds of each layer."""
+"""Names of the tensors of each layer in a shard."""
 
 
 def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
-    """Put the edits of a sequential run into the unedited model that the run began with, as that run left them.
+    """Put the edits of a sequential run into the unedited model that the run began with.
 
     Args:
         language_model: The unedited model.
         run: The run's folder, with ``manifest.json`` and ``ledger/``.
 
     Returns:
-        The weights with their edits. Edits can be taken out of them only by a run, which has the metric.
+        The weights with their edits. Undoing edits needs the metric, see :func:`rome_pl.ledger.undo.with_edits`.
 
     Raises:
-        LedgerError: As :func:`read_writes`.
+        LedgerError: Like :func:`read_writes`.
     """
     numbers, writes = read_writes(language_model, run)
     layers = EditedLayers([EditedWeight(find_site(language_model.model, number), _no_metric) for number in numbers])
@@ -51,15 +51,15 @@ def replay(language_model: LanguageModel, run: Path) -> EditedLayers:
 def read_writes(
     language_model: LanguageModel, run: Path, edits: Sequence[dict[str, Any]] | None = None
 ) -> tuple[list[int], list[EditWrite]]:
-    """The layers that a sequential run has edited, and its writes in their order.
+    """Return the edited layers of a sequential run, and its writes in order.
 
     Args:
         language_model: The unedited model.
         run: The run's folder.
-        edits: What :func:`read_edits` has given, if it was read already.
+        edits: The result of :func:`read_edits`. ``None`` (default): it is read here.
 
     Raises:
-        LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it is of another model.
+        LedgerError: If there is no ledger, it is damaged, its edits do not accumulate, or it belongs to another model.
     """
     manifest = read_manifest(run)
     if manifest.get("mode", "sequential") != "sequential":
@@ -75,7 +75,7 @@ def read_writes(
 
 
 def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int], written: EditWrite) -> None:
-    """Refuse a write that does not suit the model's layers."""
+    """Refuse a write whose layers or sizes do not fit the model."""
     for layer, part in written.layers.items():
         if layer not in numbers:
             raise LedgerError(f"{run}: edit {written.names[0]} is of layer {layer}, the manifest's are {list(numbers)}")
@@ -89,7 +89,7 @@ def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int
 
 
 def read_edits(run: Path) -> list[dict[str, Any]]:
-    """The ledger's edits, one each, with the status they ended in, in the order of their writes.
+    """Read the ledger's edits with their final status, in the order of their writes.
 
     Raises:
         LedgerError: If there is no ledger, a line is damaged, or lines are missing.
@@ -104,12 +104,12 @@ def read_edits(run: Path) -> list[dict[str, Any]]:
         name = str(line.record["case_id"])
         if name not in edits and "request" not in line.record:
             raise LedgerError(f"{path}, line {number}: says what became of edit {name}, which no line before it is of")
-        edits[name] = edits.get(name, {}) | line.record  # a later line about an edit changes what the first said
+        edits[name] = edits.get(name, {}) | line.record  # a later line about an edit overrides the first
     return list(edits.values())
 
 
 def groups_of(edits: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Applied edits in groups that were solved together."""
+    """Group applied edits that were solved together."""
     groups: list[list[dict[str, Any]]] = []
     for edit in edits:
         if edit["status"] != EditStatus.APPLIED or "shard" not in edit:
@@ -122,10 +122,10 @@ def groups_of(edits: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def load_write(run: Path, group: Sequence[dict[str, Any]]) -> EditWrite:
-    """The write of edits that were solved together, as the run made it.
+    """Load the write of edits that were solved together.
 
     Raises:
-        LedgerError: If a shard is missing or damaged, or an edit of the group is.
+        LedgerError: If a shard or a line of the group is missing or damaged.
     """
     if len(group) != len(group[0].get("joint") or group[:1]):
         raise LedgerError(
@@ -142,7 +142,7 @@ def _shard(folder: Path, edit: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / edit["shard"]
     try:
         content = read_regular(path)
-        # Ledgers of earlier versions lack it, which is said where their lines are read.
+        # Ledgers of earlier versions lack it; reading their lines warns.
         if edit.get("shard_sha256", found := hashlib.sha256(content).hexdigest()) != found:
             raise ValueError("its checksum is not the one in the ledger")
         tensors = {name: tensor.clone() for name, tensor in load(content).items()}
@@ -159,7 +159,7 @@ def _shard(folder: Path, edit: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_shapes(part: Mapping[str, Tensor]) -> None:
-    """Refuse what cannot be the write of one edit into one layer."""
+    """Refuse tensors that cannot be the write of one edit into one layer."""
     rows = {name: tensor for name, tensor in part.items() if name != "ridge"}
     if part["ridge"].shape != () or any(tensor.ndim != 2 or len(tensor) != 1 for tensor in rows.values()):
         raise ValueError(f"tensors of shapes {[tuple(tensor.shape) for tensor in part.values()]}")
@@ -187,7 +187,7 @@ def _layer_write(group: Sequence[dict[str, Any]], parts: Sequence[dict[str, Tens
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run.
+    """Read the manifest of a run.
 
     Raises:
         LedgerError: If it is missing or damaged.

@@ -1,4 +1,4 @@
-"""A run that was made: its folder, the model that it began with, its records by name."""
+"""A finished or interrupted run: its folder, its base model, its records by name."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ __all__ = ["base_model", "chat_of", "known_names", "run_folder"]
 
 
 def run_folder(ledger: str) -> Path:
-    """The folder of a run; its ``ledger/`` will do too.
+    """Return the folder of a run, given the folder or its ``ledger/``.
 
     Raises:
-        RunFolderError: If it holds pipes, devices or sockets where files of a run belong.
+        RunFolderError: If files of the run are pipes, devices or sockets.
     """
     folder = local_path(ledger)
     run = folder.parent if folder.name == "ledger" and (folder / "edits.jsonl").is_file() else folder
@@ -29,15 +29,15 @@ def run_folder(ledger: str) -> Path:
 
 
 def base_model(run: Path, allow_pickle: bool, pretrained: str | None = None) -> LanguageModel:
-    """The unedited model that a run began with, in the run's dtype and with its form of prompts.
+    """Load the unedited model that a run began with, in the run's dtype and with its form of prompts.
 
     Args:
         run: The run's folder.
-        allow_pickle: Whether weights that do not come as safetensors may be read.
-        pretrained: Where the model lies now; ``None`` (default): see :func:`rome_pl.ledger.model_places.find_model`.
+        allow_pickle: Whether to read weights that are not safetensors.
+        pretrained: Location of the model. ``None`` (default): see :func:`rome_pl.ledger.model_places.find_model`.
 
     Raises:
-        SourceError: If it is not found, or is another model.
+        SourceError: If it is not found, or another model is.
     """
     manifest = read_manifest(run)
     about = manifest["model"]
@@ -47,16 +47,16 @@ def base_model(run: Path, allow_pickle: bool, pretrained: str | None = None) -> 
 
 
 def chat_of(manifest: Mapping[str, Any]) -> ChatForm | None:
-    """How prompts of a run became conversations; ``None`` for plain ones."""
+    """Return how prompts of a run become conversations. ``None``: they are plain."""
     chat = manifest["model"].get("chat")
     return None if chat is None else ChatForm(**chat)
 
 
 def known_names(cases: str, known: Mapping[str, Any], run: Path) -> Sequence[str]:
-    """Names of records, given separated by commas, each once.
+    """Split comma-separated names of records, without repetitions.
 
     Raises:
-        LedgerError: If the run has no record of a name.
+        LedgerError: If the run has no such record.
     """
     names = [name.strip() for name in cases.split(",") if name.strip()]
     if missing := [name for name in names if name not in known]:

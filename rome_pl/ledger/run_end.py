@@ -1,4 +1,4 @@
-"""The end of a run: whether everything that it makes is there, and what its outcome was."""
+"""The end of a run: whether it is complete, and its outcome."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ __all__ = ["all_applied", "is_finished", "mark_finished"]
 
 
 def is_finished(run: Path, missing: Sequence[str] = ()) -> bool:
-    """Whether a run has come to its end, and everything that it made is there.
+    """Whether a run has ended and its products are complete.
 
     Args:
         run: Its folder.
-        missing: What is asked for and is not there, as far as somebody else has looked.
+        missing: Products that are asked for and were found missing by the caller.
 
     Raises:
         LedgerError: If its ``results.json`` is damaged.
@@ -29,7 +29,7 @@ def is_finished(run: Path, missing: Sequence[str] = ()) -> bool:
 
 
 def mark_finished(run: Path) -> None:
-    """Say in the results of a run that came to its end that its last product is there; otherwise nothing happens.
+    """Mark the results of an ended run as complete. Do nothing if it has not ended.
 
     Raises:
         OSError: If they cannot be written.
@@ -53,5 +53,5 @@ def _results(run: Path) -> dict[str, Any]:
         content: dict[str, Any] = parsed(read_regular(path))
         checked(RESULTS, content)
     except (OSError, ValueError) as error:
-        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it anew")
+        refuse(LedgerError, str(path), error, "remove it, and the resumed run writes it again")
     return content

@@ -1,4 +1,4 @@
-"""The folder of a run: what it may hold before a run begins, and what a new run replaces."""
+"""The folder of a run: its allowed content before a run begins, and replacing an earlier run."""
 
 import os
 import re
@@ -38,19 +38,19 @@ _IN_LEDGER = ("ledger/edits.jsonl", "ledger/shards", "ledger/.lock")
 _FOLDERS = ("ledger", "ledger/shards", "tensorboard", "figures")
 
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""Files that :func:`rome_pl.files.whole_files.whole_file` leaves when a run is killed."""
+"""Leftovers of :func:`rome_pl.files.whole_files.whole_file` in killed runs."""
 
 
 class RunFolderError(RomeError):
-    """A run folder that holds an earlier run, or what no run writes."""
+    """A run folder that holds an earlier run, or other files."""
 
 
 def can_resume(folder: Path, resume: str | None, overwrite: bool) -> bool:
-    """Whether there is a run to go on with, and it is asked for."""
+    """Whether to resume a run: it is asked for and there is one."""
     if resume is None:
         return False
     if overwrite:
-        raise OptionError("resume goes on with an earlier run, overwrite replaces it; give one of the two")
+        raise OptionError("resume continues an earlier run, overwrite replaces it; give one of the two")
     there = (folder / "ledger" / "edits.jsonl").is_file()
     if resume != "auto" and not there:
         raise RunFolderError(f"resume: {resume} holds no run (ledger/edits.jsonl); give the folder of one, or auto")
@@ -60,21 +60,23 @@ def can_resume(folder: Path, resume: str | None, overwrite: bool) -> bool:
 
 
 def check_save_folder(folder: Path, sequential: bool, overwrite: bool, run: Path, source: str) -> None:
-    """Refuse a folder for the final model that cannot take it, and a run that has no final model.
+    """Refuse a folder that cannot hold the final model, and a run without a final model.
 
     Args:
-        folder: Where the model is to be saved.
+        folder: Folder for the final model.
         sequential: Whether edits accumulate.
-        overwrite: Whether a model that it holds may be replaced.
+        overwrite: Whether to replace a model in it.
         run: The run's folder.
         source: The model that is edited.
 
     Raises:
-        OptionError: If it cannot be written, there would be no final model, or the run needs what it holds.
-        RunFolderError: If it is a file, or holds something that may not be replaced.
+        OptionError: If it cannot be written, there is no final model, or the run needs the folder's content.
+        RunFolderError: If it is a file, or holds files that may not be replaced.
     """
     if not sequential:
-        raise OptionError("save_model: in single-edit mode every edit is taken back; set model.sequential_edit: true")
+        raise OptionError(
+            "save_model: in single-edit mode every edit is undone after its evaluation; set model.sequential_edit: true"
+        )
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"save_model: {folder} is a file; give a folder")
     target, own = folder.resolve(), run.resolve()
@@ -89,12 +91,12 @@ def check_save_folder(folder: Path, sequential: bool, overwrite: bool, run: Path
 
 
 def claim_run_folder(folder: Path, overwrite: bool) -> None:
-    """Make sure that the folder holds nothing but what a run may write.
+    """Make sure that the folder holds only files that a run may replace.
 
-    Files that a run leaves when it fails before its first edit are no earlier run.
+    Files of a run that failed before its first edit do not count as an earlier run.
 
     Raises:
-        RunFolderError: If it holds something else, or another run is writing there.
+        RunFolderError: If it holds other files, or another run is writing there.
         OptionError: If a file of the run is a link, a pipe, a device or a socket.
     """
     check_links(folder)
@@ -115,12 +117,12 @@ def held_run_folder(folder: Path, overwrite: bool, resuming: bool) -> Iterator[B
 
     Args:
         folder: The run's folder.
-        overwrite: Whether an earlier run there goes.
-        resuming: Whether the run in it goes on: nothing is removed but what killed runs have left half written.
+        overwrite: Whether to remove an earlier run.
+        resuming: Whether to resume the run in it. Only half-written files of killed runs are removed then.
 
     Raises:
-        RunFolderError: As :func:`claim_run_folder`.
-        OptionError: As :func:`claim_run_folder`.
+        RunFolderError: Like :func:`claim_run_folder`.
+        OptionError: Like :func:`claim_run_folder`.
     """
     check_links(folder)
     if not resuming:
@@ -131,7 +133,7 @@ def held_run_folder(folder: Path, overwrite: bool, resuming: bool) -> Iterator[B
         if resuming:
             _clear_leftovers(folder)
         else:
-            _check_claim(folder, overwrite)  # another run may have come and gone meanwhile
+            _check_claim(folder, overwrite)  # another run may have started and ended in between
             _clear(folder)
         yield lock
     finally:
@@ -155,7 +157,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a run folder to read from in which files of a run are pipes, devices or sockets, which may never end.
+    """Refuse a run folder to read from in which files of a run are pipes, devices or sockets.
 
     Raises:
         RunFolderError: Naming the file.
@@ -170,10 +172,10 @@ def check_files(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of a run, if its folder holds one.
+    """Read the configuration of a run. ``None``: there is none.
 
     Raises:
-        RunFolderError: If it is no mapping of sections to options.
+        RunFolderError: If it is not a mapping of sections to options.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -191,7 +193,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """Whatever is in a run folder under the names that a run writes, at any depth; links are not followed."""
+    """Yield entries of a run folder with the names of a run's files, at any depth, without following links."""
     for name in _RUN_FILES:
         path = folder / name
         if not os.path.lexists(path):
@@ -231,7 +233,7 @@ def _lock(folder: Path) -> BaseFileLock:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier run; the lock of its ledger, which is held, stays."""
+    """Remove an earlier run, but not the lock of its ledger, which is held."""
     _clear_leftovers(folder)
     for path in (*(folder / name for name in _RUN_FILES if name != "ledger"), *(folder / "ledger").glob("*")):
         if path.name == ".lock":
@@ -243,7 +245,7 @@ def _clear(folder: Path) -> None:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove half written files of killed runs; whoever calls holds the lock, and so no run is writing them."""
+    """Remove half-written files of killed runs. The caller holds the lock, so no run is writing them."""
     for place in (folder, folder / "ledger", folder / "ledger" / "shards", folder / "figures"):
         for path in place.glob(".*.tmp"):
             if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():

@@ -1,7 +1,7 @@
-"""The forms of what a run leaves in its folder and of what is exported from it, as a reader checks them.
+"""Schemas of the files of a run and of its exports.
 
-Fields that are not named here may be there too: later versions add some. A field that is marked ``NotRequired`` is
-missing in what earlier versions wrote.
+Other fields are allowed: later versions add some. A field marked ``NotRequired`` is missing in files of earlier
+versions.
 """
 
 from dataclasses import fields
@@ -59,7 +59,7 @@ class ProbeText(TypedDict):
 
 
 class Request(TypedDict):
-    """What an edit asks for and is measured on."""
+    """The request and probes of an edit."""
 
     prompt: Name
     subject: Name
@@ -113,7 +113,7 @@ class FirstLine(_Line):
 
 
 class LaterLine(_Line):
-    """A later line about an edit: what has become of it."""
+    """A later line about an edit, with its changes."""
 
     reason: NotRequired[str | None]
     notes: NotRequired[Texts]
@@ -168,7 +168,7 @@ class Manifest(TypedDict):
 
 
 class Results(TypedDict):
-    """What is read again of ``results.json``."""
+    """The fields of ``results.json`` that are read."""
 
     interrupted: bool
     finished: NotRequired[bool]
@@ -178,7 +178,7 @@ class Results(TypedDict):
 
 
 class LedgerEnd(TypedDict):
-    """How far a ledger had come when it was last closed."""
+    """The end of a ledger when it was last closed."""
 
     lines: Annotated[Count, Field(ge=1)]
     check: str
@@ -215,7 +215,7 @@ _LATER_LINE: TypeAdapter[Any] = TypeAdapter(LaterLine)
 
 
 def ledger_line(line: Any) -> TypeAdapter[Any]:
-    """The form that a line of a ledger has to have: the first about an edit says what was asked for."""
+    """Return the schema of a line: the first line about an edit, or a later one."""
     return _FIRST_LINE if isinstance(line, dict) and "request" in line else _LATER_LINE
 
 

@@ -1,7 +1,7 @@
-"""Taking edits out of a finished run, by its ledger alone: nothing is optimised again.
+"""Undoing edits of a finished run from its ledger, without optimising again.
 
-The closed form is replayed for the edits that remain, from their stored keys and values. Dropping an edit's own change
-would be wrong: later ones were solved against a weight that contained it.
+The closed form is replayed for the edits that remain, from their stored keys and values. Only subtracting an edit's
+change would be wrong: later edits were solved against a weight that contained it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,19 +24,19 @@ from rome_pl.write.key_metric import make_metric
 __all__ = ["Undone", "pick", "undo", "with_edits"]
 
 PATIENCE = 10.0
-"""Seconds that undoing waits for another process to let go of the ledger."""
+"""Seconds to wait for another process to release the ledger."""
 
 
 @dataclass(frozen=True)
 class Undone:
-    """What is left after edits were taken out.
+    """The result of undoing edits.
 
     Args:
-        layers: The weights with the edits that remain, written to the model.
-        names: The edits that were taken out.
-        resolved: Edits that were solved anew, because an edit before them is gone.
-        holding: Edits that remain, were made after one that was taken out, and are about its subject: their values were
-            found on top of it, and may hold what it taught.
+        layers: The weights with the remaining edits, written to the model.
+        names: The edits that were undone.
+        resolved: Edits that were solved again, because an earlier edit was undone.
+        holding: Remaining edits about the subject of an earlier edit that was undone. Their values were found on top of
+            it and may still contain its fact.
     """
 
     layers: EditedLayers
@@ -52,18 +52,18 @@ def undo(
     statistics: Sequence[Path] = (),
     save: Callable[[], None] | None = None,
 ) -> Undone:
-    """Take edits out of a sequential run; its ledger says so from then on.
+    """Undo edits of a sequential run, and record it in the ledger.
 
     Args:
-        language_model: The unedited model that the run began with; it ends with the edits that remain.
+        language_model: The unedited model that the run began with. It gets the remaining edits.
         run: The run's folder.
         names: The edits, by ``case_id``.
-        statistics: The second moments of the run, where they are neither shipped nor in the cache.
-        save: Called once the model is as it will be, before the ledger says so: if it fails, nothing was undone.
+        statistics: Paths of the run's second moments, if they are neither shipped nor cached.
+        save: Called once the model has its final weights, before the ledger is changed: if it fails, nothing is undone.
 
     Raises:
         LedgerError: If an edit is not in the weight, or the ledger cannot be used; see :func:`read_writes`.
-        StatisticsError: If the run's second moment is not at hand.
+        StatisticsError: If the run's second moment is not found.
     """
     read_edits(run)  # whatever is wrong with the folder comes to light before anything is made in it
     # Locked, read, written: another process may undo something of the same run.
@@ -113,7 +113,7 @@ def with_edits(
     Args:
         language_model: The unedited model that the run began with.
         run: The run's folder.
-        statistics: The second moments of the run, where they are neither shipped nor in the cache.
+        statistics: Paths of the run's second moments, if they are neither shipped nor cached.
         edits: What :func:`rome_pl.ledger.replay.read_edits` has given, if it was read already.
 
     Raises:
@@ -142,11 +142,11 @@ def pick(
         language_model: The unedited model that the run began with; it stays so if this fails.
         run: The run's folder.
         names: The edits that remain, by ``case_id``.
-        statistics: The second moments of the run, where they are neither shipped nor in the cache.
+        statistics: Paths of the run's second moments, if they are neither shipped nor cached.
 
     Raises:
         LedgerError: As :func:`undo`.
-        StatisticsError: If the run's second moment is not at hand.
+        StatisticsError: If the run's second moment is not found.
         DisablingEditError: If the update of an edit that remains would explode without those before it.
     """
     known = read_edits(run)  # once: another process may undo something meanwhile

@@ -22,7 +22,7 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 @dataclass(frozen=True)
 class Fluency:
-    """What generated text is like.
+    """Scores of generated texts.
 
     Args:
         fluency: Weighted entropy of its 2- and 3-grams, in bits (papers print a hundred times that); a mean over
@@ -39,12 +39,12 @@ class Fluency:
 def measure_fluency(
     language_model: LanguageModel, requests: Sequence[EditRequest], tokens: int, seed: int = 0
 ) -> Fluency:
-    """Fluency, and consistency with the records' own reference texts, of what a model writes after generation prompts.
+    """Measure the fluency of texts that a model generates, and their consistency with the records' reference texts.
 
     Args:
         language_model: The model, with its current weights.
-        requests: Records; those without generation prompts do not count.
-        tokens: Most tokens of a text.
+        requests: The records. Those without generation prompts do not count.
+        tokens: Largest number of tokens of a text.
         seed: Seed of the sampling.
     """
     chosen = [request for request in requests if request.generation_prompts]
@@ -67,7 +67,7 @@ def measure_fluency(
 def n_gram_entropy(text: str) -> float:
     """Weighted mean of the entropies of a text's 2- and 3-grams, in bits; 0 for a text too short to have any.
 
-    Words and punctuation marks are what counts; no language's tokenizer is asked.
+    Its units are words and punctuation marks, without a tokenizer of any language.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     total = 0.0

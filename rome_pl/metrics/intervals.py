@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["Entry", "bootstrap_interval", "entry", "harmonic_mean", "wilson_interval"]
 
 Entry = dict[str, float | int | None]
-"""``{"value", "low", "high", "n"}``; with ``n_nan`` where records had to be left out because the model gave NaN."""
+"""``{"value", "low", "high", "n"}``; with ``n_nan`` if records were left out because the model gave NaN."""
 
 _Z = 1.959963984540054  # two-sided 95 %
 _RESAMPLES = 1000
@@ -18,12 +18,12 @@ _RESAMPLES = 1000
 def entry(
     values: Tensor, interval: Callable[[Tensor], tuple[float, float]], mean: Callable[[Tensor], Tensor] | None = None
 ) -> Entry:
-    """The mean of one value per record, its interval, and n.
+    """Return the mean of one value per record, its interval, and n.
 
     Args:
         values: One row per record, ``[records]`` or ``[records, values]``; rows with a NaN are left out and counted.
-        interval: Gives the interval of the rows that are kept.
-        mean: Gives the mean over rows; the arithmetic one of ``[records]`` if nothing.
+        interval: Computes the interval of the rows that are kept.
+        mean: Computes the mean over rows. ``None`` (default): the arithmetic mean of ``[records]``.
     """
     broken = values.isnan() if values.ndim == 1 else values.isnan().any(1)
     kept = values[~broken]
@@ -57,7 +57,7 @@ def bootstrap_interval(
 
     Args:
         values: One row per record.
-        mean: Gives the mean of each resample, ``[resamples, records, ...]`` to ``[resamples]``.
+        mean: Computes the mean of each resample, ``[resamples, records, ...]`` to ``[resamples]``.
     """
     draws = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = mean(values[draws]).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype))

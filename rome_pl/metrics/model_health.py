@@ -1,4 +1,4 @@
-"""Is a model still healthy, whatever changed its weights? Measured against what it was at first."""
+"""The health of a model whose weights change, compared with its first state."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,7 +32,7 @@ CANARIES = (
 
 
 class Weights(Protocol):
-    """Weights that change, and their original values; :class:`rome_pl.write.edited_layers.EditedLayers` is one."""
+    """Changing weights and their original values; :class:`rome_pl.write.edited_layers.EditedLayers` is one."""
 
     @property
     def finite(self) -> bool:
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
 
 class TrainedWeights:
-    """All weights of a model that anything may change; it keeps a copy of them as they are now.
+    """All weights of a model, with a copy of their present values.
 
     Args:
         model: The model.
@@ -75,7 +75,7 @@ class TrainedWeights:
         """The original weights inside; the present ones after, whatever happens."""
         with ExitStack() as stack, torch.no_grad():
             for weight, original in zip(self._weights, self._originals, strict=True):
-                # Back by the same call whatever happens, and by copy: the optimiser knows these tensors.
+                # Restored even after an exception, and by copying: the optimiser holds these tensors.
                 stack.callback(weight.data.copy_, weight.detach().clone())
                 weight.data.copy_(original)
             yield
@@ -83,7 +83,7 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a healthy model keeps to; see :class:`rome_pl.callbacks.StateCheck` for what each means.
+    """The bounds of a healthy model; see :class:`rome_pl.callbacks.StateCheck` for their meaning.
 
     Raises:
         ValueError: If one is out of range.
@@ -108,19 +108,19 @@ class Bounds:
 
     @property
     def need_text(self) -> bool:
-        """Whether the model has to read held-out text for them."""
+        """Whether they need held-out text."""
         return self.largest_perplexity_ratio is not None or self.largest_divergence is not None
 
 
 class ModelWatch:
-    """Knows what a model was at first, and says what has become of it.
+    """Compares a model with its first state.
 
     Args:
-        language_model: The model as it is at first.
-        weights: Those of its weights that change.
-        bounds: What counts as bad.
-        canaries: Prompts whose next word an intact model keeps.
-        text: Held-out text for perplexity and divergence, if the bounds need it.
+        language_model: The model in its first state.
+        weights: Its changing weights.
+        bounds: The bounds of a healthy state.
+        canaries: Prompts whose next token should stay the same.
+        text: Held-out text for perplexity and divergence. ``None``: the bounds do not need it.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ModelWatch:
         )
 
     def look(self) -> dict[str, Any]:
-        """What there is to say about the model's state; ``failures`` says what of it is bad."""
+        """Measure the model's state. ``failures`` describes every bound that is exceeded."""
         bounds = self.bounds
         now = next_tokens(self.language_model, self._canaries)
         agreement = sum(a == b for a, b in zip(now, self._expected, strict=True)) / len(now)
@@ -154,7 +154,7 @@ class ModelWatch:
         return found
 
     def _read(self, found: dict[str, Any], failures: list[str]) -> None:
-        """Let the model read held-out text."""
+        """Measure perplexity and divergence on held-out text."""
         bounds = self.bounds
         unedited = self._unedited if bounds.largest_divergence is not None else None
         measured = measure_text(self.language_model, self._text, unedited)
@@ -167,7 +167,7 @@ class ModelWatch:
                 )
         if bounds.largest_divergence is not None:
             found["divergence"] = divergence = measured.divergence
-            assert divergence is not None  # the unedited model was at hand
+            assert divergence is not None  # the unedited model was given
             if not divergence <= bounds.largest_divergence:
                 failures.append(
                     f"the next token's divergence on held-out text is {divergence:.3g} nats "
@@ -181,11 +181,11 @@ class ModelWatch:
 
 
 def language_model_of(module: Any) -> LanguageModel:
-    """The language model that a module wraps: its ``language_model``, or its ``model`` with its ``tokenizer``.
+    """Return the language model of a module: its ``language_model``, or its ``model`` with its ``tokenizer``.
 
     Raises:
         TypeError: If it has neither.
-        UnsupportedModelError: If the model is no decoder that is known.
+        UnsupportedModelError: If the model cannot be edited.
     """
     known = getattr(module, "language_model", None)
     if isinstance(known, LanguageModel):

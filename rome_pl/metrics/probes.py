@@ -1,4 +1,4 @@
-"""Length-normalised log-probabilities of targets after prompts: what every probe score is made of."""
+"""Length-normalised log-probabilities of targets after prompts, on which all probe scores are based."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,11 +36,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of weights that are measured without being written, each seen by the rows it belongs to alone.
+    """Changes of weights that are measured without being written. Each applies only to its own rows.
 
     Args:
         projections: The modules whose weights change.
-        updates: For each request or row what changes for it, one factor pair for each module; ``None`` for nothing.
+        updates: For each request or row its changes, one pair of factors per module. ``None``: no change.
     """
 
     projections: Sequence[nn.Module]
@@ -67,8 +67,8 @@ class Answer:
 
     @property
     def generated(self) -> bool:
-        """Whether greedy generation gives the answer: it does exactly if every token is the likeliest in its turn."""
-        # Where logits are NaN, the likeliest token means nothing.
+        """Whether greedy generation gives the answer, which is so if every token is the likeliest."""
+        # If logits are NaN, the likeliest token is meaningless.
         return self.accuracy == 1.0 and math.isfinite(self.log_prob)
 
 
@@ -80,9 +80,9 @@ class ProbeScores:
         rewrite: After the rewrite prompt; the second is ``None`` where the request has no true target.
         paraphrases: After each paraphrase.
         neighbours: After each neighbourhood prompt.
-        touched: For each neighbourhood prompt whether its own subject was edited too; nothing if none was.
-        answers: The answers that are wanted, by kind of prompt: ``rewrite`` and ``paraphrase`` (the new target),
-            ``neighbour`` (the true one), ``locality`` and ``portability`` (the probes' own).
+        touched: For each neighbourhood prompt whether its own subject was edited too; empty if none was.
+        answers: The expected answers, by kind of prompt: ``rewrite`` and ``paraphrase`` (the new target), ``neighbour``
+            (the true one), ``locality`` and ``portability`` (the probes' own).
     """
 
     rewrite: tuple[float, float | None]
@@ -100,7 +100,7 @@ class TargetMeasure:
         probability: Geometric mean over its tokens.
         greedy: Whether greedy decoding gives it, every token being the likeliest one.
         target: Its tokens.
-        predicted: The likeliest token in the place of each, after those before it in the target.
+        predicted: The likeliest token at the position of each, after those before it in the target.
     """
 
     probability: float
@@ -141,7 +141,7 @@ def measure_answers(
     """
     if not rows:
         return []
-    firsts: dict[int, int] = {}  # not the address itself, which would order the rows differently in every process
+    firsts: dict[int, int] = {}  # not the id itself, which would order the rows differently in every process
     owners = [
         firsts.setdefault(id(update), len(firsts)) for update in (changes.updates if changes else [None] * len(rows))
     ]
@@ -193,7 +193,7 @@ def _measure_batch(
 
 
 def _stacked(updates: Sequence[Update | None]) -> tuple[Tensor, Tensor]:
-    """Factors of each row's change of one module, ``[rows, d_value]`` and ``[rows, d_key]``; zeros for nothing."""
+    """Factors of each row's change of one module, ``[rows, d_value]`` and ``[rows, d_key]``; zeros for no change."""
     some = next(update for update in updates if update is not None)
     nothing = Update(torch.zeros_like(some.left), torch.zeros_like(some.right))
     chosen = [nothing if update is None else update for update in updates]
@@ -220,7 +220,7 @@ def probe_scores(
 
 
 def wanted_answers(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
-    """Field, prompt, answer and role of everything that is measured for a request."""
+    """Yield field, prompt, answer and role of each measurement for a request."""
     new, true = request.target_new, request.target_true
     for name, prompts in (
         ("prompt", [request.prompt]),
@@ -262,7 +262,7 @@ def _assemble(wanted: Sequence[tuple[str, str, str, str]], measured: Sequence[An
 
 @torch.no_grad()
 def next_tokens(language_model: LanguageModel, prompts: Sequence[str]) -> list[int]:
-    """The likeliest next token after each prompt."""
+    """Return the likeliest next token after each prompt."""
     model: Any = language_model.model
     rows = [language_model.encoder.prompt(prompt) for prompt in prompts]
     aligned = align(rows, language_model.encoder.pad_id, language_model.device)
@@ -282,4 +282,4 @@ def next_tokens(language_model: LanguageModel, prompts: Sequence[str]) -> list[i
 
 
 MEASURED_TOGETHER = 16
-"""Requests whose probes are measured at once."""
+"""Number of requests whose probes are measured at once."""

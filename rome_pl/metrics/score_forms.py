@@ -1,4 +1,4 @@
-"""Probe scores as JSON: the form that they have in ledgers and caches, and the way back."""
+"""Probe scores as JSON, in ledgers and caches."""
 
 from dataclasses import replace
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from rome_pl.metrics.probes import ProbeScores
 __all__ = ["SCORES", "Answer", "Scores", "scores_from_json"]
 
 Measured = Annotated[float, Field(strict=True)]
-"""A number that a broken model may have made NaN."""
+"""A number that may be NaN if the model is broken."""
 Pair = Annotated[list[Measured | None], Field(min_length=2, max_length=2)]
 
 
@@ -39,7 +39,7 @@ SCORES: TypeAdapter[Any] = TypeAdapter(Scores)
 
 
 def scores_from_json(content: dict[str, Any]) -> ProbeScores:
-    """Scores as ``asdict`` and JSON have left them."""
+    """Make scores from the JSON form of their ``asdict``."""
     return ProbeScores(
         rewrite=tuple(content["rewrite"]),
         paraphrases=tuple(tuple(pair) for pair in content["paraphrases"]),

@@ -1,8 +1,8 @@
-"""The scores of edits: what each is, for one record, and their means over records.
+"""The scores of edits: their definitions for one record, and their means over records.
 
-The field's scores are not comparable from paper to paper, so each is defined once, here, for a single record, and
-always comes with n and a 95 % interval. A record counts once per score, however many prompts it brings, and every
-record counts, whatever became of its edit; one that lacks the prompts for a score does not count in it.
+Definitions of scores differ between papers, so each is defined once, here, for a single record. A mean always comes
+with n and a 95 % interval. A record counts once per score, regardless of its number of prompts, and counts also if its
+edit was rejected. A record without prompts for a score does not count in it.
 """
 
 import math
@@ -35,8 +35,8 @@ class Score:
     """A score of one record.
 
     Args:
-        of: Its value from what was measured now and on the unedited model; ``None`` where the record has no probes for
-            it, NaN where the model gave NaN.
+        of: Computes the value from the present probe scores and those of the unedited model. ``None`` if the record has
+            no probes for it, NaN if the model gave NaN.
         rate: Whether it is a share of yes-or-no answers, which has a Wilson interval.
     """
 
@@ -57,13 +57,13 @@ def _pairs(kind: str) -> Callable[[ProbeScores], Pairs]:
 
 
 def _neighbours(scores: ProbeScores, measured: Sequence[T], touched: bool = False) -> list[T]:
-    """What was measured after neighbourhood prompts whose own subject was edited too, or after the others."""
+    """Select the neighbourhood prompts whose own subject was edited too, or the others."""
     flags = scores.touched if scores.touched and measured else (False,) * len(measured)
     return [found for found, was in zip(measured, flags, strict=True) if was == touched]
 
 
 def _preferred(kind: str, sign: int) -> Score:
-    """Share of prompts where the right one of two targets is the likelier."""
+    """Share of prompts for which the right one of two targets is likelier."""
     pairs = _pairs(kind)
     return Score(
         lambda scores, _: _mean(_broken(new, true) or float(sign * (new - true) > 0) for new, true in pairs(scores))
@@ -89,7 +89,7 @@ def _answers(kind: str, of: Callable[[Answer], float], rate: bool) -> Score:
 
 
 def _accuracy(kind: str) -> Score:
-    """Share of the answer's tokens that are the likeliest, each after the answer's own tokens (teacher-forced)."""
+    """Share of the answer's tokens that are the likeliest, teacher-forced."""
     return _answers(kind, lambda answer: answer.accuracy, rate=False)
 
 
@@ -120,7 +120,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _broken(*values: float) -> float:
-    """NaN if a value is; else 0, which gives way to what follows an ``or``."""
+    """NaN if a value is NaN, else 0, so that an ``or`` after it applies."""
     return math.nan if any(map(math.isnan, values)) else 0.0
 
 
@@ -132,7 +132,7 @@ SCORES: dict[str, Score] = {
     "PM": _margin("paraphrases", 1),
     "NS": _preferred("neighbours", -1),
     "NM": _margin("neighbours", -1),
-    # Neighbours whose own subject was edited in the same stream are no neighbours any more: reported apart.
+    # Neighbours whose own subject was edited in the same stream are reported separately.
     "NS_touched": _preferred("touched", -1),
     # zsRE (Meng et al. 2022, App. C) and EasyEdit (Wang et al. 2024): answers, token by token, teacher-forced.
     "rewrite_acc": _accuracy("rewrite"),
@@ -141,27 +141,27 @@ SCORES: dict[str, Score] = {
     "locality_acc": _accuracy("locality"),
     "portability_acc": _accuracy("portability"),
     "locality": _unchanged("locality"),
-    # The whole answer, generated greedily: what teacher forcing does not leak.
+    # The whole answer, generated greedily: nothing of it is given away, as it is by teacher forcing.
     "rewrite_match": _match("rewrite"),
     "rephrase_match": _match("paraphrase"),
     "neighbour_match": _match("neighbour"),
     "locality_match": _match("locality"),
     "portability_match": _match("portability"),
 }
-"""Every score, by name. S, the harmonic mean of ES, PS and NS, is one of the means and not of the record."""
+"""Every score of a record, by name. S, the harmonic mean of ES, PS and NS, is computed from their means."""
 
 _COUNTERFACT = ("ES", "EM", "PS", "PM", "NS", "NM", "S")
 _HARMONIC = ("ES", "PS", "NS")
 _ABSENT = math.inf
-"""Stands in a record's row for a score that it has no probes for: NaN is what a broken model gives."""
+"""Marks a score for which a record has no probes. NaN marks a broken model."""
 
 
 def record_values(scores: ProbeScores, base: ProbeScores | None = None) -> dict[str, float]:
-    """One record's scores, those that it has probes for.
+    """Return the scores for which a record has probes, by name.
 
     Args:
-        scores: What was measured.
-        base: The same on the unedited model; ``locality`` needs it.
+        scores: The probe scores.
+        base: The same on the unedited model, which ``locality`` needs.
     """
     values = {name: score.of(scores, base) for name, score in SCORES.items()}
     return {name: value for name, value in values.items() if value is not None}
@@ -192,13 +192,13 @@ class EditScores(Metric):
         self.records.append(torch.tensor([[values.get(name, _ABSENT) for name in SCORES]], dtype=torch.float64))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Bring the records of all devices together, also if this one has none."""
+        """Gather the records of all devices, even if this one has none."""
         if not self.records:
             self.records.append(_NOTHING)
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Entry]:
-        """The means."""
+        """Return the mean, interval and n of every score."""
         records = self.records if isinstance(self.records, Tensor) else torch.cat([*self.records, _NOTHING])
         columns = {name: records[:, place] for place, name in enumerate(SCORES)}
         table = {
@@ -218,7 +218,7 @@ _NOTHING = torch.empty(0, len(SCORES), dtype=torch.float64)
 
 
 class RunningScores:
-    """Means over the records so far, without intervals: one record costs the same, first or last."""
+    """Means over the records so far, without intervals, at a constant cost per record."""
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(SCORES, 0.0)
@@ -232,12 +232,12 @@ class RunningScores:
                 self._counts[name] += 1
 
     def compute(self) -> dict[str, float]:
-        """The means; scores that no record has probes for are left out."""
+        """Return the means, without scores for which no record has probes."""
         return {name: self._sums[name] / count for name, count in self._counts.items() if count}
 
 
 def summarise(scores: Mapping[str, ProbeScores], base: Mapping[str, ProbeScores] | None = None) -> dict[str, Entry]:
-    """All scores of records, by their names; on several devices every rank summarises its own.
+    """Summarise the scores of records. On several devices every rank summarises its own records.
 
     Args:
         scores: What was measured.

@@ -1,4 +1,4 @@
-"""What a model makes of ordinary text, beside what the unedited model makes of it: the global measures of damage."""
+"""Global measures of damage: a model's predictions on ordinary text, compared with the unedited model's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,17 +18,17 @@ from rome_pl.utils.restored_state import frozen
 __all__ = ["TextMeasure", "held_out_text", "measure_text", "perplexity"]
 
 WINDOW = 256
-"""Tokens of the text that are read together."""
+"""Number of tokens of the text that are read together."""
 
 
 @dataclass(frozen=True)
 class TextMeasure:
-    """What was found on a text.
+    """Measurements on a text.
 
     Args:
         perplexity: Per token of the text.
-        divergence: ``KL(unedited ‖ model)`` of the next token, in nats, mean over positions; ``None`` if the unedited
-            model was not at hand.
+        divergence: ``KL(unedited ‖ model)`` of the next token, in nats, mean over positions. ``None``: the unedited
+            model was not given.
         n: Number of tokens predicted.
     """
 
@@ -38,7 +38,7 @@ class TextMeasure:
 
 
 def held_out_text(path: str | None = None) -> str:
-    """The text that perplexity is measured on: a file's, or the one shipped with the package.
+    """Return the text for perplexity: that of a file, or the one shipped with the package.
 
     Raises:
         OptionError: If the file cannot be read as UTF-8.
@@ -55,7 +55,7 @@ def held_out_text(path: str | None = None) -> str:
 def perplexity(language_model: LanguageModel, text: str, window: int = WINDOW) -> float:
     """Perplexity per token of a text, read in windows of ``window`` tokens without overlap.
 
-    What the tokenizer puts before a text (BOS) stands before every window, and is not predicted itself.
+    Every window begins with the ids that the tokenizer puts before a text (BOS). They are not predicted.
 
     Raises:
         ValueError: If the text has fewer than two tokens.
@@ -70,22 +70,21 @@ def measure_text(
     unedited: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
     window: int = WINDOW,
 ) -> TextMeasure:
-    """Perplexity of a text, and how far the next-token distributions are from the unedited model's.
+    """Measure the perplexity of a text, and the divergence of next-token distributions from the unedited model's.
 
     Args:
         language_model: The model, with its current weights.
         text: Ordinary text.
-        unedited: Gives the unedited model for as long as the context lasts; it may be the same one with its original
-            weight put back.
-        window: Tokens of the text that are read together, without overlap. What the tokenizer puts before a text (BOS)
-            stands before each window, as the model was trained; a window is shorter where the model reads less. All of
-            its tokens but the first are predicted, so the same ones with BOS and without.
+        unedited: Context manager that gives the unedited model, possibly the same one with its original weights.
+        window: Tokens of the text that are read together, without overlap. Each window begins with the ids that the
+            tokenizer puts before a text (BOS), as in training. A window is shorter if the model's context is. All its
+            tokens but the first are predicted, the same ones with and without BOS.
 
     Raises:
         ValueError: If the text has fewer than two tokens.
     """
     surprise, divergence, count = 0.0, 0.0, 0
-    # The opening is not predicted, nor the token after it: a window begins anywhere, where no text would.
+    # The opening and the token after it are not predicted: a window may begin in mid-sentence.
     first = len(language_model.encoder.opening) + 1
     for row in _windows(language_model, text, window):
         now = _log_probs(language_model, row, first)
@@ -102,7 +101,7 @@ def measure_text(
 
 
 def _windows(language_model: LanguageModel, text: str, window: int) -> Iterator[Tensor]:
-    """The text's tokens in rows ``[1, length]``, each opened as the model has seen texts opened."""
+    """Yield the text's tokens in rows ``[1, length]``, each with the tokenizer's opening ids."""
     encoder = language_model.encoder
     ids = torch.tensor(language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     opening = torch.tensor(encoder.opening, dtype=torch.long)

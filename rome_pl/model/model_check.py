@@ -1,4 +1,4 @@
-"""Comparing the model that something on disk was made with and the one that is loaded."""
+"""Comparing the loaded model with the one that a file was made with."""
 
 import logging
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ def refuse_another_model(
     """Refuse a model with other weights, another config or another tokenizer.
 
     Args:
-        theirs: What is on record of the other model; see :meth:`LanguageModel.identity`.
-        language_model: The model that is loaded.
-        error: What to raise.
-        what: What the record is of, such as ``run: a ledger``.
-        advice: What to do.
+        theirs: The recorded identity of the other model; see :meth:`LanguageModel.identity`.
+        language_model: The loaded model.
+        error: The class of error to raise.
+        what: The recorded object for messages, such as ``run: a ledger``.
+        advice: What to do, for messages.
 
     Raises:
-        RomeError: With what differs.
+        RomeError: If the models differ, with the difference.
     """
     loaded = f"than the one loaded ({language_model.source}, {language_model.fingerprint[:12]})"
     if theirs["fingerprint"] != language_model.fingerprint:

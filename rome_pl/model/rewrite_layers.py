@@ -1,4 +1,4 @@
-"""Rewrite layers that are published or were measured, by the shape of the model."""
+"""Published or measured rewrite layers, by the shape of the model."""
 
 import logging
 from typing import Any
@@ -26,19 +26,19 @@ _KNOWN = {
     ("llama", 30, 576): 4,
 }
 
-# Where the published layers lie: a third of the depth up in GPT-NeoX and all GPT-2s but the smallest, else a sixth.
+# Published layers are at a third of the depth in GPT-NeoX and all GPT-2s but the smallest, else at a sixth.
 _THIRD = ("gpt2", "gpt_neox")
 
 
 def default_layer(config: Any) -> int:
-    """The rewrite layer for a model whose user named none.
+    """Return the default rewrite layer of a model.
 
     Args:
         config: The model's text configuration.
 
     Returns:
-        The published layer of this model where there is one; otherwise, with a warning, a third of the depth for the
-        families of GPT-2 and GPT-NeoX, and a sixth for others: that is where published layers lie.
+        The published layer of this model, if there is one. Otherwise, with a warning, a third of the depth for the
+        families of GPT-2 and GPT-NeoX, and a sixth for others, as in published settings.
     """
     depth = int(config.num_hidden_layers)
     known = _KNOWN.get((config.model_type, depth, int(config.hidden_size)))
@@ -55,14 +55,14 @@ def default_layer(config: Any) -> int:
 
 
 def parse_layers(layers: list[int] | str, depth: int) -> list[int]:
-    """Layer numbers from a list, ``all``, a range such as ``4-8``, or a comma-separated mix of both.
+    """Parse layer numbers: a list, ``all``, a range such as ``4-8``, or a comma-separated mix of both.
 
     Args:
-        layers: What was asked for.
+        layers: The layers as given.
         depth: Number of layers of the model.
 
     Raises:
-        OptionError: If it is none of these, or a layer does not exist.
+        OptionError: If ``layers`` has another form, or a layer does not exist.
     """
     if layers == "all":
         return list(range(depth))

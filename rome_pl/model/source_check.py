@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read before a library loads it: what cannot be edited is refused at once."""
+"""Checking a checkpoint's files before a library loads it, to refuse early what cannot be edited."""
 
 import json
 import re
@@ -17,22 +17,22 @@ from rome_pl.model.architecture import UnsupportedModelError, decoder_layers
 __all__ = ["check_files", "check_settings", "check_weights"]
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""Implementations that are part of transformers or of an installed package; any other name is fetched from the hub."""
+"""Attention implementations of transformers or an installed package. Any other name is fetched from the hub."""
 
 MOST_LAYERS = 1000
-"""More than any model has; a library would build them one by one, without end."""
+"""More layers than any model has. A library would build them one by one, without end."""
 
 
 def check_files(folder: Path, source: str) -> None:
     """Refuse a folder whose files cannot be a model's.
 
     Raises:
-        SourceError: If it holds an adapter, or something that reading would wait for.
+        SourceError: If it holds an adapter, or a file that would block its reader.
     """
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         try:
             kind = kind_of(path.stat().st_mode)
-        except OSError:  # a link that leads nowhere; the loader says so if it needs it
+        except OSError:  # a broken link; the loader reports it if it needs the file
             continue
         if kind not in (None, FOLDER):
             raise SourceError(f"{source}: {path} is neither a file nor a folder but {kind}; remove it")
@@ -45,11 +45,11 @@ def check_files(folder: Path, source: str) -> None:
 
 
 def check_settings(config: Mapping[str, Any], source: str) -> None:
-    """Refuse what a ``config.json`` asks for and no edit can be right in.
+    """Refuse settings of a ``config.json`` with which no edit can be correct.
 
     Args:
         config: Its content.
-        source: Where it is from, for messages.
+        source: The source, for messages.
 
     Raises:
         SourceError: If it would run code from the hub, or build layers without end.
@@ -70,18 +70,18 @@ def check_settings(config: Mapping[str, Any], source: str) -> None:
 
 
 def check_weights(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
-    """Refuse weights that do not fit the configuration that they were loaded by.
+    """Refuse weights that do not fit the configuration.
 
     Args:
         model: The model.
-        report: What the library says of the loading.
-        source: Where it is from, for messages.
+        report: The library's report on loading.
+        source: The source, for messages.
 
     Raises:
         SourceError: With the first weight that is missing, left over or damaged.
     """
     if missing := sorted(report["missing_keys"]):
-        # The library fills what is missing with random numbers and goes on.
+        # The library fills missing weights with random numbers and continues.
         raise SourceError(
             f"'{source}' lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is not complete"
         )
@@ -104,7 +104,7 @@ def check_weights(model: nn.Module, report: Mapping[str, Any], source: str) -> N
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every setting, those of parts of the model included."""
+    """Yield all settings, including those of parts of the model."""
     for name, value in config.items():
         yield str(name), value
         if isinstance(value, Mapping):

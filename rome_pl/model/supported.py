@@ -1,6 +1,6 @@
-"""Which models can be edited: one look at a model before anything else is done with it, and why it is refused.
+"""Checking whether a model can be edited, before anything else is done with it.
 
-Nothing here goes by a family's name. What cannot be read off the modules is tried with a forward of a few tokens.
+No family is recognised by name. Properties that the modules do not show are tested with a forward of a few tokens.
 """
 
 import logging
@@ -20,21 +20,21 @@ __all__ = ["check_saves_whole", "check_supported"]
 log = logging.getLogger(__name__)
 
 TOKENS = 4
-"""Length of the rows that are tried."""
+"""Length of the rows in the test forward, in tokens."""
 
 _tried: WeakSet[nn.Module] = WeakSet()
-"""Models that passed the trial; a large one takes seconds."""
+"""Models that passed the test forward, which takes seconds for a large one."""
 
 
 def check_supported(model: Any, source: str) -> None:
-    """Refuse a model that no edit can be right in.
+    """Refuse a model in which no edit can be correct.
 
     Args:
-        model: What was given or loaded as a model.
-        source: Where it comes from, for messages.
+        model: The object given or loaded as a model.
+        source: The source, for messages.
 
     Raises:
-        UnsupportedModelError: With the reason, and what to do.
+        UnsupportedModelError: If it cannot be edited, with the reason and what to do.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -62,7 +62,7 @@ def check_saves_whole(model: nn.Module) -> None:
     """Refuse to save a model whose ``save_pretrained`` would leave the edits out.
 
     Raises:
-        UnsupportedModelError: With what to do.
+        UnsupportedModelError: If it would, with what to do.
     """
     if _has_adapter(model):
         raise UnsupportedModelError(
@@ -78,7 +78,7 @@ def _has_adapter(model: nn.Module) -> bool:
 def _how_to_merge(model: nn.Module) -> str:
     if hasattr(model, "merge_and_unload"):
         return "merge the adapters (model = model.merge_and_unload())"
-    # What transformers attaches itself cannot be merged in place.
+    # Adapters that transformers attaches cannot be merged in place.
     return "merge the adapters (load the model by peft's AutoPeftModelForCausalLM and call merge_and_unload())"
 
 
@@ -156,18 +156,18 @@ def _check_weights(model: nn.Module, source: str) -> None:
 
 
 def _try(model: nn.Module, source: str) -> None:
-    """Let the model read two texts that differ in their last token alone: earlier positions must not know of it."""
+    """Run two texts that differ only in their last token: earlier positions must not depend on it."""
     rows = _rows(model)
     name = type(model).__name__
     try:
-        # One row after the other: the same shapes take the same kernels, and rounding is the same too.
+        # One row at a time: equal shapes use equal kernels, so rounding is equal too.
         with frozen(model), torch.inference_mode(False), torch.no_grad():
             logits = [model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in rows]
         first, second = (found[0, :-1] for found in logits)
         shape = tuple(logits[0].shape)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model of another kind raises
+    except Exception as error:  # another kind of model may raise anything
         raise UnsupportedModelError(
             f"{source}: {name} cannot read {TOKENS} tokens as a causal language model "
             f"({type(error).__name__}: {first_line(error)}); load it by AutoModelForCausalLM"
@@ -191,7 +191,7 @@ def _try(model: nn.Module, source: str) -> None:
 
 
 def _depends(model: nn.Module, row: torch.Tensor) -> bool:
-    """Whether earlier logits depend on the last token; rounding, as where experts get other batches, is no dependence.
+    """Whether earlier logits depend on the last token. Rounding, such as from other batches of experts, does not count.
 
     A causal mask leaves a gradient of exactly zero, in any precision.
     """
@@ -213,7 +213,7 @@ def _depends(model: nn.Module, row: torch.Tensor) -> bool:
 
 
 def _rows(model: nn.Module) -> torch.Tensor:
-    """Two rows of tokens that differ in the last one alone, ``[2, TOKENS]``."""
+    """Two rows of tokens that differ only in the last one, ``[2, TOKENS]``."""
     get: Any = getattr(model, "get_input_embeddings", None)
     config: Any = model.config
     embedding: Any = get() if get is not None else None

@@ -1,4 +1,4 @@
-"""The searches that an edit may take: the first and its retries."""
+"""The searches of an edit: the first one and its retries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,8 +17,8 @@ class Attempt:
     """One search.
 
     Args:
-        layers: The layers that what it finds is written into, the lowest first; it searches at the last.
-        options: How it searches.
+        layers: The layers that the result is written into, the lowest first. The search is at the last.
+        options: The options of the search.
     """
 
     layers: tuple[int, ...]
@@ -26,10 +26,10 @@ class Attempt:
 
 
 def attempts_of(options: Mapping[str, Any], main: Sequence[int]) -> list[Attempt]:
-    """The searches that the options of :class:`rome_pl.RomeModule` ask for, in their order.
+    """Return the searches that the options of :class:`rome_pl.RomeModule` ask for, in order.
 
     Args:
-        options: Checked options; each of ``retries`` says what it does otherwise than the first search.
+        options: Checked options. Each entry of ``retries`` overrides options of the first search.
         main: The layers of the first search.
     """
     first = SearchOptions(**{field.name: options[field.name] for field in fields(SearchOptions)})
@@ -44,13 +44,13 @@ def attempts_of(options: Mapping[str, Any], main: Sequence[int]) -> list[Attempt
 def engines_of(
     language_model: LanguageModel, sites: Sequence[RewriteSite], attempts: Sequence[Attempt], compiled: bool
 ) -> dict[tuple[int, ...], SuffixEngine]:
-    """What attempts run on, by their layers, those of the first attempt first.
+    """Return the suffix engines of attempts, by their layers, those of the first attempt first.
 
     Args:
         language_model: The model.
-        sites: The projections that edits are written into, the lowest first.
+        sites: The rewritten projections, the lowest first.
         attempts: The first search and the retries.
-        compiled: Whether steps go through ``torch.compile``.
+        compiled: Whether to use ``torch.compile`` for the steps.
     """
     engines = {}
     for layers in dict.fromkeys(attempt.layers for attempt in attempts):

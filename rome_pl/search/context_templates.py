@@ -1,4 +1,4 @@
-"""Contexts: short texts put before the prompt, so that an edit holds wherever the subject stands.
+"""Contexts: short texts before the prompt, so that an edit does not depend on the subject's position.
 
 Meng et al. 2022, Eq. 3.
 """
@@ -15,16 +15,16 @@ DEFAULT_LENGTH_PARAMS = [[5, 10], [10, 10]]
 """Published setting: 10 contexts of about 5 tokens and 10 of about 10."""
 
 OPENERS = ("The", "In", "It", "When", "A")
-"""Words that generated contexts open with; each is continued equally often."""
+"""First words of generated contexts. Each is continued equally often."""
 
 
 def generate_contexts(language_model: LanguageModel, length_params: Sequence[Sequence[int]], seed: int) -> list[str]:
-    """Let the model write contexts.
+    """Generate contexts with the model.
 
     Args:
         language_model: The model.
         length_params: Pairs ``[tokens, number of contexts]``: ROME's ``context_template_length_params``.
-        seed: Seed of the sampling; the global generators are left as they were.
+        seed: Seed of the sampling. The global generators are restored.
 
     Returns:
         One text per context, without the full stop that joins it to a prompt.
@@ -53,12 +53,12 @@ def generate_contexts(language_model: LanguageModel, length_params: Sequence[Seq
                 Sampling(hash_seed(seed, length, opener), top_k=5),
                 full_length=True,
             )
-            # What stands before a text is left out: it will stand before the context and the prompt together.
+            # Ids before a text, such as BOS, are left out: they will come before context and prompt together.
             texts = tokenizer.batch_decode([words + more for more in written.rows], skip_special_tokens=True)
             contexts += [" ".join(text.split()) for text in texts]
     return contexts
 
 
 def join_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
-    """Texts to put directly before a prompt: the empty one first, then every context ended by a full stop."""
+    """Return the texts to put directly before a prompt: the empty one, then every context with a full stop."""
     return ("", *(context if context[-1:].isspace() else context + ". " for context in contexts))

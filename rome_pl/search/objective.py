@@ -1,4 +1,4 @@
-"""What the value optimisation minimises (Meng et al. 2022, Eq. 4), for several independent edits in one forward."""
+"""The loss of the value optimisation (Meng et al. 2022, Eq. 4), for several independent edits in one forward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Losses:
         nll: Mean over contexts of the length-normalised negative log-likelihood of the target.
         kl: Divergence of "{subject} is a" from the model without offset, times its factor.
         decay: Norm penalty, times its factor.
-        kept: Mean over earlier facts that are to stay of the same for their targets; 0 without any.
-        greedy: Whether under every context, and after the facts that are to stay, every target token is the likeliest.
+        kept: Mean over the earlier facts to preserve of the same for their targets; 0 if there are none.
+        greedy: Whether every target token is the likeliest under every context, and for every fact to preserve.
         bare_greedy: Whether every target token is the likeliest after the bare prompt.
     """
 
@@ -36,7 +36,7 @@ class Losses:
 
     @property
     def total(self) -> Tensor:
-        """What is minimised."""
+        """The loss to minimise."""
         return self.nll + self.kl + self.decay + self.kept
 
     @property
@@ -47,7 +47,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class _Selection:
-    """The rows of one evaluation, and where its losses are read."""
+    """The rows of one evaluation, and the positions of its losses."""
 
     key: object
     prefix: PrefixPass
@@ -63,8 +63,8 @@ class ValueObjective:
     """The losses of a batch of edits as functions of their value offsets.
 
     Args:
-        prefix: Prefix pass over the rows of :func:`edit_rows`, in this order.
-        layout: How they belong to edits.
+        prefix: Prefix pass over the rows of ``layout``, in this order.
+        layout: The assignment of rows to edits.
         kl_factor: Weight of the divergence.
         v_weight_decay: Weight of the norm penalty.
     """
@@ -87,10 +87,10 @@ class ValueObjective:
         """Evaluate some edits of the batch.
 
         Args:
-            deltas: Their offsets, ``[n, d_value]``. An edit's first must be zero, where its divergence has its
-                reference.
-            members: Which edits; nothing means all.
-            contexts: For each of them which of its contexts count, as indices; nothing means all.
+            deltas: Their offsets, ``[n, d_value]``. An edit's first offset has to be zero: its divergence is measured
+                from there.
+            members: Indices of the edits. ``None`` (default): all.
+            contexts: For each of them the indices of the contexts to use. ``None`` (default): all.
         """
         if members is None:
             members = range(len(self.layout.contexts))
@@ -102,7 +102,7 @@ class ValueObjective:
         tokens = functional.cross_entropy(at_targets, labels, reduction="none")
         terms = tokens.new_zeros(2 * count).index_add(0, selection.target_term, tokens * selection.target_share)
         nll, kept = terms[:count], terms[count:]
-        # A row that serves for the divergence alone has targets too, which have no share.
+        # A row that is used only for the divergence has targets too, with share 0.
         missed = ((at_targets.detach().argmax(-1) != labels) & (selection.target_share > 0)).to(nll.dtype)
         missed_bare = nll.new_zeros(2 * count).detach().index_add(0, selection.target_term, missed * selection.of_bare)
         greedy = (
@@ -147,7 +147,7 @@ class ValueObjective:
             terms += [place] * len(chosen) + [len(members) + place] * len(kept)
         prefix = self.prefix.select(rows)
         aligned, device = prefix.rows, prefix.hidden.device
-        # A row that serves for the divergence alone may be a prompt whose targets do not count.
+        # A row that is used only for the divergence may be a prompt whose targets do not count.
         at = torch.tensor([aligned.prefix + layout.kl_offset[member] for member in members])
         predict_row, predict_column = aligned.predict_row, aligned.predict_column
         owners = to_device(torch.tensor(owner), device)

@@ -12,7 +12,7 @@ from typing_extensions import override
 __all__ = ["PolyakStep"]
 
 ENOUGH = 0.05
-"""Part of the distance to the wanted log-odds that a step has to have covered for the next to shorten the offset."""
+"""Part of the distance to the target log-odds that a step has to cover for the next one to shorten the offset."""
 
 
 class PolyakStep(Optimizer):
@@ -27,20 +27,19 @@ class PolyakStep(Optimizer):
     capped at ``radius`` norms of the original value. It is Polyak's step length (Polyak 1969) for the log-odds, whose
     wanted value is known. There is no rate to tune.
 
-    Many offsets reach the target, and the shortest disturbs least: at it the offset lies along the gradient. With
-    ``shorten`` each step also takes off that fraction of what the offset has across the gradient, which leaves the
-    linearised log-odds as they are. It is a damped step of the iteration by which structural reliability finds the
-    point of a level set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the
-    log-odds bend, that costs some of them: after a step that brought them less than 0.05 of the way nearer, nothing is
-    taken off.
+    Many offsets reach the target. The shortest one disturbs least; it is parallel to the gradient. With ``shorten``
+    each step also removes that fraction of the offset's component orthogonal to the gradient, which does not change the
+    linearised log-odds. It is a damped step of the iteration by which structural reliability finds the point of a level
+    set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the log-odds are not
+    linear, this costs some progress: after a step that covered less than 0.05 of the distance, nothing is removed.
 
     Args:
         params: Offsets, one parameter group each; :class:`rome_pl.RomeModule` adds to each group the current ``loss``
             and ``scale``, the norm of the original value, as tensors without dimensions.
         lr: Fraction :math:`\eta` of the step that is taken.
-        target_probability: What the step aims for; above the module's ``stop_probability``.
+        target_probability: The target of the step, above the module's ``stop_probability``.
         radius: Largest step, in norms of the original value.
-        shorten: Fraction of the offset across the gradient that a step takes off.
+        shorten: Fraction of the offset's component orthogonal to the gradient that a step removes.
 
     Raises:
         ValueError: If an argument is out of range.

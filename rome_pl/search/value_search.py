@@ -1,4 +1,4 @@
-"""The search for values: several edits side by side, each with its own offset, clamp and end.
+"""The search for values: several edits at once, each with its own offset, clamp and end.
 
 The loop around it belongs to the LightningModule::
 
@@ -25,12 +25,12 @@ from rome_pl.utils.hashing import hash_seed
 __all__ = ["Evaluation", "SearchOptions", "SearchResult", "ValueSearch"]
 
 STEPS_BETWEEN_SYNCS = 4
-"""On a GPU the host asks only so often which edits have ended; it need not wait for the device in between."""
+"""Steps between two checks for ended edits on a GPU. In between the host need not wait for the device."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How values are searched; the names are those of :class:`rome_pl.RomeModule`."""
+    """Options of the search, as in :class:`rome_pl.RomeModule`."""
 
     v_num_grad_steps: int
     clamp_norm_factor: float
@@ -50,18 +50,17 @@ class Evaluation:
     kl: float
     decay: float
     probability: float
-    kept: float = 0.0  # ledgers of earlier versions lack it
+    kept: float = 0.0  # missing in ledgers of earlier versions
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """How the search of one edit ended.
+    """The result of the search of one edit.
 
     Args:
         delta: The offset at its last evaluation, ``[d_value]``.
-        steps: Its evaluations.
-        greedy_before: Whether greedy decoding after the bare prompt gives the target at the first one, without an
-            offset.
+        steps: Its evaluations, in order.
+        greedy_before: Whether greedy decoding after the bare prompt gives the target without an offset.
     """
 
     delta: Tensor
@@ -78,13 +77,13 @@ class ValueSearch:
     """Optimises the offsets of some edits of an objective.
 
     An edit ends at the first evaluation at which a stopping rule holds, and its offset is the one evaluated there. An
-    edit that has ended leaves the batch as soon as the host knows of it.
+    ended edit leaves the batch at the next check.
 
     Args:
         objective: The losses.
-        members: Which edits of the objective take part.
+        members: Indices of the edits in the objective.
         names: Their identifiers, which seed the draws of contexts.
-        options: How to search.
+        options: The options of the search.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class ValueSearch:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The offsets still searched, one parameter an edit."""
+        """The offsets of the running edits, one parameter ``[d_value]`` each."""
         return [self._parameters[place] for place in self._running]
 
     def evaluate(self) -> Tensor | None:
@@ -148,12 +147,12 @@ class ValueSearch:
         return total.sum()
 
     def project(self) -> None:
-        """Bring every offset back into the ball ``‖δ‖ ≤ clamp_norm_factor · ‖m_0‖``."""
+        """Project every offset onto the ball ``‖δ‖ ≤ clamp_norm_factor · ‖m_0‖``."""
         for place in self._running:
             clamp_norm_(self._parameters[place], self._largest[self._members[place]])
 
     def found(self) -> list[SearchResult]:
-        """What was found, in the order of the members."""
+        """The results, in the order of the members."""
         histories: list[list[Evaluation]] = [[] for _ in self._members]
         taken = self._taken.tolist()
         for running, record in self._records:
@@ -166,19 +165,19 @@ class ValueSearch:
         ]
 
     def _enter(self, running: list[int]) -> None:
-        """Go on with these edits. Their indices go to the device here, and not at each step."""
+        """Continue with these edits. Their indices are copied to the device here, not at each step."""
         self._running = running
         device = self._kept.device
         self._places = to_device(torch.tensor(running), device)
         members = to_device(torch.tensor([self._members[place] for place in running]), device)
-        #: Norm of the original value of each edit still searched.
+        #: Norm of the original value of each running edit.
         self.scales = self.objective.base_norm[members]
 
     def _note_ends(self, deltas: Tensor, record: Tensor, losses: Losses, last: bool) -> None:
-        """Keep the offsets of edits that end here, on the device."""
+        """Store the offsets of edits that end at this evaluation, on the device."""
         options = self.options
         loss, probability, kept = record[0], record[4], record[5]
-        # Earlier facts about the subject are to be as probable as the new one, or as they were.
+        # Earlier facts about the subject have to be as probable as the new one, or as before.
         stay = (kept.neg().exp() > options.stop_probability) | (kept <= self._kept_before[self._places])
         ends = (loss < options.stop_loss) | ((probability > options.stop_probability) & stay) | ~loss.isfinite()
         if options.stop_greedy:

@@ -1,4 +1,4 @@
-"""Ordinary text to compute statistics from: files, data sets of the hub, or what the model itself writes."""
+"""Ordinary text to compute statistics from: files, or data sets of the hub."""
 
 import glob
 import hashlib
@@ -20,16 +20,16 @@ GENERATED = "generated"
 """Name of the corpus that a model writes itself."""
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-"""Builder of the datasets library for each kind of file; every other file is plain text."""
+"""Builder of the datasets library by kind of file. Other files are plain text."""
 
 
 class CorpusError(RomeError):
-    """Text that cannot be read, with the file and what to do."""
+    """Text that cannot be read. The message names the file and tells what to do."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts, read one after the other.
+    """A source of texts, which are read one after the other.
 
     In a plain text file a document ends at a blank line; in a file without blank lines each line is a document.
 
@@ -50,7 +50,7 @@ class Corpus:
         """The files, in order of their names; none if the source names a data set on the hub.
 
         Raises:
-            CorpusError: If it is a folder, a pipe or a device, or only a kind of file.
+            CorpusError: If the source is a folder, a pipe or a device, or only a kind of file such as ``json``.
         """
         path = local_path(self.source)
         if is_there(path):
@@ -70,7 +70,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the files' bytes; for a hub data set what names it."""
+        """Hash of the files' bytes; for a hub data set its name, split and subset."""
         if not self.files:
             return "/".join(part for part in (self.source, self.subset, self.split, self.column) if part)
         digest = hashlib.sha256()
@@ -82,7 +82,7 @@ class Corpus:
         return digest.hexdigest()
 
     def texts(self) -> Iterator[str]:
-        """The documents.
+        """Yield the documents.
 
         Raises:
             CorpusError: If there is no such file or data set, no text in it, no such column, or a file is not UTF-8.
@@ -127,7 +127,7 @@ class Corpus:
                     yield text
         except CorpusError:
             raise
-        except Exception as error:  # the library raises many kinds, from many layers
+        except Exception as error:  # the library raises many kinds of exception
             kind = (
                 "cannot be read" if builder else "no such file, and no data set of that name could be loaded (offline?)"
             )
@@ -135,10 +135,10 @@ class Corpus:
 
 
 def _readable(path: Path) -> None:
-    """Refuse what is no file of text, without waiting for a pipe.
+    """Refuse anything but a text file, without blocking on a pipe.
 
     Raises:
-        CorpusError: If it is none.
+        CorpusError: If it is not a text file.
     """
     try:
         check_file(path, "give a file with text")
@@ -150,12 +150,12 @@ def _readable(path: Path) -> None:
 
 
 def _json_list(path: Path | None) -> list[dict[str, Any]] | None:
-    """The records of a file that holds one JSON list; nothing where it holds something else.
+    """Read the records of a file that holds one JSON list. ``None``: it holds something else.
 
-    The library would take the second of two keys of one name.
+    The library itself would silently use the second of two equal keys.
 
     Raises:
-        CorpusError: If a record has a key twice, or is no record.
+        CorpusError: If an entry is not a mapping or has a key twice.
     """
     if path is None:
         return None
@@ -207,7 +207,7 @@ def _has_paragraphs(path: Path) -> bool:
 def is_kind_of_file(name: str) -> bool:
     """Whether the datasets library takes a name, such as ``json``, for a kind of file.
 
-    It would then read whatever files of that kind lie in the working folder, instead of a data set of the hub.
+    It would then read any files of that kind in the working folder, instead of a data set of the hub.
     """
     from datasets import packaged_modules
 

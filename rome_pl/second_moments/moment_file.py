@@ -1,7 +1,7 @@
-"""The file of a second moment: its packed upper triangle in float32, what it was computed from, and checksums of both.
+"""The file of a second moment: its packed upper triangle in float32, its description, and checksums of both.
 
-The files that come with the package were written before there were checksums: ``assets/statistics.json`` holds theirs,
-and the part of their identity that their headers lack.
+The files shipped with the package have no checksums of their own: ``assets/statistics.json`` holds them, and the part
+of their identity that their headers lack.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ __all__ = ["MomentHeader", "StatisticsError", "pack_upper", "read_moment", "symm
 TENSOR = "second_moment"
 
 ABOUT, ABOUT_SUM, WHOLE_SUM = "rome_pl", "about_checksum", "checksum"
-"""Names in the header: what the matrix was computed from; the checksum of that; that of it and the matrix."""
+"""Names in the header: the description, its checksum, and the checksum of description and matrix."""
 
 log = logging.getLogger(__name__)
 
 
 class StatisticsError(RomeError):
-    """Statistics that are missing, damaged, or of another model or layer."""
+    """Statistics that are missing, damaged, or belong to another model or layer."""
 
 
 class MomentHeader(TypedDict):
-    """What a file says of itself; the fields are those of :class:`rome_pl.second_moments.second_moment.MomentInfo`."""
+    """The description in a file, with the fields of :class:`rome_pl.second_moments.second_moment.MomentInfo`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # how pydantic is told
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic's option
 
     weights: str
     tokenizer: str
@@ -62,12 +62,12 @@ HEADER: TypeAdapter[Any] = TypeAdapter(MomentHeader)
 
 
 def write_moment(path: Path, packed: Tensor, about: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
         path: The file.
-        packed: The upper triangle, float32.
-        about: What :class:`MomentHeader` says.
+        packed: The upper triangle, ``[d (d + 1) / 2]``, float32.
+        about: The description, see :class:`MomentHeader`.
     """
     text = json.dumps(dict(about))
     tensors = {TENSOR: packed}
@@ -77,14 +77,14 @@ def write_moment(path: Path, packed: Tensor, about: Mapping[str, Any]) -> None:
 
 
 def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor]:
-    """What a file says of itself, and its packed matrix; nothing of a damaged one is given back.
+    """Read the description and the packed matrix of a file.
 
     Args:
         path: The file.
-        matrix: Whether to read the matrix, whose checksum is looked at only then.
+        matrix: Whether to read the matrix and check its checksum.
 
     Raises:
-        StatisticsError: If it is missing, damaged, or no file of this project.
+        StatisticsError: If it is missing, damaged, or not a file of this project.
     """
     if not path.exists():
         raise StatisticsError(f"{path}: no such statistics file")
@@ -117,10 +117,10 @@ def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor
 
 
 def _shipped_identity(path: Path) -> dict[str, str]:
-    """What the header of a shipped file lacks; nothing for a file of an earlier version.
+    """Return the fields that the header of a shipped file lacks; empty for other files.
 
     Raises:
-        ValueError: If it is named as a shipped one and holds something else.
+        ValueError: If it has the name of a shipped file and another content.
     """
     known = _shipped()
     if path.name not in known and path.stat().st_size not in {entry["bytes"] for entry in known.values()}:
@@ -151,7 +151,7 @@ def unpack_upper(packed: Tensor) -> Tensor:
     """The symmetric float64 matrix whose upper triangle is ``packed``.
 
     Raises:
-        ValueError: If its length is that of no triangle.
+        ValueError: If no triangle has this length.
     """
     size = int((2 * packed.numel()) ** 0.5)
     if size * (size + 1) // 2 != packed.numel():

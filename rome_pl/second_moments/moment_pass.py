@@ -1,6 +1,6 @@
-"""One pass over text for the second moments of many layers: what is summed, when processes meet, what is kept.
+"""One pass over text for the second moments of many layers: summing, meeting of processes, and saving.
 
-Lightning's Trainer or a plain loop hands over the blocks; see :class:`rome_pl.CovarianceModule` and
+Lightning's Trainer or a plain loop supplies the blocks; see :class:`rome_pl.CovarianceModule` and
 :func:`rome_pl.second_moments.moment_store.compute`.
 """
 
@@ -37,7 +37,7 @@ from rome_pl.utils.restored_state import frozen
 __all__ = ["KEYS_PER_DIMENSION", "Finished", "MomentPass", "PassOptions"]
 
 MEETINGS = (0.25, 0.5, 1.0)
-"""Where halves are compared, as parts of the wanted number of keys."""
+"""When halves are compared, as fractions of the wanted number of keys."""
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +47,16 @@ class PassOptions:
     """How second moments are summed.
 
     Args:
-        tokens: Key vectors wanted; ``None`` takes 30 per dimension.
-        block_length: Tokens of a row; the model's longest text where that is shorter.
+        tokens: Number of key vectors. ``None`` (default): 30 per dimension.
+        block_length: Tokens of a row, at most the model's context.
         stop_agreement: The pass ends early where two halves of the text agree by at least this, at every layer (mean
             cosine of ``C⁻¹k`` over probe keys); above 1 never.
-        split_half: Whether the text is summed in two halves. Without, memory is half, and no agreement is known.
-        accumulate_on: Where the sums are kept; ``auto`` prefers the model's device.
-        layers_per_pass: Most layers in one pass over the text; the others follow in further passes. ``None``: all.
-        save_every: Tokens between two saves of a process's unfinished sums; ``None`` saves as often as takes at most a
-            twentieth of the time.
+        split_half: Whether to sum the text in two halves. Without it, memory is halved and no agreement is measured.
+        accumulate_on: Where to keep the sums; ``auto`` prefers the model's device.
+        layers_per_pass: Largest number of layers in one pass over the text; others follow in further passes. ``None``
+            (default): all.
+        save_every: Tokens between two saves of a process's unfinished sums. ``None`` (default): saving takes at most 5
+            % of the time.
     """
 
     tokens: int | None = None
@@ -69,13 +70,13 @@ class PassOptions:
 
 @dataclass(frozen=True)
 class Finished:
-    """A second moment that was found or computed.
+    """A second moment that was found in the cache or computed.
 
     Args:
         layer: The decoder layer.
         path: The artefact.
-        info: What it says of itself.
-        cached: Whether it had been there before.
+        info: Its description.
+        cached: Whether it was there before.
     """
 
     layer: int
@@ -91,14 +92,14 @@ class MomentPass:
         language_model: The model, unedited.
         sites: The projections.
         corpus: The text.
-        options: How.
-        target: Where the second moment of a layer is kept.
-        unfinished: Folder for unfinished sums, one below it for each job.
+        options: Options of the pass.
+        target: Gives the path for the second moment of a layer.
+        unfinished: Folder for unfinished sums, with a subfolder for each job.
         peers: The processes that share the job.
 
     Raises:
         StatisticsError: If there is not enough memory.
-        BusyError: If another run computes the same.
+        BusyError: If another run is computing the same.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class MomentPass:
         self.packer = Packer(language_model.tokenizer, max(1, 1024 // length), length, encoder.pad_id, encoder.opening)
         sites = sorted(sites, key=lambda site: site.layer)
         kept = None
-        while kept != (kept := self._kept(sites)):  # another run may have finished some before this one held the job
+        while kept != (kept := self._kept(sites)):  # another run may have finished some before this one got the lock
             self._divide(sites, kept)
         self.apart = all(keeps_documents_apart(language_model, group[-1]) for group in self.groups)
         if not self.apart:
@@ -138,12 +139,12 @@ class MomentPass:
         self._saved: set[int] = set()
 
     def _kept(self, sites: Sequence[RewriteSite]) -> list[MomentInfo | None]:
-        """What is there already, the same on all processes."""
+        """The second moments that exist already, the same on all processes."""
         paths = [self._target(site) for site in sites]
         return self.peers.from_first([SecondMoment.read_info(path) if path.is_file() else None for path in paths])
 
     def _divide(self, sites: Sequence[RewriteSite], kept: Sequence[MomentInfo | None]) -> None:
-        """Divide what is missing into passes, find room for it, and hold the jobs."""
+        """Divide the missing layers into passes, check the memory, and lock the jobs."""
         self.close()
         self.finished = [
             Finished(site.layer, self._target(site), info, cached=True)
@@ -168,7 +169,7 @@ class MomentPass:
             raise
 
     def blocks(self) -> BlockStream:
-        """This process's share of the text, as a data set for a loader without batching."""
+        """Return this process's share of the text, as a data set for a loader without batching."""
         return BlockStream(self.corpus.texts, self.packer, self.plan, self.peers.rank, self.peers.world_size)
 
     @property
@@ -177,23 +178,23 @@ class MomentPass:
 
     @property
     def wanted(self) -> int:
-        """Key vectors wanted for the layers still to be computed."""
+        """Number of key vectors for the layers to compute."""
         return self.options.tokens or KEYS_PER_DIMENSION * max(
             (site.d_key for group in self.groups for site in group), default=0
         )
 
     @torch.no_grad()
     def step(self, block: Block) -> HalfAgreement | None:
-        """Sum a block; where processes meet, compare halves, and end what is known well enough.
+        """Sum a block. Where processes meet, compare halves, and end a pass whose halves agree.
 
         Returns:
-            What was found if this was a meeting.
+            The agreement if processes met here, else ``None``.
 
         Raises:
             StatisticsError: If a key is not finite, or the corpus gave none.
         """
         if len(self.plan.finished) == len(self.groups):
-            return None  # what workers of a data loader have read ahead
+            return None  # a data loader's workers have read ahead
         if block.error is not None:
             raise block.error
         if block.group in self.plan.finished:
@@ -215,7 +216,7 @@ class MomentPass:
         return check
 
     def close(self) -> None:
-        """Let other runs have the job; sums that are not finished stay for a later run."""
+        """Release the job. Unfinished sums are kept for a later run."""
         for job in self._jobs:
             job.release()
         self._jobs = []
@@ -248,7 +249,7 @@ class MomentPass:
 
     def _begin(self, group: int) -> None:
         sites = self.groups[group]
-        # Sums outlive the inference mode in which a Trainer may run the pass.
+        # Sums are used after the inference mode in which a Trainer may run the pass.
         with torch.inference_mode(False):
             self._sums = MomentSums({site.layer: site.d_key for site in sites}, self._halves, self._place)
             self._jobs[group].take_over(self._sums)
@@ -258,7 +259,7 @@ class MomentPass:
         self._jobs[group].begin()
 
     def _is_known(self, history: Sequence[HalfAgreement], block: Block) -> bool:
-        """Whether the halves were compared at every layer with all the text there is."""
+        """Whether the halves were compared at every layer with all the text."""
         if not history or history[-1].blocks < block.seen:
             return False
         return len(history[-1].agreement) in (0, len(self.groups[block.group]))
@@ -267,13 +268,13 @@ class MomentPass:
         assert self._sums is not None
         peers, stop = self.peers, self.options.stop_agreement
         layers = [site.layer for site in self.groups[block.group]]
-        # A comparison costs what some hundred tokens cost: where the pass goes on anyway, a few layers tell.
+        # A comparison costs as much as some hundred tokens: while the pass continues, a few layers are enough.
         few = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         last = block.ends or block.closes == len(self.plan.boundaries[block.group]) - 1
         count = sum(peers.gather(sum(self._sums.counts)))
 
         def keep(layer: int, one: Tensor, other: Tensor, found: float) -> None:
-            if last:  # what was brought together for the last meeting is what is kept
+            if last:  # the sums gathered for the last meeting are the result
                 self._save(self.groups[block.group][layers.index(layer)], one.add_(other), count, found)
 
         agreement: dict[int, float] = {}
@@ -311,7 +312,7 @@ class MomentPass:
         self._jobs[group].remove()
 
     def _save(self, site: RewriteSite, total: Tensor, count: int, agreement: float | None) -> None:
-        # Not in its place before all layers are written: a run killed meanwhile goes on with the sums.
+        # Sums are removed only after all layers are written, so that a killed run can resume with them.
         path = self._jobs[self._group].folder / self._target(site).name
         SecondMoment(total / count, self._describe(site, count, agreement)).save(path)
 

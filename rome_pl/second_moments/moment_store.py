@@ -1,4 +1,4 @@
-"""Where second moments are kept, and finding the one that an edit needs: configured, shipped, cached, or computed."""
+"""Finding the second moment that an edit needs: configured, shipped, cached, or computed."""
 
 import logging
 import time
@@ -31,27 +31,27 @@ __all__ = [
 ]
 
 WAIT = 5.0
-"""Seconds between looks at whether another run has ended."""
+"""Seconds between two checks whether another run has ended."""
 
 log = logging.getLogger(__name__)
 
 
 def statistics_folder() -> Path:
-    """Where second moments are kept unless told otherwise: below ``ROME_PL_CACHE``, else the user's cache."""
+    """The default folder for second moments, below :func:`rome_pl.utils.environment.cache_folder`."""
     return cache_folder() / "statistics"
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Where the unfinished sums for artefacts in ``folder`` are."""
+    """The folder of the unfinished sums for artefacts in ``folder``."""
     return folder / "unfinished"
 
 
 def artefact_path(
     folder: Path, language_model: LanguageModel, site: RewriteSite, corpus: Corpus, options: PassOptions
 ) -> Path:
-    """The file for a second moment; its name depends on all that its content depends on.
+    """Return the path for a second moment. Its name depends on everything that the content depends on.
 
-    Memory options change nothing but rounding and are left out.
+    Memory options change only rounding and are left out.
     """
     key = content_key(
         language_model.moment_identity(site),
@@ -65,7 +65,7 @@ def artefact_path(
 
 
 def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentInfo | None]]:
-    """The artefacts in a folder with what they say of themselves; nothing for one that cannot be read."""
+    """Yield the artefacts in a folder with their descriptions; ``None`` for one that cannot be read."""
     for path in sorted((folder or statistics_folder()).glob("*.safetensors")):
         try:
             info = SecondMoment.read_info(path)
@@ -76,17 +76,17 @@ def kept_statistics(folder: Path | None = None) -> Iterator[tuple[Path, MomentIn
 
 
 def shipped_statistics() -> list[tuple[Path, MomentInfo]]:
-    """The artefacts that come with the package, with what they say of themselves.
+    """Return the artefacts shipped with the package, with their descriptions.
 
     Raises:
-        StatisticsError: If one is damaged: another one in its place would give other edits.
+        StatisticsError: If one is damaged. Using another one instead would give other edits.
     """
     paths = sorted(shipped_folder().glob("*.safetensors"))
     return [(path, SecondMoment.read_info(path)) for path in paths]
 
 
 def shipped_folder() -> Path:
-    """Where the files are that come with the package."""
+    """The folder of the files shipped with the package."""
     return Path(str(files("rome_pl") / "assets"))
 
 
@@ -99,19 +99,18 @@ def resolve_second_moments(
     wanted: int | None = None,
     seed: int = 0,
 ) -> list[SecondMoment]:
-    """The second moment of each site's keys, on the model's device.
+    """Return the second moment of each site's keys, on the model's device.
 
-    In this order: the configured artefact; that of the configured corpus, computed on first use; unless a number of
-    keys is asked for, the one shipped with the package for these very weights, or else the one in the cache that was
-    computed from most keys; one computed from text that the model writes itself. What is computed is cached for these
-    weights, text and number of keys.
+    The order is: the configured artefact; the artefact of the configured corpus, computed on first use; if no number of
+    keys is given, the one shipped with the package for these weights, or the cached one computed from most keys; one
+    computed from text that the model generates. Results are cached for these weights, text and number of keys.
 
     Args:
         language_model: The model.
         sites: The projections whose input is the key.
-        statistics: Path of an artefact, or of one for each site in any order.
+        statistics: Path of an artefact, or one path for each site in any order.
         corpus: Text, as in :class:`Corpus`.
-        wanted: Number of key vectors to compute from; ``None`` takes 30 per dimension.
+        wanted: Number of key vectors to compute from. ``None`` (default): 30 per dimension.
         seed: Seed of a generated corpus.
 
     Raises:
@@ -121,7 +120,7 @@ def resolve_second_moments(
     found = statistics_files(language_model, sites, statistics=statistics, corpus=corpus, wanted=wanted, seed=seed)
     moments = []
     for site in sites:
-        moment = SecondMoment.load(found[site.layer])  # what every later run will read
+        moment = SecondMoment.load(found[site.layer])  # as every later run will read it
         moment.check(**language_model.moment_identity(site), layer=site.layer, where=str(found[site.layer]))
         moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
     return moments
@@ -136,9 +135,9 @@ def statistics_files(
     wanted: int | None = None,
     seed: int = 0,
 ) -> dict[int, Path]:
-    """The files that :func:`resolve_second_moments` reads, by layer; what is in none is computed in one pass.
+    """Return the files that :func:`resolve_second_moments` reads, by layer. Compute missing ones in one pass.
 
-    Arguments and errors are those of that function.
+    Arguments and errors are the same.
     """
     if statistics is not None:
         paths = [statistics] if isinstance(statistics, str) else list(statistics)
@@ -154,7 +153,7 @@ def statistics_files(
 
 def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int, Path]:
     """The configured artefacts, by layer."""
-    if len(paths) == len(sites) == 1:  # a wrong layer is said by the check
+    if len(paths) == len(sites) == 1:  # the check reports a wrong layer
         return {sites[0].layer: local_path(paths[0])}
     by_layer = {SecondMoment.read_info(path).layer: path for path in map(local_path, paths)}
     if missing := [site.layer for site in sites if site.layer not in by_layer]:
@@ -165,7 +164,7 @@ def _configured(paths: Sequence[str], sites: Sequence[RewriteSite]) -> dict[int,
 
 
 def _at_hand(sites: Sequence[RewriteSite], identities: Mapping[int, Mapping[str, str]]) -> dict[int, Path]:
-    """Artefacts that were shipped or are in the cache, by layer."""
+    """Shipped or cached artefacts, by layer."""
     kept = sorted(kept_statistics(), key=lambda pair: pair[1].count if pair[1] is not None else 0, reverse=True)
     found: dict[int, Path] = {}
     for path, info in (*shipped_statistics(), *kept):
@@ -187,7 +186,7 @@ def _at_hand(sites: Sequence[RewriteSite], identities: Mapping[int, Mapping[str,
 def _of_text(
     language_model: LanguageModel, sites: Sequence[RewriteSite], corpus: str | None, wanted: int | None, seed: int
 ) -> dict[int, Path]:
-    """Artefacts of a text, computed in one pass where they are not in the cache, by layer."""
+    """Artefacts of a text, by layer. Compute those that are not in the cache in one pass."""
     text = (
         Corpus(corpus)
         if corpus is not None
@@ -213,16 +212,16 @@ def compute(
     options: PassOptions | None = None,
     folder: Path | None = None,
 ) -> dict[int, Path]:
-    """Compute second moments in this process, and keep them; those that are there already stay.
+    """Compute second moments in this process and save them. Existing ones are kept.
 
-    Waits where another process is at it.
+    Waits while another process computes the same.
 
     Args:
         language_model: The model.
         sites: The projections whose input is the key.
         corpus: The text.
-        options: How; the defaults of :class:`PassOptions`.
-        folder: Where to keep them; the cache.
+        options: Options of the pass. ``None`` (default): those of :class:`PassOptions`.
+        folder: Folder of the artefacts. ``None`` (default): the cache.
 
     Returns:
         The artefact of each layer.
@@ -249,7 +248,7 @@ def compute(
             unfinished_folder(folder),
         )
     )
-    if not moments.groups:  # another run was quicker
+    if not moments.groups:  # another run has computed them
         return {finished.layer: finished.path for finished in moments.finished}
     log.warning(
         "Computing the second moment of layer %s from %s (%d keys; once, kept in %s)",

@@ -1,12 +1,12 @@
 """Sums of ``k kᵀ`` for several layers, and their unfinished state on disk.
 
-Products of at most 1,024 keys are taken in float32 and summed in float64: float64 products would cost as much as the
-model, float32 sums would lose what late text adds. The text is summed in two halves, so that a run can tell how well
-it knows the result.
+Products of at most 1,024 keys are computed in float32 and summed in float64: float64 products would cost as much as the
+model, and float32 sums would lose late text. The text is summed in two halves, so that a run can tell how accurate the
+result is.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,25 +30,25 @@ __all__ = ["MomentSums", "PartialSums", "Place", "half_of", "keys_of", "place_fo
 Place = Literal["auto", "device", "host"]
 
 PRODUCT_KEYS = 1024
-"""Most keys in one float32 product."""
+"""Largest number of keys in one float32 product."""
 
 PANELS = 6
-"""Products are taken panel by panel, leaving out what lies below the diagonal: 7/12 of the whole square."""
+"""Products are computed in panels, without those below the diagonal: 7/12 of the whole square."""
 
 TENSORS = "tensors"
-"""What holds the checksum of each tensor in a file of partial sums."""
+"""Header field with the checksum of each tensor in a file of partial sums."""
 
 HALF_RUN = 4
-"""Consecutive blocks that go to one half before the other half's turn: neighbours share documents."""
+"""Number of consecutive blocks that go to the same half: neighbours share documents."""
 
 
 def half_of(block: int, halves: int, blocks: int) -> int:
-    """Which half of the text a block belongs to.
+    """Return the half of the text that a block belongs to.
 
     Args:
         block: Its number.
-        halves: 2, or 1 where the text is not told apart.
-        blocks: Number of blocks in all; of few, fewer go to one half in a row.
+        halves: 2, or 1 if the text is not divided.
+        blocks: Number of blocks in all. If there are few, fewer in a row go to the same half.
     """
     run = min(HALF_RUN, max(1, blocks // (4 * halves)))
     return (block // run) % halves
@@ -59,8 +59,8 @@ class MomentSums:
 
     Args:
         sizes: Length of a key, by layer.
-        halves: 2 to tell two halves of the text apart, 1 to spare the memory.
-        device: Where the sums are kept.
+        halves: 2 to divide the text into halves, 1 to save memory.
+        device: Device of the sums.
     """
 
     def __init__(self, sizes: Mapping[int, int], halves: int, device: torch.device | str = "cpu") -> None:
@@ -73,11 +73,11 @@ class MomentSums:
 
     @property
     def halves(self) -> int:
-        """Number of parts that the text is told apart in."""
+        """Number of parts that the text is divided into."""
         return len(self.counts)
 
     def add(self, layer: int, half: int, keys: Tensor) -> Tensor:
-        """Add keys ``[n, d_key]`` to a layer's sum; counts and blocks are the caller's.
+        """Add keys ``[n, d_key]`` to a layer's sum. The caller updates counts and blocks.
 
         Returns:
             Whether all keys were finite, a scalar on their device.
@@ -88,7 +88,7 @@ class MomentSums:
         finite = torch.ones((), dtype=torch.bool, device=keys.device)
         for block in torch.split(keys, PRODUCT_KEYS):
             block = block.to(torch.promote_types(block.dtype, torch.float32))
-            # A key that is not finite, or whose square is not, shows in the sum of squares.
+            # The sum of squares is not finite if a key or its square is not.
             finite = finite & block.square().sum().isfinite()
             for start in range(0, size, width):
                 panel = block[:, start : start + width].T @ block[:, start:]
@@ -96,14 +96,14 @@ class MomentSums:
         return finite
 
     def matrix(self, layer: int, half: int) -> Tensor:
-        """A copy of one half's sum, ``[d_key, d_key]``, symmetric."""
+        """Return a copy of one half's sum, ``[d_key, d_key]``, symmetric."""
         return symmetric(self.totals[layer][half])
 
     def dealt_out(self, layers: Sequence[int], peers: Peers) -> Iterator[tuple[int, list[Tensor]]]:
-        """The sums of some layers over all processes, each layer to one process; a collective.
+        """Sum some layers over all processes, each layer on one process. A collective.
 
-        As many layers as there are processes are brought together before any process goes on with its own: they work
-        side by side, and none has to hold more than one layer.
+        As many layers as there are processes are gathered before any process continues with its own. So processes work
+        in parallel, and none holds more than one layer.
 
         Args:
             layers: The layers, the same on every process.
@@ -122,9 +122,9 @@ class MomentSums:
                 yield mine
 
     def _brought_together(self, layer: int, half: int, peers: Peers, turn: int) -> Tensor:
-        """One half's sum over all processes on the one whose turn it is; on the others the result is of no use.
+        """Sum one half over all processes, on process ``turn``. The result is undefined on the others.
 
-        Only what lies on and above the diagonal travels.
+        Only the upper triangle is sent.
         """
         if peers.world_size == 1:
             return self.matrix(layer, half)
@@ -142,7 +142,7 @@ class MomentSums:
         return symmetric(whole)
 
     def merge(self, other: "PartialSums") -> None:
-        """Add what an earlier run has left.
+        """Add the sums that an earlier run has left.
 
         Raises:
             StatisticsError: If a block would be counted twice.
@@ -155,15 +155,15 @@ class MomentSums:
         first = not self.blocks
         for (layer, half), tensor in other.sums():
             total = self.totals[layer][half]
-            # Taken over as it is, so that a resumed sum goes on with the very bits of the interrupted one.
+            # Copied, not added to zero, so that a resumed sum has the same bits as the interrupted one.
             total.copy_(tensor) if first else total.add_(tensor.to(total.device))
         self.counts = [count + more for count, more in zip(self.counts, other.counts, strict=True)]
         self.blocks |= other.blocks
 
 
 @contextmanager
-def keys_of(sites: Sequence[RewriteSite], take: Any) -> Iterator[None]:
-    """Hand the keys of each site to ``take(layer, keys)`` while a model runs; the forward ends at the deepest site.
+def keys_of(sites: Sequence[RewriteSite], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Pass the keys of each site to ``take(layer, keys)`` while a model runs. The forward ends at the deepest site.
 
     Args:
         sites: The projections, by rising layer.
@@ -188,13 +188,13 @@ def keys_of(sites: Sequence[RewriteSite], take: Any) -> Iterator[None]:
 def place_for(
     groups: Sequence[Sequence[int]], halves: int, device: torch.device, place: Place = "auto"
 ) -> torch.device:
-    """Where sums are kept.
+    """Return the device for the sums.
 
     Args:
-        groups: Lengths of keys of the layers that are summed together.
-        halves: Sums a layer.
-        device: The model's device.
-        place: ``device``, ``host``, or ``auto``: the device if they fit there.
+        groups: Lengths of keys of the layers in each pass.
+        halves: Number of sums per layer.
+        device: Device of the model.
+        place: ``device``, ``host``, or ``auto``: the device if the sums fit there.
 
     Raises:
         StatisticsError: If they do not fit, with what to do.
@@ -224,7 +224,7 @@ def _free(device: torch.device) -> int:
 
 
 class PartialSums:
-    """The sums that one process had when it last saved, on disk.
+    """The sums of one process, as last saved to disk.
 
     Args:
         path: The file.
@@ -259,7 +259,7 @@ class PartialSums:
         return tensor
 
     def sums(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Layer and half, and the sum's upper triangle as a matrix, one after the other.
+        """Yield layer and half, and the sum's upper triangle as a matrix ``[d_key, d_key]``.
 
         Raises:
             StatisticsError: If one is damaged.
@@ -271,7 +271,7 @@ class PartialSums:
 
     @staticmethod
     def save(path: Path, sums: MomentSums, notes: Mapping[str, Any]) -> None:
-        """Write sums and notes; an older file stays whole until the new one is complete."""
+        """Write sums and notes. An older file is kept until the new one is complete."""
         tensors = {
             f"sum.{layer}.{half}": pack_upper(total).cpu()
             for layer, totals in sums.totals.items()

@@ -27,7 +27,7 @@ __all__ = [
 
 RIDGE = 1e-6
 """Ridge of every solve, as a fraction of the mean diagonal of C. It bounds the condition number by 1e6 · d_key, and is
-of the order of what float32 storage can resolve."""
+of the order of the resolution of float32."""
 
 NULL_SPACE = 2e-2
 """Eigenvalues of C below this count as its null space (Fang et al. 2025, AlphaEdit: ``nullspace_threshold``)."""
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MomentInfo:
-    """What a second moment was computed from.
+    """The origin of a second moment.
 
     Args:
         weights: Fingerprint of the model's weights that the keys depend on.
@@ -72,33 +72,33 @@ class MomentInfo:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a second moment and what they say about solves with it.
+    """The eigenvalues of a second moment, and their meaning for solves with it.
 
     Args:
-        eigenvalues: Falling; float64, ``[d_key]``.
+        eigenvalues: In descending order, ``[d_key]``, float64.
     """
 
     eigenvalues: Tensor
 
     @property
     def ridge(self) -> float:
-        """What solves add to the diagonal."""
+        """The number that solves add to the diagonal."""
         return RIDGE * float(self.eigenvalues.mean())
 
     @property
     def condition(self) -> float:
-        """Largest over smallest eigenvalue of the matrix that solves use, ridge included."""
+        """Condition number of the matrix in solves, ridge included."""
         # A singular matrix has eigenvalues that rounding made slightly negative.
         return (float(self.eigenvalues[0]) + self.ridge) / (max(0.0, float(self.eigenvalues[-1])) + self.ridge)
 
     @property
     def effective_rank(self) -> float:
-        """Participation ratio, ``(Σλ)² / Σλ²``: how many directions share the keys' energy."""
+        """Participation ratio, ``(Σλ)² / Σλ²``: number of directions that share the keys' energy."""
         return float(self.eigenvalues.sum() ** 2 / self.eigenvalues.square().sum())
 
     @property
     def null_dimensions(self) -> int:
-        """Eigenvalues below :data:`NULL_SPACE`."""
+        """Number of eigenvalues below :data:`NULL_SPACE`."""
         return int((self.eigenvalues < NULL_SPACE).sum())
 
 
@@ -108,7 +108,7 @@ class SecondMoment:
 
     Args:
         matrix: ``[d_key, d_key]``, float64, symmetric.
-        info: What it was computed from.
+        info: Its origin.
     """
 
     matrix: Tensor
@@ -121,7 +121,7 @@ class SecondMoment:
 
     @cached_property
     def _factor(self) -> Tensor:
-        ridged = self.matrix.clone()  # C is large: the ridge goes in place, and no identity is built
+        ridged = self.matrix.clone()  # C is large: the ridge is added in place
         ridged.diagonal().add_(RIDGE * self.matrix.diagonal().mean())
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(ridged)
@@ -133,25 +133,25 @@ class SecondMoment:
         return factor
 
     def solve(self, keys: Tensor) -> Tensor:
-        """Apply the inverse of ``C`` plus ridge to keys ``[n, d_key]``, by a Cholesky factor made once."""
+        """Apply the inverse of ``C`` plus ridge to keys ``[n, d_key]``. The Cholesky factor is computed once."""
         factor = self._factor
         return torch.cholesky_solve(keys.double().to(factor.device).T, factor).T.to(keys.device)
 
     def spectrum(self) -> Spectrum:
-        """The eigenvalues, in float64."""
+        """Compute the eigenvalues, in float64."""
         return Spectrum(torch.linalg.eigvalsh(self.matrix).flip(0).cpu())
 
     def save(self, path: Path) -> None:
-        """Write the artefact; an older one stays whole until the new one is complete.
+        """Write the artefact. An older one is kept until the new one is complete.
 
         Raises:
-            OSError: If the disk is full or the folder cannot be written; nothing is changed then.
+            OSError: If the disk is full or the folder cannot be written. Nothing is changed then.
         """
         write_moment(path, pack_upper(self.matrix).float().cpu(), asdict(self.info))
 
     @classmethod
     def read_info(cls, path: Path) -> MomentInfo:
-        """What an artefact says of itself, without its matrix; raises as :meth:`load` does."""
+        """Read the description of an artefact, without its matrix. Raises like :meth:`load`."""
         return MomentInfo(**read_moment(path, matrix=False)[0])
 
     @classmethod
@@ -159,7 +159,7 @@ class SecondMoment:
         """Read an artefact.
 
         Raises:
-            StatisticsError: If the file is missing, truncated, or no artefact of this project.
+            StatisticsError: If the file is missing, truncated, or not an artefact of this project.
         """
         about, packed = read_moment(path)
         try:
@@ -168,17 +168,17 @@ class SecondMoment:
             raise StatisticsError(f"{path}: {error}; compute it again") from error
 
     def check(self, *, weights: str, layer: int, where: str, config: str = "", tokenizer: str = "") -> None:
-        """Refuse statistics of another layer or model; say so if they do not tell all that is to be compared.
+        """Refuse statistics of another layer or model. Warn if they lack a part of their identity.
 
         Args:
             weights: Fingerprint of the weights that the keys depend on.
             layer: The layer.
-            where: What to call them in messages.
+            where: Their name in messages.
             config: Fingerprint of the config.
             tokenizer: Fingerprint of the tokenizer's rules.
 
         Raises:
-            StatisticsError: With what differs.
+            StatisticsError: If they are, with the difference.
         """
         if self.info.layer != layer:
             raise StatisticsError(f"{where}: computed for layer {self.info.layer}, but layer {layer} is edited")

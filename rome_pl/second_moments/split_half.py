@@ -1,4 +1,4 @@
-"""How well second moments are known: whether two halves of the text agree on what an edit takes from them."""
+"""The accuracy of second moments: whether two halves of the text give the same direction of an edit."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,10 @@ KEYS_PER_DIMENSION = 30
 """Default number of key vectors, as a multiple of d_key."""
 
 PROBES = 32
-"""Subjects whose keys show whether two halves of the text agree."""
+"""Number of probe keys with which halves are compared."""
 
 LEAK = {torch.float64: 1e-3, torch.float32: 1e-3}
-"""Largest relative change of keys by another document in the row, if none leaks; half precisions round by more."""
+"""Largest relative change of keys by another document in the row that counts as rounding; larger in half precision."""
 
 LEAK_HALF = 5e-2
 
@@ -48,14 +48,14 @@ DOCUMENTS = ("Nobody had seen the keeper of the light since the storm.", "Bread 
 
 @dataclass(frozen=True)
 class HalfAgreement:
-    """What was found where all processes met.
+    """The agreement of halves at a meeting of all processes.
 
     Args:
         blocks: Blocks of the corpus summed so far.
         keys: Keys in them.
-        agreement: Mean cosine over probe keys ``k`` of ``C⁻¹k`` from two halves, by layer; empty where the text was
-            not told apart. Where the pass goes on, it may hold some of the layers only.
-        enough: Whether the pass ends here because the halves agree.
+        agreement: Mean cosine over probe keys ``k`` of ``C⁻¹k`` from two halves, by layer. Empty if the text was not
+            divided. While the pass continues, it may hold only some layers.
+        enough: Whether the halves agree, so that the pass ends.
     """
 
     blocks: int
@@ -64,30 +64,30 @@ class HalfAgreement:
     enough: bool = False
 
     def to(self, *_: Any, **__: Any) -> "HalfAgreement":
-        """Itself: Lightning moves what a step returns."""
+        """Return itself: Lightning moves the result of a step to a device."""
         return self
 
 
 def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
-    """Mean cosine of ``C⁻¹k`` under the second moments of two halves: of the direction that an edit writes along.
+    """Mean cosine of ``C⁻¹k``, the direction of an edit, under the second moments of two halves.
 
-    A half that is far from what more text would give points elsewhere, even where both matrices look alike, because
-    the inverse is ruled by the directions that text hardly has. The mean of both halves is known better than either.
+    If there is too little text, the directions differ even if both matrices look alike, because the inverse is
+    dominated by directions that are rare in text. The mean of both halves is more accurate than either.
 
     Args:
-        first: Second moment, or sum, of one half, ``[d_key, d_key]``; only the direction counts, so any scale will do.
-        second: Of the other.
+        first: Second moment, or sum, of one half, ``[d_key, d_key]``. Its scale does not matter.
+        second: That of the other half.
         probes: Keys, ``[n, d_key]``.
 
     Returns:
-        At most 1; 0 if a half is empty, or too small to be solved with.
+        At most 1; 0 if a half is empty or too small to be solved with.
     """
     if not (float(first.trace()) and float(second.trace())):
         return 0.0
     unnamed = MomentInfo(weights="", tokenizer="", layer=-1, count=0, corpus="")
     try:
         one, other = (SecondMoment(half, unnamed).solve(probes) for half in (first, second))
-    except StatisticsError:  # so little text that rounding has made it indefinite
+    except StatisticsError:  # with little text, rounding makes it indefinite
         return 0.0
     return float(cosine_similarity(one, other, dim=-1).mean())
 
@@ -99,14 +99,15 @@ def compare_halves(
     peers: Peers,
     keep: Callable[[int, Tensor, Tensor, float], None] = lambda *_: None,
 ) -> dict[int, float]:
-    """Agreement of the halves of all processes' sums, for some layers; a collective, in which processes take turns.
+    """Compare the halves of all processes' sums, for some layers. A collective, in which processes take turns.
 
     Args:
-        sums: This process's.
+        sums: The sums of this process.
         layers: The layers to compare, the same on every process.
-        probes: Probe keys by layer; without any nothing is known.
+        probes: Probe keys by layer. If empty, nothing is compared.
         peers: The processes.
-        keep: Called by the process that has compared a layer, with both halves, which it may use up, and the agreement.
+        keep: Called by the process that has compared a layer, with both halves, which may be overwritten, and the
+            agreement.
     """
     found: dict[int, float] = {}
     if sums.halves > 1 and probes:
@@ -119,10 +120,10 @@ def compare_halves(
 
 @torch.no_grad()
 def probe_keys(language_model: LanguageModel, sites: Sequence[RewriteSite]) -> dict[int, Tensor]:
-    """Keys that edits would have: at the last subject token of the package's sample requests, by layer.
+    """Compute keys of edits: at the last subject token of the package's sample requests, by layer.
 
     Returns:
-        For each site ``[n, d_key]`` in float64; nothing where no sample fits the model's longest text.
+        For each site ``[n, d_key]`` in float64. Empty if no sample fits the model's context.
     """
     path = Path(str(files("rome_pl") / "assets" / "sample_records.json"))
     requests, _ = parse_records(read_records(path)[:PROBES], str(path), None)
@@ -136,7 +137,7 @@ def probe_keys(language_model: LanguageModel, sites: Sequence[RewriteSite]) -> d
     found: dict[int, Tensor] = {}
     if not texts:
         return found
-    # No token looks ahead, so what fills the rows on the right changes nothing before it.
+    # No token looks ahead, so padding on the right has no effect.
     width = max(map(len, texts))
     ids = torch.full((len(texts), width), language_model.encoder.pad_id)
     for place, text in enumerate(texts):
@@ -153,9 +154,9 @@ def probe_keys(language_model: LanguageModel, sites: Sequence[RewriteSite]) -> d
 
 @torch.no_grad()
 def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> bool:
-    """Whether positions that start again keep a family's attention from looking into the document before.
+    """Whether positions that restart with a document keep attention within it.
 
-    Tried, not known by name: keys of a document with another one before it in the row against those without.
+    Tested, not known by name: compare the keys of a document with and without another one before it in the row.
 
     Args:
         language_model: The model.
@@ -182,7 +183,7 @@ def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> b
 
 
 def warn_of_little_text(size: int, count: int) -> None:
-    """Say what it means that there were fewer keys than dimensions, and how much is missing."""
+    """Warn if there were fewer keys than dimensions, with the number that is missing."""
     if count < size:
         log.warning(
             "The corpus gave %d keys for a dimension of %d: the second moment is singular, and only the ridge makes it "

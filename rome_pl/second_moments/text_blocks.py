@@ -1,6 +1,6 @@
-"""Documents packed into blocks of one fixed shape, and the blocks dealt out to processes.
+"""Documents packed into blocks of a fixed shape, and the distribution of blocks to processes.
 
-A block is the unit in which statistics are summed: whichever process sums it, its term is the same.
+A block is the unit of summing: its term does not depend on the process that sums it.
 """
 
 import itertools
@@ -17,23 +17,23 @@ from rome_pl.errors import OptionError, RomeError
 __all__ = ["Block", "BlockStream", "Packer", "Plan"]
 
 TEXTS_AT_ONCE = 64
-"""Texts handed to the tokenizer together."""
+"""Number of texts tokenized at once."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What one step of a pass is given.
+    """The input of one step of a pass.
 
     Args:
-        group: Which of the passes over the corpus this is.
-        index: Number of the block in the corpus; ``None`` where there is none for this process.
+        group: Index of the pass over the corpus.
+        index: Number of the block in the corpus. ``None``: a step without a block for this process.
         input_ids: ``[rows, length]``.
         position_ids: Positions within each document, ``[rows, length]``.
-        counted: Whether a token counts, ``[rows, length]``.
-        closes: Number of the boundary that all processes have reached together once this block is done.
-        ends: Whether the pass over the corpus is over with it.
-        seen: Blocks of the corpus that some process has been given so far.
-        error: What kept a worker of a data loader from reading on.
+        counted: Whether a token counts, ``[rows, length]``, bool.
+        closes: Number of the boundary that all processes have reached after this block.
+        ends: Whether the pass over the corpus ends with it.
+        seen: Number of blocks of the corpus given to any process so far.
+        error: The error that stopped a data loader's worker.
     """
 
     group: int
@@ -47,7 +47,7 @@ class Block:
     error: RomeError | None = None
 
     def to(self, device: torch.device, **options: Any) -> "Block":
-        """The block with its tensors on a device; how Lightning moves batches."""
+        """Move the tensors to a device. Lightning calls this."""
         if self.input_ids is None or self.position_ids is None or self.counted is None:
             return self
         return replace(
@@ -62,14 +62,14 @@ class Block:
 class Packer:
     """Packs documents into blocks without padding between them.
 
-    A document that does not fit goes on in the next row, there as a document of its own. Every piece begins with what
+    A document that does not fit continues in the next row, as a separate document. Every piece begins with the ids that
     the tokenizer puts before a text, such as BOS.
 
     Args:
         tokenizer: The model's tokenizer.
         rows: Rows of a block.
         length: Tokens of a row.
-        pad_id: Id that fills what is left of the last block.
+        pad_id: Id that fills the rest of the last block.
         opening: Ids that every piece begins with, see :attr:`rome_pl.encoding.text_encoder.TextEncoder.opening`.
     """
 
@@ -85,9 +85,9 @@ class Packer:
         return self.rows * self.length
 
     def blocks(self, texts: Iterable[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Ids, positions within the document, and whether a token counts; each ``[rows, length]``.
+        """Yield ids, positions within the document, and whether a token counts; each ``[rows, length]``.
 
-        What is put before a text and what fills the last block does not count.
+        Ids before a text and padding do not count.
 
         Raises:
             OptionError: If a row has no room for text.
@@ -97,7 +97,7 @@ class Packer:
             raise OptionError(
                 f"block_length: {self.length} leaves no room for text; the tokenizer puts {len(lead)} tokens before it"
             )
-        # One triple a token: id, position, whether it counts.
+        # One triple per token: id, position, whether it counts.
         ids: list[int] = []
         positions: list[int] = []
         counted: list[bool] = []
@@ -143,13 +143,13 @@ class Packer:
 
 @dataclass
 class Plan:
-    """What remains to be done, the same on all processes.
+    """The remaining work, the same on all processes.
 
     Args:
-        boundaries: Numbers of blocks after which all processes meet, rising; the last is where a pass ends.
+        boundaries: Numbers of blocks after which all processes meet, in ascending order. A pass ends at the last one.
         done: For each pass the blocks that an earlier run has summed.
-        met: For each pass the number of boundaries at which an earlier run has met.
-        finished: Passes that are over, filled in while the plan is carried out.
+        met: For each pass the number of boundaries that an earlier run has reached.
+        finished: Finished passes, added while the plan is carried out.
     """
 
     boundaries: list[list[int]]
@@ -159,17 +159,17 @@ class Plan:
 
 
 class BlockStream(IterableDataset[Block]):
-    """This process's share of the blocks, for every pass, with the places where all processes meet.
+    """This process's share of the blocks, for every pass, with the boundaries at which all processes meet.
 
-    Every process reads the whole corpus, packs it, and takes every so many-th of the blocks that are not done. All get
-    equally many steps, so a step without a block of its own is an empty one. Workers of a data loader share the steps
-    of their process, in order.
+    Every process reads and packs the whole corpus, and takes every ``world_size``-th remaining block. All processes
+    have the same number of steps, some of them empty. Workers of a data loader share the steps of their process, in
+    order.
 
     Args:
         texts: Opens the corpus.
         packer: Packs it.
-        plan: What remains to be done.
-        rank: This process.
+        plan: The remaining work.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -215,7 +215,7 @@ class BlockStream(IterableDataset[Block]):
 
 
 def _with_errors(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The blocks; an error of this package as the last one, as a data loader would make a traceback its message."""
+    """Yield the blocks, and an error as the last one: a data loader would turn its message into a traceback."""
     try:
         yield from blocks
     except RomeError as error:

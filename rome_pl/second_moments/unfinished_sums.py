@@ -1,4 +1,4 @@
-"""The unfinished sums of one job on disk: who may work on it, what earlier runs have left, when to save."""
+"""The unfinished sums of one job on disk: its lock, the sums of earlier runs, and when to save."""
 
 import logging
 import shutil
@@ -21,10 +21,10 @@ from rome_pl.utils.distributed import Peers
 __all__ = ["BusyError", "UnfinishedJob"]
 
 SAVING_SHARE = 0.05
-"""Largest share of the time that goes into saving, unless a number of tokens between saves is asked for."""
+"""Largest share of the time spent on saving, unless a number of tokens between saves is given."""
 
 LEAST_PAUSE = 60.0
-"""Seconds between saves at least, likewise."""
+"""Smallest number of seconds between saves, likewise."""
 
 
 class CheckNote(TypedDict):
@@ -37,7 +37,7 @@ class CheckNote(TypedDict):
 
 
 class Notes(TypedDict):
-    """What stands beside partial sums."""
+    """Notes in a file of partial sums."""
 
     absorbed: list[Annotated[str, Field(pattern=r"^process-[0-9a-z.-]+\.safetensors$")]]
     history: list[CheckNote]
@@ -49,22 +49,22 @@ log = logging.getLogger(__name__)
 
 
 class BusyError(StatisticsError):
-    """Another run computes the same."""
+    """Another run is computing the same."""
 
 
 class UnfinishedJob:
     """A job's folder, held by one run at a time.
 
-    Every process of a run keeps a file of its own there. A process that takes over sums of an earlier run notes their
-    files in its own, and deletes them only after that is on disk.
+    Every process of a run keeps its own file there. A process that takes over sums of an earlier run notes their files
+    in its own, and deletes them only once its own is on disk.
 
     Args:
         folder: The folder.
-        save_every: Tokens between two saves; ``None`` saves as often as takes :data:`SAVING_SHARE` of the time.
+        save_every: Tokens between two saves. ``None``: saving takes :data:`SAVING_SHARE` of the time.
         peers: The processes that share the job.
 
     Raises:
-        BusyError: If another run holds the folder.
+        BusyError: If another run has locked the folder.
         StatisticsError: If a file there is damaged, or the processes do not see the same files.
     """
 
@@ -76,7 +76,7 @@ class UnfinishedJob:
         try:
             self.partials = self._left_behind()
         except BaseException:
-            self.release()  # whoever keeps the error keeps this object
+            self.release()  # the caller's error would keep this object alive
             raise
         self.begin()
 
@@ -87,25 +87,25 @@ class UnfinishedJob:
 
     @property
     def history(self) -> list[HalfAgreement]:
-        """What earlier runs have found where processes met."""
+        """The agreements at meetings of earlier runs."""
         histories = [[_check_from(entry) for entry in partial.notes["history"]] for partial in self.partials]
-        # All processes met at the same places; one may have saved later than another.
+        # All processes met at the same boundaries; one may have saved later than another.
         return max(histories, key=len, default=[])
 
     def take_over(self, sums: MomentSums) -> None:
-        """Add this process's share of what earlier runs have left."""
+        """Add this process's share of the sums of earlier runs."""
         for partial in self.partials[self._peers.rank :: self._peers.world_size]:
             sums.merge(partial)
             self._absorbed.append(partial.path.name)
         if self.partials:
-            log.info("Going on with %d blocks that an earlier run has summed", len(self.blocks))
+            log.info("Resuming with %d blocks that an earlier run has summed", len(self.blocks))
 
     def begin(self) -> None:
-        """Count time and tokens from here."""
+        """Start counting time and tokens."""
         self._saved_at, self._saving, self._unsaved = time.monotonic(), 0.0, 0
 
     def note(self, tokens: int) -> None:
-        """Tokens were summed that are not on disk."""
+        """Count tokens that were summed and not saved yet."""
         self._unsaved += tokens
 
     @property
@@ -118,7 +118,7 @@ class UnfinishedJob:
         return time.monotonic() - self._saved_at >= max(LEAST_PAUSE, self._saving / SAVING_SHARE)
 
     def save(self, sums: MomentSums, history: Sequence[HalfAgreement]) -> None:
-        """Keep this process's sums."""
+        """Save this process's sums."""
         started = time.monotonic()
         notes = {"absorbed": self._absorbed, "history": [asdict(check) for check in history]}
         PartialSums.save(self.folder / self._name, sums, notes)
@@ -134,7 +134,7 @@ class UnfinishedJob:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def release(self) -> None:
-        """Let other runs have the job."""
+        """Release the job for other runs."""
         self._lock.release()
 
     def _acquire(self) -> None:
@@ -154,7 +154,7 @@ class UnfinishedJob:
     def _left_behind(self) -> list[PartialSums]:
         """Unfinished sums of earlier runs, the same list on all processes."""
         paths = sorted(self.folder.glob("process-*.safetensors"))
-        # A name that no earlier run has used: whichever process took over the sums in a file may delete that name.
+        # A new name: the process that takes over the sums in a file deletes that name.
         run = 1 + max((int(path.stem.partition(".")[2] or 0) for path in paths), default=-1)
         self._name = f"process-{self._peers.rank}-of-{self._peers.world_size}{f'.{run}' * (run > 0)}.safetensors"
         partials = [PartialSums(path) for path in paths]
@@ -165,7 +165,7 @@ class UnfinishedJob:
                 raise StatisticsError(
                     f"{partial.path}: damaged partial sums ({error}); delete the file and start again"
                 ) from error
-        # A process that took over the sums of others may have been killed before it could delete their files.
+        # A process that took over sums of others may have been killed before it deleted their files.
         absorbed = {name for partial in partials for name in partial.notes["absorbed"]}
         partials = [partial for partial in partials if partial.path.name not in absorbed]
         views = self._peers.gather([(partial.path.name, sorted(partial.blocks)) for partial in partials])

@@ -1,4 +1,4 @@
-"""What traces of many facts say together: mean effects by kind, role of the token, and layer."""
+"""Mean effects over the traces of many facts, by kind, role of the token, and layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ __all__ = [
 
 Role = Literal["subject_first", "subject_middle", "subject_last", "first_after", "further", "last"]
 ROLES: tuple[Role, ...] = get_args(Role)
-"""What a token is to its fact; tokens before the subject have none, since nothing put back there has an effect."""
+"""The role of a token in its fact. Tokens before the subject have none: restoring them has no effect."""
 
 ROLE_NAMES: dict[Role, str] = {
     "subject_first": "first subject token",
@@ -39,12 +39,12 @@ ROLE_NAMES: dict[Role, str] = {
 
 @dataclass(frozen=True)
 class TracedFact:
-    """A fact's trace, with what its tokens are.
+    """A fact's trace, with the roles of its tokens.
 
     Args:
         name: Name of its record.
         tokens: The prompt's tokens as text.
-        roles: What each is.
+        roles: The role of each token.
         trace: The trace.
     """
 
@@ -55,9 +55,9 @@ class TracedFact:
 
 
 def token_roles(tokens: int, subject: tuple[int, int]) -> tuple[Role | None, ...]:
-    """The role of each token of a prompt; each has one at most.
+    """Return the role of each token of a prompt; each has at most one.
 
-    A subject of one token has only a last one, and a prompt that ends with its subject no other last token.
+    A subject of one token has only the role ``subject_last``, and a prompt that ends with its subject has no ``last``.
 
     Example:
         >>> token_roles(6, (1, 3))
@@ -76,7 +76,7 @@ def token_roles(tokens: int, subject: tuple[int, int]) -> tuple[Role | None, ...
 
 
 def mean_effects(facts: Sequence[TracedFact]) -> dict[Kind, dict[Role, list[Entry]]]:
-    """The average indirect effect by kind and role, a mean for each layer.
+    """Compute the average indirect effect by kind and role, one mean per layer.
 
     Within a fact, tokens of one role are averaged first: each fact counts once. Intervals are bootstrap intervals over
     facts.
@@ -86,7 +86,7 @@ def mean_effects(facts: Sequence[TracedFact]) -> dict[Kind, dict[Role, list[Entr
 
 
 def total_effects(facts: Sequence[TracedFact]) -> dict[str, Entry]:
-    """Means over facts of the answer's probability without and with noise, and of their difference."""
+    """Compute means over facts of the answer's probability without and with noise, and of their difference."""
     values = {
         "clean": [fact.trace.clean for fact in facts],
         "corrupted": [fact.trace.corrupted for fact in facts],
@@ -96,14 +96,14 @@ def total_effects(facts: Sequence[TracedFact]) -> dict[str, Entry]:
 
 
 def peak(effects: Mapping[Kind, Mapping[Role, Sequence[Entry]]]) -> int | None:
-    """The layer at which putting back the MLPs' output at the subject's last token brings back most."""
+    """Return the layer at which restoring the MLPs' output at the subject's last token has the largest effect."""
     layers = effects.get("mlp", {}).get("subject_last", ())
     known = [(entry["value"], -layer) for layer, entry in enumerate(layers) if entry["value"] is not None]
     return -max(known)[1] if known else None
 
 
 def trace_table(content: Mapping[str, Any]) -> str:
-    """The strongest effects of each kind and role in results.json as a table in Markdown, in per cent."""
+    """Format the strongest effects of each kind and role in results.json as a Markdown table, in per cent."""
     rows = []
     for kind, roles in content["effects"].items():
         for role, layers in roles.items():

@@ -12,7 +12,7 @@ __all__ = ["default_window", "draw_noise", "embedding_deviation"]
 
 
 def default_window(depth: int) -> int:
-    """Layers of a window unless asked otherwise: the share of the depth that 10 are of GPT-2 XL's 48 (App. B.2)."""
+    """Default number of layers of a window: the same share of the depth as 10 of GPT-2 XL's 48 layers (App. B.2)."""
     return max(1, round(depth * 10 / 48))
 
 
@@ -29,6 +29,6 @@ def embedding_deviation(model: Any, subjects: Sequence[Sequence[int]]) -> float:
 
 
 def draw_noise(samples: int, tokens: int, width: int, deviation: float, *seed: object) -> Tensor:
-    """Gaussian noise, ``[samples, tokens, width]`` in float64; the same for the same seed, whatever else is drawn."""
+    """Draw Gaussian noise, ``[samples, tokens, width]`` in float64. It depends only on the arguments."""
     generator = torch.Generator().manual_seed(hash_seed("noise", *seed))
     return torch.randn(samples, tokens, width, generator=generator, dtype=torch.float64) * deviation

@@ -1,4 +1,4 @@
-"""What is traced, and what a trace holds."""
+"""Facts to trace, and their traces."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ __all__ = ["KINDS", "Fact", "Kind", "Trace"]
 
 
 Kind = Literal["hidden", "mlp", "attention"]
-"""What is put back: the state that leaves a layer; the MLP's output or attention's, over a window of layers."""
+"""The restored states: a layer's output, or the output of the MLP or of attention over a window of layers."""
 
 
 KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attention")
@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attention")
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt whose answer the model gives.
+    """A prompt that the model answers correctly.
 
     Args:
         ids: The prompt's tokens.
@@ -37,8 +37,8 @@ class Trace:
     Args:
         clean: Without noise.
         corrupted: With noise on the subject.
-        restored: By kind with noise and a clean state at each token and layer, ``[tokens, layers]`` in float64 on the
-            CPU; for windows the layer is their centre.
+        restored: By kind, with noise and a restored state at each token and layer, ``[tokens, layers]`` in float64 on
+            the CPU. For windows the layer is their centre.
     """
 
     clean: float
@@ -47,7 +47,7 @@ class Trace:
 
     @property
     def total_effect(self) -> float:
-        """What the noise costs."""
+        """The loss of probability by the noise."""
         return self.clean - self.corrupted
 
     def effect(self, kind: Kind) -> Tensor:

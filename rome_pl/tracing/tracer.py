@@ -1,12 +1,11 @@
 """Causal tracing: which hidden states carry a fact (Meng et al. 2022, section 2 and App. B).
 
 The subject's embeddings are corrupted by noise, which costs the answer its probability. Then the clean run's state at
-one token and layer is put back into the corrupted run; how much of the probability that brings back is its *indirect
-effect*.
+one token and layer is restored in the corrupted run. The probability that this recovers is its *indirect effect*.
 
-A state put back at token ``t`` and layer ``l`` changes nothing before ``t`` and nothing below ``l``. So each fact has
-one clean and one corrupted run; after that only columns from ``t`` on run, from layer ``l`` on, on the corrupted run's
-attention keys and values and hidden states.
+A state restored at token ``t`` and layer ``l`` changes nothing before ``t`` and nothing below ``l``. So each fact has
+one clean and one corrupted run. After that only columns from ``t`` on are run, from layer ``l`` on, with the corrupted
+run's attention keys and values and hidden states.
 """
 
 import logging
@@ -31,13 +30,13 @@ __all__ = ["Tracer"]
 
 
 TOKENS_PER_FORWARD = 4096
-"""Most tokens of one forward: restorations at one token share it, and join it at the layers where they start."""
+"""Largest number of tokens of one forward. Restorations at one token share it, and join it at their layers."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Restoration:
-    """What is put back at a token: everything that enters layer ``start``, or outputs of layers up to ``end``."""
+    """The restored states at a token: the input of layer ``start``, or outputs of layers up to ``end``."""
 
     kind: Kind
     layer: int
@@ -51,7 +50,7 @@ class _Runs:
 
     Args:
         clean: Hidden states that enter each layer, ``[tokens, hidden]``.
-        outputs: What MLPs and attention give in the clean run, ``[tokens, hidden]`` a layer.
+        outputs: Outputs of MLPs and attention in the clean run, ``[tokens, hidden]`` per layer.
         corrupted: Hidden states that enter each layer, ``[samples, tokens, hidden]``.
         cache: Attention's keys and values of the corrupted runs, ``[samples, heads, tokens, d]``.
         answer: Wraps hidden states as the family's decoder layers return them.
@@ -67,12 +66,12 @@ class _Runs:
 class Tracer:
     """Traces facts through one model.
 
-    Before its first fact is traced it compares a forward that goes on from a cached prefix with a whole one; a model
-    whose cache cannot do it runs whole rows, with a warning.
+    Before its first trace it compares a forward that continues from a cached prefix with a whole one. If the model's
+    cache cannot do this, whole rows are run, with a warning.
 
     Args:
         model: A causal language model of the transformers library.
-        window: Layers over which outputs of MLPs or attention are put back together.
+        window: Number of layers over which outputs of MLPs or attention are restored together.
 
     Raises:
         ValueError: If the window is below 1.
@@ -99,7 +98,7 @@ class Tracer:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What can be put back in this model."""
+        """The kinds of states that can be restored in this model."""
         return tuple(kind for kind in KINDS if kind not in self.missing)
 
     @torch.no_grad()
@@ -108,7 +107,7 @@ class Tracer:
 
         Args:
             fact: The fact.
-            noise: What is added to the embeddings of the subject's tokens, ``[samples, subject tokens, hidden]``.
+            noise: Noise for the embeddings of the subject's tokens, ``[samples, subject tokens, hidden]``.
         """
         with frozen(self.model):
             clean, corrupted, runs = self._run(fact, noise)
@@ -116,7 +115,7 @@ class Tracer:
                 self._check(fact, runs, corrupted)
             mean, tokens, depth = float(corrupted.exp().mean()), len(fact.ids), len(self.layers)
             restored = {
-                # Before the subject nothing was corrupted, and what leaves the last layer reaches only its own token.
+                # Nothing is corrupted before the subject, and the last layer's output affects only its own token.
                 kind: torch.full((tokens, depth), mean, dtype=torch.float64)
                 for kind in self.kinds
             }
@@ -129,11 +128,11 @@ class Tracer:
         return Trace(clean, mean, restored)
 
     def _groups(self, size: int) -> Iterator[list[_Restoration]]:
-        """All restorations at a token, in groups that share a forward; ``size`` is the tokens that each brings."""
+        """Yield all restorations at a token, in groups that share a forward. Each has ``size`` tokens."""
         depth, window = len(self.layers), self.window
         wanted = [_Restoration("hidden", layer, layer + 1, layer + 1) for layer in range(depth - 1)]
         wanted += [
-            # As published: of an even number of layers one more lies below the centre than above it.
+            # As published: an even window has one more layer below its centre than above it.
             _Restoration(kind, layer, max(0, layer - window // 2), min(depth, layer + (window + 1) // 2))
             for kind in self.modules
             for layer in range(depth)
@@ -144,7 +143,7 @@ class Tracer:
             yield wanted[first : first + together]
 
     def _run(self, fact: Fact, noise: Tensor) -> tuple[float, Tensor, _Runs]:
-        """The answer's clean probability, its logarithm under each sample of noise, and the runs that gave them."""
+        """Return the answer's clean probability, its log-probability for each sample of noise, and the runs."""
         model, tokens, samples = self.model, len(fact.ids), len(noise)
         ids = torch.tensor([fact.ids], device=model.device)
         answers: list[Any] = []
@@ -181,7 +180,7 @@ class Tracer:
     def _restore(
         self, fact: Fact, runs: _Runs, token: int, group: Sequence[_Restoration], whole: bool | None = None
     ) -> Tensor:
-        """Logarithms of the answer's probability with each of a group's restorations, ``[group, samples]``."""
+        """Log-probabilities of the answer with each of a group's restorations, ``[group, samples]``."""
         whole = bool(self._whole_rows) if whole is None else whole
         first = 0 if whole else token
         samples, depth = len(runs.corrupted[0]), len(self.layers)
@@ -228,7 +227,7 @@ class Tracer:
         return found.double().cpu()
 
     def _check(self, fact: Fact, runs: _Runs, corrupted: Tensor) -> None:
-        """Find out whether forwards can go on from a cached prefix, by putting back nothing."""
+        """Find out whether forwards can continue from a cached prefix, by restoring nothing."""
         nothing = [_Restoration("mlp", 0, 0, 0)]
         token = max(1, fact.subject[1] - 1)
         largest = LARGEST_ERROR.get(runs.corrupted[0].dtype, 0.2)
@@ -239,12 +238,13 @@ class Tracer:
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-                reason = f"{type(failure).__name__}: {failure}"  # what a cache of another kind may answer
+                reason = f"{type(failure).__name__}: {failure}"  # another kind of cache may raise this
                 continue
             if error <= largest or not bool(corrupted.isfinite().all()):
                 if whole:
                     log.warning(
-                        "%s cannot go on from a cached prefix (%s): every restoration runs whole rows, which is slower",
+                        "%s cannot continue from a cached prefix (%s): every restoration runs whole rows, which is "
+                        "slower",
                         type(self.model).__name__,
                         reason,
                     )

@@ -97,7 +97,7 @@ def _peers_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(f"another process of this job has ended; see what it said ({error})") from error
+        raise PeerError(f"another process of this job has ended; see its error message ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 r"""The closed form of a weight edit, and its published variants as settings of one formula.
 
-With keys that shape the update in the columns of :math:`K_u`, keys at which values are asserted in those of
-:math:`K_*`, wanted outputs :math:`V_*` (bias included), metric :math:`M` and ridge :math:`\lambda`:
+The columns of :math:`K_u` are the keys that shape the update, those of :math:`K_*` the keys at which values are
+asserted. With asserted outputs :math:`V_*` (bias included), metric :math:`M` and ridge :math:`\lambda`:
 
 .. math:: \Delta W = R\,(K_u^\top M K_* + \lambda I)^{-1} K_u^\top M, \qquad R = V_* - (W K_* + b)
 
@@ -21,23 +21,23 @@ __all__ = ["Assertion", "DisablingEditError", "NotFiniteError", "Update", "rank_
 
 
 MIN_COSINE = 1e-3
-"""Mixed keys whose cosine under the metric is smaller are refused: the update would explode."""
+"""Smallest cosine, under the metric, of two different keys of an edit: below it the update would explode."""
 
 
 MIN_PIVOT = 1e-3
-"""In a joint solve a key is refused whose sine to the span of the keys before it, under the metric, is smaller."""
+"""Smallest sine, under the metric, between a key and the span of the keys before it in a joint solve."""
 
 
 class NotFiniteError(ValueError):
-    """An update that holds numbers that are not finite."""
+    """An update with numbers that are not finite."""
 
 
 class DisablingEditError(RomeError):
-    """An edit whose update's norm would explode.
+    """An edit whose update would have an exploding norm.
 
     Args:
-        message: What is wrong.
-        row: Which edit of a joint solve it is.
+        message: The reason.
+        row: Index of the edit in a joint solve.
     """
 
     def __init__(self, message: str, row: int = 0) -> None:
@@ -47,12 +47,12 @@ class DisablingEditError(RomeError):
 
 @dataclass(frozen=True)
 class Assertion:
-    """What an edit asserts: at key ``at`` the projection's output is ``value``.
+    """The assertion of an edit: at key ``at`` the projection's output is ``value``.
 
     Args:
         shape: Keys that shape the update, ``[n, d_key]``.
         at: Keys at which the values hold, ``[n, d_key]``.
-        value: Wanted outputs, bias included, ``[n, d_value]``.
+        value: Asserted outputs, bias included, ``[n, d_value]``.
         ridge: The λ of the formula.
     """
 
@@ -63,7 +63,7 @@ class Assertion:
 
     @classmethod
     def joint(cls, assertions: Sequence["Assertion"]) -> "Assertion":
-        """Several assertions as one, to be solved together."""
+        """Join several assertions, to be solved together."""
         assert len({assertion.ridge for assertion in assertions}) == 1
         return cls(
             shape=torch.cat([assertion.shape for assertion in assertions]),
@@ -73,7 +73,7 @@ class Assertion:
         )
 
     def rows(self, rows: Sequence[int]) -> "Assertion":
-        """Some of its edits."""
+        """Select some of its edits."""
         index = list(rows)
         return Assertion(self.shape[index], self.at[index], self.value[index], self.ridge)
 
@@ -96,7 +96,7 @@ class Update:
 
     @classmethod
     def joint(cls, updates: Sequence["Update"]) -> "Update":
-        """Several updates as one."""
+        """Join several updates."""
         return cls(torch.cat([update.left for update in updates]), torch.cat([update.right for update in updates]))
 
     def to(self, device: torch.device) -> "Update":
@@ -104,7 +104,7 @@ class Update:
         return Update(self.left.to(device), self.right.to(device))
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """The changed weight. Whoever adds the same updates one after the other gets the same bits.
+        """Return the changed weight. Adding the same updates in the same order gives the same bits.
 
         Args:
             weight: ``[d_value, d_key]``, float64.
@@ -134,9 +134,9 @@ def rank_one_update(
         ``left`` is the residual itself.
 
     Raises:
-        DisablingEditError: If the shaping and asserted keys differ and are all but orthogonal under the metric, or in
-            a joint solve the keys are all but linearly dependent.
-        ValueError: If they differ for more than one edit at a time, for which the inner matrix is not symmetric.
+        DisablingEditError: If the shaping and asserted keys differ and are nearly orthogonal under the metric, or the
+            keys of a joint solve are nearly linearly dependent.
+        ValueError: If they differ in a joint solve, whose inner matrix is then not symmetric.
     """
     shape, at = assertion.shape.double(), assertion.at.double()
     residual = assertion.value.double() - at @ weight.T

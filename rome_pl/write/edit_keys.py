@@ -1,4 +1,4 @@
-"""The keys of one edit at one rewrite layer, and what it asserts there."""
+"""The keys of one edit at one rewrite layer, and its assertion there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,16 +15,17 @@ __all__ = ["EditKeys", "balance"]
 
 @dataclass(frozen=True)
 class EditKeys:
-    """What the projection reads and gives at an edit's lookup token; float64.
+    """The projection's inputs and outputs at an edit's lookup token, float64.
 
     Args:
         bare: Key of the bare prompt, ``[d_key]``.
-        mean: Mean key over contexts.
-        balanced: Key between the two on which an update acts in full at both; nothing where no preset asks for it.
+        mean: Mean key over contexts, ``[d_key]``.
+        balanced: Key between the two with which an update acts fully at both, ``[d_key]``. ``None``: the preset does
+            not ask for it.
         output_bare: The projection's output at the bare prompt, bias included, ``[d_value]``.
-        output_mean: Its mean output over contexts.
-        output_balanced: Its output at the balanced key.
-        shares: How contexts are mixed to the balanced key, ``[contexts]``.
+        output_mean: Its mean output over contexts, ``[d_value]``.
+        output_balanced: Its output at the balanced key, ``[d_value]``.
+        shares: Weights of the contexts in the balanced key, ``[contexts]``.
     """
 
     bare: Tensor
@@ -37,10 +38,10 @@ class EditKeys:
 
     @classmethod
     def of(cls, keys: Tensor, outputs: Tensor, preset: Preset, metric: Callable[[Tensor], Tensor]) -> "EditKeys":
-        """Take the keys of all contexts.
+        """Compute the keys from those of all contexts.
 
         Args:
-            keys: The bare prompt's first, ``[contexts, d_key]``.
+            keys: The key of each context, the bare prompt's first, ``[contexts, d_key]``.
             outputs: The projection's outputs there, ``[contexts, d_value]``.
             preset: The variant of the closed form, which may ask for balanced keys.
             metric: Applies its ``M`` to keys ``[n, d_key]``.
@@ -55,23 +56,23 @@ class EditKeys:
         return cls(*_mixtures(keys, shares), *_mixtures(outputs, shares), shares)
 
     def key(self, which: KeyChoice) -> Tensor:
-        """One of the keys, ``[d_key]``."""
+        """Return one of the keys, ``[d_key]``."""
         return _present({"mean": self.mean, "bare": self.bare, "balanced": self.balanced}[which])
 
     def output(self, which: KeyChoice) -> Tensor:
-        """The projection's output there, ``[d_value]``."""
+        """Return the projection's output at this key, ``[d_value]``."""
         outputs = {"mean": self.output_mean, "bare": self.output_bare, "balanced": self.output_balanced}
         return _present(outputs[which])
 
     def mix(self, rows: Tensor, which: KeyChoice) -> Tensor:
-        """Something else of the same contexts, ``[contexts, d]``, mixed as a key is, ``[d]``; float64."""
+        """Mix other rows of the same contexts, ``[contexts, d]``, like a key. Returns ``[d]``, float64."""
         bare, mean, balanced = _mixtures(rows.double(), self.shares)
         return _present({"mean": mean, "bare": bare, "balanced": balanced}[which])
 
     def assertion(self, preset: Preset, offset: Tensor) -> Assertion:
-        """What an edit asserts here that is to move the projection's output by ``offset``, ``[d_value]``.
+        """Return the assertion that moves the projection's output by ``offset``, ``[d_value]``.
 
-        Which key shapes it, and at which key and on top of which output it holds, is the preset's choice.
+        The preset determines the shaping key, the asserted key, and the output that the offset is added to.
         """
         value = self.output(preset.at if preset.value == "own" else "bare") + offset.double()
         return Assertion(
@@ -101,15 +102,15 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 
 def balance(bare: Tensor, contexts: Tensor, metric: Callable[[Tensor], Tensor]) -> float:
-    r"""How much of the bare prompt's key to mix with that of the other contexts for an update to reach both in full.
+    r"""Return the share of the bare prompt's key in a mixture with which an update acts fully at both keys.
 
     An update shaped by :math:`k = w k_0 + (1 - w) k_c` acts at a key in proportion to its product with
     :math:`k` under the metric. These products are equal at both keys for
 
     .. math:: w = \frac{-k_c^\top M (k_0 - k_c)}{(k_0 - k_c)^\top M (k_0 - k_c)}
 
-    Where the first token of a text takes the place of a BOS, a subject that opens the prompt has a key :math:`k_0` far
-    from :math:`k_c`, and the even mean leaves one of them half edited.
+    If the tokenizer adds no BOS, a subject at the beginning of the prompt has a key :math:`k_0` far from :math:`k_c`,
+    and with the plain mean one of them would be edited only by half.
 
     Args:
         bare: Key of the bare prompt, ``[d_key]``.
@@ -122,6 +123,6 @@ def balance(bare: Tensor, contexts: Tensor, metric: Callable[[Tensor], Tensor]) 
     difference = (bare - contexts).double()
     direction = metric(difference.unsqueeze(0))[0]
     length = float(difference @ direction)
-    if not length > 0:  # one key: any mixture is the same
+    if not length > 0:  # equal keys: any mixture is the same
         return 0.5
     return min(1.0, max(0.0, float(-(contexts.double() @ direction)) / length))

@@ -1,8 +1,8 @@
-"""One weight being edited: a float64 master, written to the model in one rounding, undone bit for bit.
+"""One edited weight: a float64 master that is rounded once into the model, and can be restored bit for bit.
 
-The state is the original weight plus the ordered list of writes so far, each of one edit or of several solved jointly.
-A subset is undone by replaying the closed form for the others: dropping one update alone would leave the later ones
-solved against a weight that still held it.
+The state is the original weight and the ordered list of writes, each of one edit or of several solved jointly. A subset
+is undone by replaying the closed form for the others: later updates were solved against a weight that contained the
+undone ones.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,10 +20,10 @@ __all__ = ["EditedWeight", "LayerWrite"]
 
 
 NOTHING = 1e-12
-"""A wanted change that is smaller than this, relative to the value, is the rounding of none and cannot be lost."""
+"""A smaller change, relative to the value, counts as rounding and cannot be lost."""
 
 POWER_STEPS = 30
-"""Steps of a power iteration: enough for two digits of a largest singular value."""
+"""Steps of power iteration: enough for two digits of the largest singular value."""
 
 
 def _largest_singular_value(matrix: Tensor) -> float:
@@ -40,10 +40,10 @@ class LayerWrite:
 
     Args:
         names: Identifiers of its n edits.
-        assertion: What they assert, a row each.
+        assertion: Their assertions, one row each.
         update: The resulting change of the master, in n factors.
-        realised: For each edit how much of the wanted change at its key survives in the model's dtype: the projection
-            of the change the model makes on the change wanted, 1 if nothing is lost.
+        realised: For each edit the share of the intended change at its key that survives rounding to the model's dtype:
+            the projection of the actual change onto the intended one. 1: nothing is lost.
     """
 
     names: tuple[str, ...]
@@ -52,12 +52,12 @@ class LayerWrite:
     realised: tuple[float, ...]
 
     def same_as(self, other: "LayerWrite") -> bool:
-        """Whether it changes the weight by the same bits."""
+        """Whether both change the weight by the same bits."""
         pairs = ((self.update.left, other.update.left), (self.update.right, other.update.right))
         return self.names == other.names and all(one.equal(two.to(one.device)) for one, two in pairs)
 
     def part(self, name: str) -> "LayerWrite":
-        """One edit's rows of a joint write."""
+        """Return one edit's rows of a joint write."""
         row = self.names.index(name)
         only = slice(row, row + 1)
         return LayerWrite(
@@ -74,7 +74,7 @@ class LayerWrite:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A weight that was worked out and not taken up yet.
+    """A computed weight that is not in use yet.
 
     Args:
         master: The float64 master, ``[d_value, d_key]``.
@@ -92,7 +92,7 @@ class EditedWeight:
 
     Args:
         site: The projection.
-        metric: The metric, or what applies it to keys ``[n, d_key]``.
+        metric: The metric, or a function that applies it to keys ``[n, d_key]``.
     """
 
     def __init__(self, site: RewriteSite, metric: KeyMetric | Callable[[Tensor], Tensor]) -> None:
@@ -104,10 +104,10 @@ class EditedWeight:
         self._before_pending: Tensor | None = None
 
     def resume(self) -> None:
-        """Take up the weight where it was left, on whatever device it is now.
+        """Continue with the weight after the model may have moved to another device.
 
         Raises:
-            RuntimeError: If somebody else changed the weight since.
+            RuntimeError: If the weight was changed from outside.
         """
         device = self.site.weight.device
         self._original, self._master = self._original.to(device), self._master.to(device)
@@ -130,7 +130,7 @@ class EditedWeight:
         return float((self._master - original).norm()), float(original.norm())
 
     def propose(self, name: str, assertion: Assertion) -> LayerWrite:
-        """What :meth:`write` would write, without writing it.
+        """Return the write that :meth:`write` would make, without writing it.
 
         Raises:
             DisablingEditError: If the update would explode.
@@ -139,15 +139,15 @@ class EditedWeight:
         return self._solve(self._master, (name,), assertion, self.metric)[1]
 
     def write(self, names: Sequence[str], assertion: Assertion) -> LayerWrite:
-        """Write edits, jointly if they are several; they stay pending until :meth:`commit`, or :meth:`revert`.
+        """Write edits, several of them jointly. They stay pending until :meth:`commit` or :meth:`revert`.
 
         Args:
             names: Their identifiers.
             assertion: What they assert, a row each.
 
         Raises:
-            DisablingEditError: If the update would explode; nothing is written.
-            ValueError: If the update is not finite, or an edit of that name is in; nothing is written.
+            DisablingEditError: If the update would explode. Nothing is written.
+            ValueError: If the update is not finite, or an edit of that name is in the weight. Nothing is written.
         """
         assert self._before_pending is None, "the last write is neither committed nor reverted"
         for name in names:
@@ -160,11 +160,11 @@ class EditedWeight:
         return written
 
     def weaker(self, assertion: Assertion, strength: float | Tensor) -> Assertion:
-        """An assertion that asks for a part of the change that another one asks for now.
+        """Return an assertion that asks for a part of an assertion's present change.
 
         Args:
-            assertion: The other one, of n edits.
-            strength: Which part, one for all or ``[n, 1]``.
+            assertion: The assertion of n edits.
+            strength: The part, one number for all or ``[n, 1]``.
         """
         assertion = assertion.to(self._master.device)
         now = assertion.at.double() @ self._master.T
@@ -174,14 +174,14 @@ class EditedWeight:
 
     @torch.no_grad()
     def bounded(self, assertion: Assertion, largest: float) -> tuple[Assertion, list[float]]:
-        """An assertion none of whose edits asks for too large a change now.
+        """Weaken an assertion so that no edit asks for too large a change.
 
         Args:
-            assertion: What n edits assert.
+            assertion: The assertion of n edits.
             largest: Largest Frobenius norm of an edit's own change, relative to the original weight.
 
         Returns:
-            The assertion, and for each edit which part of the change it asks for.
+            The assertion, and for each edit the part of its change that is left.
 
         Raises:
             DisablingEditError: If the update would explode.
@@ -196,13 +196,13 @@ class EditedWeight:
 
     @torch.no_grad()
     def spectral_norms(self) -> tuple[float, float]:
-        """Largest singular values of the master's change and of the original weight, by power iteration."""
+        """Compute the largest singular values of the master's change and of the original weight, by power iteration."""
         original = self.site.matrix(self._original).double()
         return _largest_singular_value(self._master - original), _largest_singular_value(original)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """The original weight inside; the edited one after, whatever happens."""
+        """Use the original weight inside; restore the edited one afterwards, even after an exception."""
         weight = self.site.weight
         edited = weight.detach().clone()
         try:
@@ -214,7 +214,7 @@ class EditedWeight:
                 weight.copy_(edited)
 
     def restore(self, written: LayerWrite) -> None:
-        """Take up a write that an earlier run has made, without solving it again."""
+        """Apply a write of an earlier run, without solving it again."""
         self._master = written.update.to(self._master.device).added_to(self._master)
         self.metric.remember(written.assertion.shape.to(self._master.device))
         self.written.append(written)
@@ -222,7 +222,7 @@ class EditedWeight:
 
     @property
     def original(self) -> Tensor:
-        """The weight without any edit, in the model's own orientation; not to be written to."""
+        """The weight without any edit, in the model's own orientation. Do not write to it."""
         return self._original
 
     @property
@@ -232,7 +232,7 @@ class EditedWeight:
 
     @property
     def pending(self) -> bool:
-        """Whether a write awaits its verdict."""
+        """Whether a write is neither committed nor reverted."""
         return self._before_pending is not None
 
     def commit(self) -> None:
@@ -242,7 +242,7 @@ class EditedWeight:
         self._before_pending = None
 
     def revert(self) -> None:
-        """Take the pending write back, if there is one; the weight is bit for bit what it was before."""
+        """Revert the pending write, if there is one. The weight is restored bit for bit."""
         if self._before_pending is None:
             return
         self._master, self._before_pending = self._before_pending, None
@@ -253,7 +253,7 @@ class EditedWeight:
         """Undo edits by name, replaying the others in order on the original weight.
 
         Raises:
-            KeyError: If a name was not written.
+            KeyError: If an edit of that name is not in the weight.
         """
         missing = set(names) - set(self.names)
         if missing:
@@ -261,10 +261,10 @@ class EditedWeight:
         self.adopt(self.without(names))
 
     def without(self, names: Collection[str]) -> Replayed:
-        """What the weight would be without edits; nothing is changed.
+        """Compute the weight without some edits. Nothing is changed.
 
         Raises:
-            DisablingEditError: If another edit's update would explode then.
+            DisablingEditError: If another edit's update would then explode.
         """
         master, metric = self.site.matrix(self._original).double(), self.metric.afresh()
         replayed: list[LayerWrite] = []
@@ -278,7 +278,7 @@ class EditedWeight:
         return Replayed(master, replayed, metric)
 
     def adopt(self, replayed: Replayed) -> None:
-        """Become what :meth:`without` has found; a pending write is gone."""
+        """Use a result of :meth:`without`. A pending write is dropped."""
         self._master, self.written, self.metric = replayed.master, replayed.written, replayed.metric
         self._before_pending = None
         self._store()
@@ -303,7 +303,7 @@ class EditedWeight:
 
     def _stored(self) -> Tensor:
         """The master in the model's dtype and orientation."""
-        # With no edit left it is the original itself, whatever rounding would make of the master.
+        # Without edits it is the original itself, which the master might round differently.
         return self._original if not self.written else self.site.matrix(self._master).to(self._original.dtype)
 
     def _store(self) -> None:

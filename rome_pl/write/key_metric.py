@@ -1,7 +1,7 @@
-r"""The metric :math:`M` of the closed form: along which directions an edit writes, and what earlier edits make of it.
+r"""The metric :math:`M` of the closed form: the directions along which an edit writes, given earlier edits.
 
-Every metric is symmetric. Those that fold in the keys of earlier edits are told of them one write after the other; each
-time they are factorised again, so that an edit costs the same however long the stream is.
+Every metric is symmetric. Some include the keys of earlier edits, which are added write by write. They are factorised
+again after each write, so that the cost of an edit does not depend on the length of the stream.
 """
 
 from abc import ABC, abstractmethod
@@ -25,31 +25,31 @@ MetricName = Literal["second_moment", "past_keys", "null_space"]
 class KeyMetric(ABC):
     """Applies ``M`` to keys.
 
-    ``settings`` are the arguments of :func:`make_metric` that it was made with, for manifests.
+    ``settings`` are its arguments of :func:`make_metric`, for manifests.
     """
 
     settings: dict[str, Any]
 
     @abstractmethod
     def __call__(self, keys: Tensor) -> Tensor:
-        """``M`` applied to keys ``[n, d_key]``, float64."""
+        """Apply ``M`` to keys ``[n, d_key]``. Returns the same shape in float64."""
 
     @property
     def fixed(self) -> Callable[[Tensor], Tensor]:
-        """The metric as it is without any edit."""
+        """The metric without any edit."""
         return self
 
     @abstractmethod
     def remember(self, keys: Tensor) -> None:
-        """Take note of the keys of a write, ``[n, d_key]``."""
+        """Add the keys of a write, ``[n, d_key]``."""
 
     @abstractmethod
     def afresh(self) -> "KeyMetric":
-        """The same metric, which has been told of no write."""
+        """Return the same metric without any write."""
 
 
 class PlainMetric(KeyMetric):
-    """A metric that does not change.
+    """A metric that does not depend on earlier edits.
 
     Args:
         apply: Applies it to keys ``[n, d_key]``.
@@ -72,10 +72,10 @@ class PlainMetric(KeyMetric):
 
 
 class _Remembering(KeyMetric):
-    """A metric with the sum ``Σ k kᵀ`` over earlier edits; a factor of it is made when it is next needed.
+    """A metric with the sum ``Σ k kᵀ`` over earlier edits. It is factorised when it is next needed.
 
-    Its matrices are as large as ``C`` and change with every edit, so they stay where they are in memory: among the
-    small tensors that each edit leaves, an allocator would find less and less room for new ones.
+    Its matrices are as large as ``C`` and change with every edit, so their memory is reused: the small tensors of each
+    edit would fragment the memory for new ones.
     """
 
     def __init__(self) -> None:
@@ -112,16 +112,16 @@ class _Remembering(KeyMetric):
         """Write the matrix whose inverse the metric is."""
 
     def _seen(self, keys: Tensor) -> Tensor:
-        """What of the keys is summed."""
+        """The part of the keys that is summed."""
         return keys
 
 
 class PastKeys(_Remembering):
-    r"""``M = (n_0 (C + ridge) + Σ_past k kᵀ)⁻¹``: earlier edits count like text, a key each (recursive least squares).
+    r"""``M = (n_0 (C + ridge) + Σ_past k kᵀ)⁻¹``: an earlier edit counts as one key of text (recursive least squares).
 
     Args:
         moment: The second moment ``C``.
-        weight: ``n_0``: how many keys of text ``C`` counts for.
+        weight: ``n_0``: number of keys of text that ``C`` counts for.
     """
 
     def __init__(self, moment: SecondMoment, weight: float) -> None:
@@ -147,7 +147,7 @@ class PastKeys(_Remembering):
 
 
 class NullSpace(_Remembering):
-    r"""``M = P (Σ_past k kᵀ P + L2·I)⁻¹``, ``P`` projecting onto what text hardly uses (Fang et al. 2025, Eq. 14).
+    r"""``M = P (Σ_past k kᵀ P + L2·I)⁻¹``, ``P`` projecting onto directions rare in text (Fang et al. 2025, Eq. 14).
 
     Solved within the space that ``P`` projects onto, where the inner matrix is symmetric and positive definite.
 
@@ -197,17 +197,17 @@ class NullSpace(_Remembering):
 def make_metric(
     name: MetricName, moment: SecondMoment | None, *, weight: float, ridge: float, threshold: float
 ) -> KeyMetric:
-    """The metric of a preset.
+    """Make the metric of a preset.
 
     Args:
-        name: Which.
-        moment: The second moment; without one the metric is the identity.
+        name: The kind of metric.
+        moment: The second moment. ``None``: the metric is the identity.
         weight: ``n_0``, see :class:`PastKeys`.
         ridge: ``L2``, see :class:`NullSpace`.
         threshold: Eigenvalues below it belong to the null space.
 
     Raises:
-        OptionError: If the preset cannot do without a second moment.
+        OptionError: If the preset needs a second moment and there is none.
     """
     if moment is None and name != "second_moment":
         raise OptionError("mom2_adjustment: this preset is made of the second moment and cannot do without it")

@@ -1,4 +1,4 @@
-"""The published variants of the closed form, as a table."""
+"""Table of the published variants of the closed form."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -7,7 +7,7 @@ __all__ = ["PRESETS", "KeyChoice", "Preset", "PresetName"]
 
 
 KeyChoice = Literal["mean", "bare", "balanced"]
-"""Which key: the mean over contexts, the one of the bare prompt, or the one between them of :func:`balance`."""
+"""The mean key over contexts, the bare prompt's key, or the one between them by :func:`balance`."""
 
 
 PresetName = Literal[
@@ -23,14 +23,15 @@ class Preset:
         name: What it is called.
         shape: The key that shapes the update, ``K_u``.
         at: The key at which the value is asserted, ``K_*``.
-        mom2_adjustment: Whether the metric is made of the second moment; otherwise it is the identity.
+        mom2_adjustment: Whether the metric uses the second moment; otherwise it is the identity.
         value: The value asserted: ``bare``, the optimised offset on top of the bare prompt's output, as published; or
             ``own``, on top of the output at the asserted key, so that the residual is the offset itself.
         metric: How the second moment is used.
         ridge: λ.
-        mom2_update_weight: ``n_0``: how many keys the second moment counts for, against λ or the keys of other edits.
-        shares: How several layers share an offset, see :mod:`rome_pl.write.layer_shares`: evenly, or each as much as
-            its key is specific.
+        mom2_update_weight: ``n_0``: number of keys that the second moment counts for, relative to λ and the keys of
+            other edits.
+        shares: How several layers share an offset, see :mod:`rome_pl.write.layer_shares`: evenly, or by how specific
+            each layer's key is.
     """
 
     name: PresetName

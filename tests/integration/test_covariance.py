@@ -329,7 +329,7 @@ def test_ctrl_c_leaves_what_the_next_run_goes_on_with(command, tmp_path, monkeyp
     assert not artefacts()
     with caplog.at_level("INFO"):
         assert command(model__save_every_n_tokens=1) == 0
-    assert "Going on with 2 blocks" in caplog.text
+    assert "Resuming with 2 blocks" in caplog.text
     assert artefacts()[1].info.count == 4 * BLOCK
 
 
@@ -652,9 +652,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(job, unint
         job.start(halts=(halt,), **options).killed()
     assert not job.stored()
     job.start(**options).ended()
-    assert "Going on with 3 blocks" in job.runs[1].said
-    assert "Going on with 6 blocks" in job.runs[2].said
-    assert "Going on with 18 blocks" in job.runs[3].said
+    assert "Resuming with 3 blocks" in job.runs[1].said
+    assert "Resuming with 6 blocks" in job.runs[2].said
+    assert "Resuming with 18 blocks" in job.runs[3].said
     ours = job.stored()
     assert sorted(ours) == sorted(uninterrupted.stored)
     for layer, moment in ours.items():
@@ -690,7 +690,7 @@ def test_two_processes_killed_go_on_as_two_and_then_as_one(job, uninterrupted):
     ours = job.start(**tokens).ended()
     assert_same(ours, uninterrupted.outcome)
     for started, blocks in zip(job.runs[1:], (1, 9, 10), strict=True):
-        assert f"Going on with {blocks} blocks" in started.said
+        assert f"Resuming with {blocks} blocks" in started.said
 
 
 def test_one_process_killed_goes_on_as_two(job, uninterrupted):
@@ -699,7 +699,7 @@ def test_one_process_killed_goes_on_as_two(job, uninterrupted):
     # The first process has taken over seven blocks and has saved them with one more; the second has saved two.
     job.start(2, halts=(Halt("name", 2), Halt("step", 3)), **tokens).killed()
     assert_same(job.start(2, **tokens).ended(), uninterrupted.outcome)
-    assert "Going on with 7 blocks" in job.runs[1].said
+    assert "Resuming with 7 blocks" in job.runs[1].said
 
 
 def test_two_runs_of_one_job_exclude_each_other(job, command, capsys, monkeypatch):

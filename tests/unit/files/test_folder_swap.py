@@ -66,8 +66,8 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rome_pl import folder_swap
-from rome_pl.files import whole_folder
+from rome_pl.files import folder_swap
+from rome_pl.files.whole_files import whole_folder
 path, moment = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if moment != "filling":

@@ -177,7 +177,7 @@ def test_other_families_run_whole_rows_with_a_warning(family, caplog):
         assert engine.whole_rows is True
         assert_right(engine, tolerance=1e-5 if family in ("xlstm", "bamba", "granitemoehybrid") else 1e-9)
     (warning,) = warnings_of(caplog)
-    assert warning.startswith(f"{type(model).__name__} cannot go on from a cached prefix (")
+    assert warning.startswith(f"{type(model).__name__} cannot continue from a cached prefix (")
     assert warning.endswith("every step runs whole rows, which is slower")
 
 
@@ -198,7 +198,7 @@ def test_a_cache_that_is_not_used_is_found_out(caplog):
         assert (run.start, run.rows.prefix) == (0, 9)
         assert_right(engine)
     (warning,) = warnings_of(caplog)
-    assert "ForgetfulCache cannot go on from a cached prefix (logits are off by" in warning
+    assert "ForgetfulCache cannot continue from a cached prefix (logits are off by" in warning
 
 
 def test_edits_on_whole_rows_are_those_on_a_cache(tmp_path, caplog):

@@ -150,7 +150,7 @@ def test_a_damaged_conversion_is_made_anew(gguf, caplog, damage):
     else:
         path.write_bytes({"cut": content[:-40], "flipped": content, "empty config": b""}[damage])
     assert converted(gguf) == folder
-    assert "damaged or not complete: it is made anew" in caplog.text
+    assert "damaged or not complete: it is repeated" in caplog.text
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     caplog.clear()
     assert converted(gguf) == folder
