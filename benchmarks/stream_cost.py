@@ -166,7 +166,8 @@ def bare_edit(module: RomeModule, request: EditRequest) -> Tensor:
         search.project()
     delta = search.found()[0].delta
     value = objective.base_output[0].double() + delta.double()
-    keys = EditKeys.of(objective.keys(0), objective.outputs(0), session.preset, weight.metric)
+    own = list(layout.contexts[0])
+    keys = EditKeys.of(prefix.keys[own].double(), prefix.outputs[own].double(), session.preset, weight.metric)
     weight.propose(str(request.case_id), keys.assertion(session.preset, delta))
     return value
 

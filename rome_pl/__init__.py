@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from rome_pl.editing.edit import Edit as Edit
     from rome_pl.editing.edit import EditBatch as EditBatch
     from rome_pl.editing.edit import EditError as EditError
+    from rome_pl.editing.edit import EditSearch as EditSearch
     from rome_pl.editing.edit import edits_of as edits_of
     from rome_pl.editing.session import EditSession as EditSession
+    from rome_pl.editing.session import Measurements as Measurements
     from rome_pl.editing.session import session_of as session_of
     from rome_pl.editor import EditOutcome as EditOutcome
     from rome_pl.editor import EditRejectedError as EditRejectedError
@@ -41,12 +43,14 @@ _PUBLIC = {
     "EditOutcome": "rome_pl.editor",
     "EditRejectedError": "rome_pl.editor",
     "EditRequest": "rome_pl.requests.edit_request",
+    "EditSearch": "rome_pl.editing.edit",
     "EditSession": "rome_pl.editing.session",
     "EditStatus": "rome_pl.ledger.status",
     "EvaluationModule": "rome_pl.modules.evaluation_module",
     "KnowledgeEditor": "rome_pl.editor",
     "LanguageModel": "rome_pl.model.language_model",
     "Measured": "rome_pl.editor",
+    "Measurements": "rome_pl.editing.session",
     "OptionError": "rome_pl.errors",
     "PolyakStep": "rome_pl.search.polyak_step",
     "Probe": "rome_pl.requests.edit_request",
@@ -72,12 +76,14 @@ __all__ = [
     "EditOutcome",
     "EditRejectedError",
     "EditRequest",
+    "EditSearch",
     "EditSession",
     "EditStatus",
     "EvaluationModule",
     "KnowledgeEditor",
     "LanguageModel",
     "Measured",
+    "Measurements",
     "OptionError",
     "PolyakStep",
     "Probe",

@@ -1,4 +1,4 @@
-"""What can be wrong with what a user gave; every such error says what to do about it."""
+"""Errors that a user can fix, and how they quote values. Every message tells what to do."""
 
 from reprlib import Repr
 
@@ -10,7 +10,7 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.
 
 
 class RomeError(ValueError):
-    """Base of the errors that a user can mend; the command line prints them as one line."""
+    """Base of the errors that a user can fix. The command line prints them as one line."""
 
 
 class OptionError(RomeError):
@@ -18,21 +18,21 @@ class OptionError(RomeError):
 
 
 class SourceError(RomeError):
-    """A model source that cannot be loaded, with what to do."""
+    """A model source that cannot be loaded."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, as one line without a full stop."""
+    """The message of an exception, as one line without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def named(name: object) -> str:
-    """A field or argument as an error names it: as it is written, if it can be shown and is not too long."""
+    """The name of a field or argument for an error: unchanged if it is printable and short."""
     return name[:80] if isinstance(name, str) and name.isprintable() else shortened(name)
 
 
 def shortened(value: object) -> str:
-    """A value as an error quotes it, whatever its size, depth or type: short, on one line."""
+    """A value of any type, size or depth for an error: short, on one line."""
     try:
         text = _SHORT.repr(value)
     except Exception:  # a number of too many digits, or an object that cannot be shown

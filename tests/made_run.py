@@ -8,7 +8,7 @@ from rome_pl.editing.batch_writer import BatchWriter
 from rome_pl.editing.edit import Edit
 from rome_pl.editing.run_setup import RunSetup
 from rome_pl.editing.session import EditSession, Retention
-from rome_pl.encoding.chat_template import PlainFrame
+from rome_pl.encoding.chat_template import PromptFrame
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import Answer, ProbeScores
 from rome_pl.requests.edit_request import EditRequest, Probe
@@ -75,7 +75,7 @@ def made_session(requests, *, sequential=True, rejected=(), lost=(), unreached=(
     layers = SimpleNamespace(change=0.25, numbers=[1], main=(1,), last=weight, weights=[weight], moments=(), written=[])
     setup = RunSetup(
         language_model=SimpleNamespace(
-            encoder=SimpleNamespace(frame=PlainFrame()),
+            encoder=SimpleNamespace(frame=PromptFrame()),
             identity=lambda: {
                 "source": "made up",
                 "fingerprint": "f",

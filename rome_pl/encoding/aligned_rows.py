@@ -1,4 +1,4 @@
-"""Token rows padded so that the lookup tokens stand in one column."""
+"""Token rows padded so that the lookup tokens are in one column."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ __all__ = ["AlignedRows", "align", "to_device"]
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """Rows padded so that every lookup token stands in the same column.
+    """Rows padded so that all lookup tokens are in the same column.
 
-    What comes before the lookup token is padded on the left, what follows it on the right.
+    Tokens before the lookup token are padded on the left, tokens after it on the right.
 
     Args:
         source: The rows.
         input_ids: Shape ``[rows, prefix + suffix]``.
-        attention_mask: Same shape, 0 for padding on the left. Padding on the right needs no mask, since no token looks
-            ahead, and gets none, so that none of its columns is left with nothing to attend to.
+        attention_mask: Same shape, 0 for padding on the left. Padding on the right is not masked: no token looks ahead,
+            and every column keeps something to attend to.
         position_ids: Same shape, counted from each row's first token to its last.
         prefix: Number of columns before the lookup column.
         predict_row: Row of every position that predicts a target token, shape ``[targets]``.
-        predict_column: Column of it in the whole row.
+        predict_column: Its column in the whole row, shape ``[targets]``.
         labels: The target ids, shape ``[targets]``.
     """
 
@@ -49,8 +49,8 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
 
     Args:
         rows: At least one row.
-        pad_id: Id that fills the padding; it is masked, so any id of the vocabulary will do.
-        device: Where the tensors go.
+        pad_id: Id of padding; any id of the vocabulary will do.
+        device: Device of the tensors.
     """
     prefix = max(row.lookup for row in rows)
     width = prefix + max(len(row.ids) - row.lookup for row in rows)
@@ -68,7 +68,7 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
         source=tuple(rows),
         input_ids=to_device(input_ids, device),
         attention_mask=to_device(mask, device),
-        # Padding on the right repeats the last position: counting on would leave the table of a model that has one.
+        # Padding on the right repeats the last position: counting further could exceed a model's table of positions.
         position_ids=to_device((mask.cumsum(1) - 1).clamp(min=0).minimum(last), device),
         prefix=prefix,
         predict_row=rows_columns_labels[:, 0],
@@ -78,7 +78,7 @@ def align(rows: Sequence[EncodedRow], pad_id: int, device: torch.device | str = 
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device; to a GPU from pinned memory, so that the host need not wait."""
+    """Copy a tensor from the host to a device; to a GPU from pinned memory, so that the host does not wait."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,8 +1,8 @@
 """Prompts inside a model's chat template.
 
-A template turns messages into one text. What it writes around the user's message, and between the end of the prompt and
-the answer, is found once, by rendering marks in their places; every prompt is rendered too and compared, since a
-template may change what it is given.
+A template turns messages into one text. Its text around the user's message, and between the prompt and the answer, is
+found once, by rendering marks in place of the two. A template may also change a prompt, so every prompt is rendered and
+compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 from rome_pl.errors import OptionError, RomeError
 
-__all__ = ["ChatForm", "ChatFrame", "PlainFrame", "TemplateError", "frame_for"]
+__all__ = ["ChatForm", "PromptFrame", "TemplateError", "frame_for"]
 
 _PROMPT, _ANSWER = "\ue000", "\ue001"
 """Marks: characters for private use, which no template writes."""
@@ -26,9 +26,9 @@ class ChatForm:
     """How a prompt becomes a conversation.
 
     Args:
-        system: The system message; nothing leaves it to the template.
-        instruction: Nothing makes the prompt the user's message, and an answer the beginning of the reply. A text is
-            the user's message in its place, and the reply begins with the prompt: for prompts that are half a sentence.
+        system: The system message. ``None`` (default): the template decides.
+        instruction: The user's message. The reply then begins with the prompt, which suits prompts that are half a
+            sentence. ``None`` (default): the prompt is the user's message, and the answer begins the reply.
         switches: Further arguments of the template, such as ``enable_thinking: false`` or a ``date_string``.
     """
 
@@ -37,46 +37,37 @@ class ChatForm:
     switches: dict[str, Any] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
-        """Plain values for manifests."""
+        """Return plain values for manifests."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class PlainFrame:
-    """Prompts as they are."""
+class PromptFrame:
+    """The text that a chat template writes around a prompt; by default none.
+
+    Args:
+        head: Text before the prompt.
+        tail: Text between the prompt and the answer.
+        gap: Text that joins the answer to the text before it. ``None`` (default): the prompt's last character decides.
+        tokenizer: The tokenizer with the template.
+        form: How prompts become conversations. ``None`` (default): prompts stay as they are.
+    """
 
     head: str = ""
     tail: str = ""
     gap: str | None = None
-    special: bool = True
-    texts: tuple[str, ...] = ()
+    tokenizer: Any = None
+    form: ChatForm | None = None
 
-    def check(self, prompt: str) -> None:
-        """Every prompt is itself."""
-
-
-@dataclass(frozen=True)
-class ChatFrame:
-    """What a template writes around a prompt.
-
-    Args:
-        head: Text before it.
-        tail: Text between it and the answer.
-        gap: What joins the answer to the text before it; ``None`` leaves that to the prompt's last character.
-        special: Whether the tokenizer adds its own first and last tokens; the template has written them already.
-    """
-
-    head: str
-    tail: str
-    gap: str | None
-    tokenizer: Any
-    form: ChatForm
-    special: bool = False
+    @property
+    def special(self) -> bool:
+        """Whether the tokenizer adds its own first and last tokens; a template has written them already."""
+        return self.form is None
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What tells frames apart."""
-        return (self.head, self.tail, repr(self.gap))
+        """The texts that tell frames apart, for manifests; none for plain prompts."""
+        return () if self.form is None else (self.head, self.tail, repr(self.gap))
 
     def check(self, prompt: str) -> None:
         """Make sure that the template leaves a prompt as it is.
@@ -84,7 +75,7 @@ class ChatFrame:
         Raises:
             TemplateError: If it does not.
         """
-        if self.form.instruction is None:
+        if self.form is not None and self.form.instruction is None:
             rendered = _render(self.tokenizer, self.form, [_user(self.form, prompt)], opened=True)
             if rendered != self.head + prompt + self.tail:
                 raise TemplateError(
@@ -93,18 +84,18 @@ class ChatFrame:
                 )
 
 
-def frame_for(tokenizer: Any, form: ChatForm | None) -> PlainFrame | ChatFrame:
-    """What stands around every prompt.
+def frame_for(tokenizer: Any, form: ChatForm | None) -> PromptFrame:
+    """Find the text around every prompt.
 
     Args:
         tokenizer: A tokenizer of the transformers library, with the template.
-        form: How prompts become conversations; nothing leaves them as they are.
+        form: How prompts become conversations. ``None``: prompts stay as they are.
 
     Raises:
         OptionError: If there is no template, it refuses the messages, or it drops the user's.
     """
     if form is None:
-        return PlainFrame()
+        return PromptFrame()
     if not getattr(tokenizer, "chat_template", None):
         raise OptionError(
             "chat: this model's tokenizer has no chat template (chat_template.jinja or tokenizer_config.json); choose "
@@ -115,7 +106,7 @@ def frame_for(tokenizer: Any, form: ChatForm | None) -> PlainFrame | ChatFrame:
     if form.instruction is not None:
         if form.instruction.strip() not in opened:
             raise OptionError("chat.instruction: the chat template drops the user's message")
-        return ChatFrame(opened, "", None, tokenizer, form)
+        return PromptFrame(opened, "", None, tokenizer, form)
     if opened.count(_PROMPT) != 1:
         raise OptionError(
             "chat: the chat template drops the user's message, so the subject is lost"
@@ -125,10 +116,10 @@ def frame_for(tokenizer: Any, form: ChatForm | None) -> PlainFrame | ChatFrame:
     head, tail = opened.split(_PROMPT)
     answered = _render(tokenizer, form, [user, {"role": "assistant", "content": _ANSWER}], opened=False)
     before = answered.partition(_ANSWER)[0]
-    # Templates that write more before an answer than before the reply's beginning, such as a train of thought, do not
-    # say what joins the two: there the rule for plain prompts decides.
+    # Some templates write more before an answer than before the beginning of a reply, such as a train of thought. They
+    # do not tell what joins the two, so the rule for plain prompts decides.
     gap = before.removeprefix(opened) if before.startswith(opened) and _ANSWER in answered else None
-    return ChatFrame(head, tail, gap, tokenizer, form)
+    return PromptFrame(head, tail, gap, tokenizer, form)
 
 
 def _user(form: ChatForm, prompt: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Texts as rows of token ids, and how rows are padded around their lookup tokens."""
+"""Texts as rows of token ids."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ __all__ = ["EncodedEdit", "EncodedRow"]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One text as ids, cut after the last token that the model has to see.
+    """One text as ids, cut after the last token that the model has to read.
 
     Args:
-        ids: Token ids the model reads; the last target token is not among them.
+        ids: Token ids that the model reads, without the last target token.
         lookup: Index in ``ids`` of the lookup token.
-        target: Ids that the model is to predict; ``target[t]`` follows ``ids[first + t]``.
+        target: Ids to predict; ``target[t]`` follows ``ids[first + t]``.
         first: Index in ``ids`` of the position that predicts ``target[0]``.
     """
 
@@ -29,7 +29,7 @@ class EncodedEdit:
     Args:
         rows: The rewrite prompt under each context; row 0 is the bare prompt.
         kl_row: "{subject} is a" up to the position at which the divergence is taken, which is ``first``; no target.
-        kept: Bare prompts of earlier facts about the subject that are to stay, with their targets.
+        kept: Bare prompts and targets of earlier facts about the subject that the edit should preserve.
     """
 
     rows: tuple[EncodedRow, ...]

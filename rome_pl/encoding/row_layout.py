@@ -1,4 +1,4 @@
-"""Which rows belong to which edit of a batch."""
+"""The rows of a batch of edits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class RowLayout:
     Args:
         rows: All rows.
         contexts: For each edit the indices of its prompt under each context, the bare prompt first.
-        kl: For each edit the index of the row in which the divergence is taken.
-        kl_offset: For each edit how many tokens after the lookup token it is taken.
-        kept: For each edit the indices of earlier facts that are to stay.
+        kl: For each edit the index of the row in which the divergence is measured.
+        kl_offset: For each edit the number of tokens between the lookup token and the divergence's position.
+        kept: For each edit the indices of earlier facts to preserve.
     """
 
     rows: tuple[EncodedRow, ...]
@@ -30,8 +30,8 @@ class RowLayout:
 def row_layout(edits: Sequence[EncodedEdit]) -> RowLayout:
     """Lay out the rows of a batch.
 
-    A divergence row that the bare prompt begins with, as it does where the prompt begins with the subject, is read off
-    the bare prompt's row and costs nothing.
+    If the bare prompt begins with the divergence row, as it does when the prompt begins with the subject, both share a
+    row at no cost.
     """
     rows: list[EncodedRow] = []
     contexts, kl, kept = [], [], []

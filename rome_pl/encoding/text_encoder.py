@@ -1,8 +1,7 @@
 """From text to token ids, with lookup positions and target spans found by character offsets.
 
-Ids and offsets are made once, from the joined text, and ids are never decoded and encoded again: that is what turns
-targets into other tokens. Every position is an index into the ids as the tokenizer gives them, BOS included if it
-adds one.
+Ids and offsets are made once, from the joined text. Ids are never decoded and encoded again, which could turn targets
+into other tokens. Every position is an index into the tokenizer's ids, BOS included if it adds one.
 """
 
 import re
@@ -10,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from rome_pl.encoding.chat_template import ChatFrame, PlainFrame, TemplateError
+from rome_pl.encoding.chat_template import PromptFrame, TemplateError
 from rome_pl.encoding.encoded_rows import EncodedEdit, EncodedRow
 from rome_pl.encoding.target_space import joined_by_space
 from rome_pl.errors import RomeError, shortened
@@ -20,15 +19,15 @@ from rome_pl.requests.edit_request import EditRequest
 __all__ = ["ENCODING_VERSION", "FactToken", "TextEncoder", "TokenizerError"]
 
 ENCODING_VERSION = 2
-"""Version of the rules by which texts become rows: how prompt and target are joined, what opens a row. Raise it with
-every change of them: what was measured or begun under other rules is then not taken for what these would give."""
+"""Version of the rules by which texts become rows: how prompt and target are joined, how a row begins. Raise it with
+every change of the rules, so that measurements and runs under other rules are not reused."""
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
-"""Which token the edit looks up: the published strategies of ROME's ``fact_token``."""
+"""The lookup token of an edit: the published strategies of ROME's ``fact_token``."""
 
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""Tokens that stand for a byte, in tokenizers of the sentencepiece kind."""
+"""Tokens for single bytes in tokenizers of the sentencepiece kind."""
 
 
 class TokenizerError(RomeError):
@@ -41,8 +40,8 @@ class TextEncoder:
     Args:
         tokenizer: A fast tokenizer of the transformers library.
         max_length: Longest row, in tokens, that the model can read.
-        frame: What stands around every prompt. ``None`` leaves prompts as they are.
-        embedded: Number of tokens that the model has embeddings for. ``None`` takes all of the tokenizer's.
+        frame: The text around every prompt. ``None`` (default): none.
+        embedded: Number of tokens with an embedding in the model. ``None`` (default): all of the tokenizer's.
 
     Raises:
         TokenizerError: If the tokenizer gives no character offsets.
@@ -52,7 +51,7 @@ class TextEncoder:
         self,
         tokenizer: Any,
         max_length: int,
-        frame: PlainFrame | ChatFrame | None = None,
+        frame: PromptFrame | None = None,
         embedded: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -61,15 +60,15 @@ class TextEncoder:
                 "load the fast tokenizer of this model (AutoTokenizer does where one exists)"
             )
         self.tokenizer = tokenizer
-        self.max_length, self.frame, self.embedded = max_length, frame or PlainFrame(), embedded
+        self.max_length, self.frame, self.embedded = max_length, frame or PromptFrame(), embedded
         self.pad_id: int = tokenizer.pad_token_id or 0
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """Ids that the tokenizer puts before a text, such as BOS; what it puts after a text is no part of them.
+        """Ids that the tokenizer puts before a text, such as BOS; ids after the text are not included.
 
-        Models are trained on texts that open so. A row of :meth:`prompt` or :meth:`continuation` has them already,
-        unless a chat template writes its own.
+        Models are trained on texts that begin like this. A row of :meth:`prompt` or :meth:`continuation` has them
+        already, unless a chat template writes its own.
         """
         return leading_tokens(self.tokenizer)
 
@@ -86,8 +85,8 @@ class TextEncoder:
             request: The edit.
             contexts: Texts put before the prompt; the first must be empty (the bare prompt).
             fact_token: Which token is looked up.
-            kl_position: Where the divergence is taken: at the lookup token, as in the public code, or at the end
-                of "{subject} is a", as in the paper (Meng et al. 2022, Eq. 4).
+            kl_position: Position of the divergence: the lookup token, as in the public code, or the end of "{subject}
+                is a", as in the paper (Meng et al. 2022, Eq. 4).
 
         Raises:
             RequestError: If a row is longer than the model can read, or a target cannot be separated from its prompt.
@@ -100,7 +99,7 @@ class TextEncoder:
         for context in contexts:
             start, end = request.span[0] + len(context), request.span[1] + len(context)
             rows.append(self._row(request, context + request.prompt, (start, end), fact_token))
-        # Cut at the divergence's position, so what a template would write after it does not matter.
+        # The row ends at the divergence's position, so a template's text after it does not matter.
         text = f"{self.frame.head}{request.subject} is a"
         ids, spans = self._encode(text)
         if len(ids) > self.max_length:
@@ -113,24 +112,28 @@ class TextEncoder:
     def continuation(self, prompt: str, target: str, request: EditRequest, field: str = "prompt") -> EncodedRow:
         """Encode a prompt and the target after it; the lookup token is the prompt's last token.
 
-        What :class:`EditRequest` cuts off the edges of texts is cut off here too.
+        The edges of both texts are cut off as in :class:`EditRequest`.
 
         Raises:
-            RequestError: As :meth:`edit`, naming ``field``.
+            RequestError: Like :meth:`edit`, naming ``field``.
         """
         return self._row(request, cut_edges(prompt)[1] or prompt, None, "last", cut_edges(target)[1] or target, field)
 
     def prompt(self, text: str) -> EncodedRow:
-        """Encode a text that has no target; the lookup token is its last. A chat template may refuse the text."""
+        """Encode a text without a target; the lookup token is its last token.
+
+        Raises:
+            TemplateError: If a chat template changes the text.
+        """
         self.frame.check(text)
         ids, _ = self._encode(self.frame.head + text + self.frame.tail)
         return EncodedRow(ids, len(ids) - 1, (), len(ids) - 1)
 
     def check_probes(self, request: EditRequest) -> None:
-        """Encode every probe of a request, so that one the model cannot read is known before any edit.
+        """Encode every probe of a request, to find one that the model cannot read before any edit.
 
         Raises:
-            RequestError: For the first such probe.
+            RequestError: For the first probe that cannot be read.
         """
         for target in filter(None, (request.target_new, request.target_true)):
             self.continuation(
@@ -147,7 +150,7 @@ class TextEncoder:
                 self.continuation(probe.prompt, probe.answer, request, field)
 
     def describe(self, request: EditRequest, fact_token: FactToken) -> tuple[str, str]:
-        """The lookup token and the target of the bare prompt, as pieces of text for a reader."""
+        """Return the lookup token and the target of the bare prompt as text, for a reader."""
         row = self._row(request, request.prompt, request.span, fact_token)
         decode = self.tokenizer.decode
         return decode([row.ids[row.lookup]]), "|".join(decode([token]) for token in row.target)
@@ -163,7 +166,7 @@ class TextEncoder:
     ) -> EncodedRow:
         target = request.target_new if target is None else target
         text = self._framed(prompt, request, field)
-        if self.frame.tail:  # between the prompt and the target stands what a template writes
+        if self.frame.tail:  # a template writes text between the prompt and the target
             gap = self._gap_after(text, target, request)
         else:
             gap = " " if self._space_belongs(prompt, target, request.target_space) else ""
@@ -179,7 +182,7 @@ class TextEncoder:
         return EncodedRow(ids[:-1], lookup, ids[boundary:], boundary - 1)
 
     def _framed(self, prompt: str, request: EditRequest, field: str) -> str:
-        """A prompt with what stands around it."""
+        """A prompt inside its frame."""
         try:
             self.frame.check(prompt)
         except TemplateError as error:
@@ -187,7 +190,7 @@ class TextEncoder:
         return self.frame.head + prompt + self.frame.tail
 
     def _gap_after(self, text: str, target: str, request: EditRequest) -> str:
-        """What joins a reply to the text before it."""
+        """The text that joins a reply to the text before it."""
         forced = None if request.space_in_text else request.target_space
         if forced is None and self.frame.gap is not None:
             return self.frame.gap
@@ -202,12 +205,11 @@ class TextEncoder:
         boundary = next((i for i, (start, end) in enumerate(spans) if end > max(start, edge)), len(ids))
         if boundary == len(ids) or (boundary == 0 and spans[0][0] >= edge):
             raise request.error(field, f"{shortened(target)} gives no token of its own after {shortened(prompt)}")
-        # A tokenizer that composes letters and accents gives the whole the span of the letter.
+        # A tokenizer that composes a letter and an accent gives both the span of the letter.
         if spans[boundary][0] >= edge and unicodedata.category(target[0])[0] != "M":
             return ids, spans, boundary
-        # A token spans both sides (scripts without spaces, accents). Whoever prompts the model encodes the prompt
-        # alone, so the two sides are encoded apart; the line break keeps the tokenizer from opening the target as a new
-        # text.
+        # A token spans both sides (scripts without spaces, accents). A user of the model encodes the prompt alone, so
+        # both sides are encoded separately. The line break keeps the tokenizer from treating the target as a new text.
         head, head_spans = self._encode(prompt)
         tail, tail_spans = self._encode("\n" + target, special=False)
         kept = [i for i, (start, end) in enumerate(tail_spans) if end > max(start, 1)]
@@ -231,7 +233,8 @@ class TextEncoder:
             # Byte-level tokenizers trim white space off offsets, which leaves a lone space with an empty span.
             if start == end and not flags[i]:
                 start = spans[i - 1][1] if i else 0
-                # What a normalizer has put into the letter before it, such as its accent, is no part of the space.
+                # Characters that a normalizer merged into the previous letter, such as its accent, do not belong to the
+                # space.
                 letters = len(text[start:end].rstrip())
                 spans[i] = (start + letters if start + letters < end else start, end)
             elif start == 0 and not flags[i] and text[:end].strip() and not self.tokenizer.decode([ids[i]]).strip():
@@ -240,7 +243,7 @@ class TextEncoder:
         return tuple(ids), [(int(start), int(end)) for start, end in spans[: len(ids)]]
 
     def _part_bytes(self, text: str, ids: Sequence[int], spans: list[tuple[int, int]]) -> None:
-        """Give tokens of single bytes the spans of their characters, where each has that of a whole unknown stretch."""
+        """Give single-byte tokens the spans of their characters, where each has the span of a whole unknown stretch."""
         first = 0
         while first < len(ids):
             past = first + 1
@@ -274,12 +277,12 @@ class TextEncoder:
         if fact_token == "subject_first":
             return covering[0]
         if fact_token == "subject_first_after_last":
-            # A subject at the prompt's end has no token after it: the last one stands in, as in the public code.
+            # A subject at the prompt's end has no token after it: its last token is used, as in the public code.
             return min(covering[-1] + 1, prompt_length - 1)
         return covering[-1]
 
     def _check_embedded(self, ids: Sequence[int], request: EditRequest, field: str) -> None:
-        """Refuse tokens that the model has no embedding for, as of a tokenizer that was given new ones."""
+        """Refuse tokens without an embedding in the model, such as tokens added to the tokenizer."""
         unknown = [token for token in ids if self.embedded is not None and token >= self.embedded]
         if unknown:
             token = self.tokenizer.convert_ids_to_tokens(unknown[0])
@@ -295,15 +298,15 @@ class TextEncoder:
             return forced
         if (known := joined_by_space(prompt, target)) is not None:
             return known
-        # Most tokenizers fuse a space with what follows it. One that makes it a token of its own before this target
-        # does not expect it there, unless a word or number follows.
+        # Most tokenizers merge a space with the text after it. If a tokenizer makes it a separate token before this
+        # target, it does not expect a space there, unless a word or number follows.
         separate = any(end == 2 for _, end in self._encode(f"a {target}", special=False)[1])
         return not separate or target[0].isalnum()
 
 
 def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that a tokenizer puts before any text."""
-    # A vocabulary may lack letters; without a token of the text there is no telling before from after.
+    """Return the ids that a tokenizer puts before any text."""
+    # A vocabulary may lack letters. Without a token of the text, ids before and after it cannot be told apart.
     for text in ("a", "1", "."):
         encoded = tokenizer(text, return_special_tokens_mask=True)
         flags = encoded["special_tokens_mask"]

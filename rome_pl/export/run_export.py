@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rome_pl.errors import OptionError
 from rome_pl.export.checkpoint import save_checkpoint
 from rome_pl.export.delta import ABOUT, VERSION, save_delta
@@ -150,7 +148,7 @@ def _about(run: Path, form: str, cases: Sequence[str] | None) -> dict[str, Any]:
         "format": form,
         "version": VERSION,
         "base": base,
-        "preset": _preset(run),
+        "preset": manifest.get("preset"),
         "versions": manifest.get("versions", {}),
         "edits": [_shown(edit) for edit in edits if cases is None or str(edit["case_id"]) in cases],
     }
@@ -165,12 +163,3 @@ def _shown(edit: Mapping[str, Any]) -> dict[str, Any]:
         "request": request,
         "probability": edit["probability"],
     }
-
-
-def _preset(run: Path) -> str | None:
-    """The preset of a run of the command line; in a Trainer of one's own nobody keeps it."""
-    try:
-        found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["preset"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return str(found)

@@ -1,6 +1,6 @@
-"""Checksums over what is written, so that a flipped bit, a lost line or half a file is found when it is read.
+"""Checksums of files and lines: reading finds a flipped bit, a lost line or half a file.
 
-They guard against damage, not against somebody who computes them anew.
+They protect against damage, not against somebody who recomputes them.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ SEAL = "checksum"
 """Name of the field that holds the checksum of everything else in a JSON file."""
 
 _END = re.compile(rb', "check": "([0-9a-f]{32})"\}$')
-"""How a line ends that carries a checksum; its other bytes are what the checksum is of."""
+"""The end of a line with a checksum. The checksum covers the other bytes of the line."""
 
 
 def checksum(value: Any) -> str:
     """SHA-256 of a value that JSON can hold; the order of keys does not count."""
-    plain = json.loads(json.dumps(value))  # what a reader will have: lists for tuples, texts for keys
+    plain = json.loads(json.dumps(value))  # as a reader gets it: lists for tuples, texts for keys
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -33,13 +33,13 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(content: Mapping[str, Any]) -> bool:
-    """Whether sealed content is as it was written; content without a checksum is not."""
+    """Whether sealed content is unchanged. Content without a checksum is not intact."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return content.get(SEAL) == checksum(rest)
 
 
 def tensor_checksum(tensors: Mapping[str, Tensor], about: str = "") -> str:
-    """SHA-256 of tensors with their names, types and shapes, and of what is said about them."""
+    """SHA-256 of tensors with their names, types and shapes, and of a text about them."""
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -49,7 +49,7 @@ def tensor_checksum(tensors: Mapping[str, Tensor], about: str = "") -> str:
 
 
 def chained(line: str, before: str) -> tuple[str, str]:
-    """A line of JSON with a checksum that covers it and, by their own checksums, all lines before.
+    """Add a checksum to a line of JSON. It covers this line and, through their checksums, all earlier lines.
 
     Args:
         line: A JSON object.
@@ -63,9 +63,9 @@ def chained(line: str, before: str) -> tuple[str, str]:
 
 
 def unchained(line: bytes, before: str) -> tuple[bytes, str | None, bool]:
-    """A line as it was before :func:`chained`, its checksum if it has one, and whether that is right.
+    """Split a line into the text before :func:`chained`, its checksum if it has one, and whether that is right.
 
-    A line without a checksum is given back as it is, and is right.
+    A line without a checksum is returned unchanged and counts as right.
     """
     found = _END.search(line)
     if found is None:

@@ -1,4 +1,4 @@
-"""What a name in a file system is of, other than a regular file."""
+"""Kinds of file system entries other than regular files."""
 
 import stat
 
@@ -20,6 +20,6 @@ def kind_of(mode: int) -> str | None:
     """The kind of a file system entry, in words; ``None`` for a regular file.
 
     Args:
-        mode: ``st_mode`` of its ``stat`` or ``lstat``. It tells the kind without opening: opening a pipe waits.
+        mode: ``st_mode`` of its ``stat`` or ``lstat``. Opening it instead would block on a pipe.
     """
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)

@@ -1,7 +1,7 @@
-"""Putting a filled folder in its place, so that a kill at any moment leaves the old folder or the new one.
+"""Replacing a folder by a filled one: a kill at any moment leaves the old folder or the new one.
 
-A temporary folder is locked for as long as its process lives. What a killed process has left is not, and the next run
-that writes beside it removes it.
+A temporary folder stays locked while its process lives. A folder left by a killed process is not locked, and the next
+run that writes beside it removes it.
 """
 
 import ctypes
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 SUFFIX = ".rome-pl"
-"""How the names of temporary folders end."""
+"""Suffix of temporary folders."""
 
 ASIDE = f"{SUFFIX}-old"
-"""How the names of folders end that are about to be replaced, where two names cannot be exchanged at once."""
+"""Suffix of folders that are being replaced, on systems that cannot exchange two names at once."""
 
 _LEFTOVER = re.compile(rf"\.(?P<name>.*)\.[a-z0-9_]{{8}}(?P<suffix>{re.escape(SUFFIX)}(-old)?)")
 
@@ -36,7 +36,7 @@ _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder, so that a rename outlives a power cut; nothing where a system cannot."""
+    """Sync the names in a folder, so that a rename survives a power cut. Do nothing on systems without this."""
     try:
         handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except OSError:  # Windows opens no folders
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each with its name synced; nothing if it is there.
+    """Make a folder and its parents, and sync their names. Do nothing if it exists.
 
     Raises:
         OSError: If it cannot be made.
@@ -63,7 +63,7 @@ def make_folder(folder: Path) -> None:
 
 
 def filled_inside(path: Path) -> bool:
-    """Whether a folder can only be filled, not replaced: a mount point, the working folder, below what is not ours."""
+    """Whether a folder can be filled but not replaced: a mount point, the working folder, or in a read-only folder."""
     if not path.is_dir():
         return False
     return path.is_mount() or path == Path.cwd() or not os.access(path.parent, os.W_OK | os.X_OK)
@@ -71,11 +71,11 @@ def filled_inside(path: Path) -> bool:
 
 @contextmanager
 def temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
-    """A locked temporary folder for what is to become ``path``; removed afterwards if it is still there.
+    """Make a locked temporary folder that is to become ``path``. Remove it afterwards if it still exists.
 
     Args:
-        path: The folder to be.
-        parent: Where the temporary one goes; it exists.
+        path: The final folder.
+        parent: An existing folder that holds the temporary one.
 
     Raises:
         OSError: If it cannot be made.
@@ -85,7 +85,7 @@ def temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
         handle = _lock(work, wait=True)
         if work.is_dir():
             break
-        _close(handle)  # another run took it for a leftover before it was locked
+        _close(handle)  # another run removed it as a leftover before it was locked
     try:
         yield work
     finally:
@@ -94,10 +94,10 @@ def temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, path: Path) -> None:
-    """Rename a folder to ``path``. What was there is then under the old name of ``work``, or is gone.
+    """Rename a folder to ``path``. The folder that was there gets the old name of ``work``, or is removed.
 
     Raises:
-        OSError: If it cannot be; what was there is there still.
+        OSError: If renaming fails. The old folder is kept.
     """
     if not path.is_dir():
         work.rename(path)
@@ -116,7 +116,7 @@ def put_in_place(work: Path, path: Path) -> None:
 
 
 def keep_others(old: Path, new: Path, replaced: Callable[[str], bool]) -> None:
-    """Give a new folder what an old one holds besides what is replaced, as links to the same files."""
+    """Link the files of an old folder that are not replaced into a new one."""
     for entry in old.iterdir():
         there = new / entry.name
         if replaced(entry.name) or os.path.lexists(there) or _LEFTOVER.fullmatch(entry.name):
@@ -128,9 +128,9 @@ def keep_others(old: Path, new: Path, replaced: Callable[[str], bool]) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove from a folder the temporary folders that killed runs have left.
+    """Remove the temporary folders that killed runs have left in a folder.
 
-    Where a run was killed between two renames, what was to be replaced gets its name back.
+    If a run was killed between two renames, the old folder gets its name back.
     """
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -139,7 +139,7 @@ def clear_leftovers(folder: Path) -> None:
                 continue
             path = Path(entry.path)
             handle = _lock(path, wait=False)
-            if handle is None:  # in use, or there is no telling
+            if handle is None:  # in use, or locks are not available
                 continue
             try:
                 place = path.with_name(found["name"])
@@ -152,7 +152,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
-    """Lock a folder for as long as the handle is open; nothing if it is locked, or the system has no such locks."""
+    """Lock a folder while the handle is open. ``None``: it is locked already, or the system has no such locks."""
     try:
         import fcntl
 
@@ -180,7 +180,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders at once, where the system can; whether it did."""
+    """Exchange the names of two folders at once. Return whether the system could."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux, or an old one

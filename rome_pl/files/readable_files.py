@@ -1,4 +1,4 @@
-"""Reading text files that a user names: refused at once where the name is of something else, such as a pipe."""
+"""Reading text files that a user names. Anything else, such as a pipe, is refused without opening it."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, whose every second byte
 
 
 class FileError(RomeError):
-    """A file that cannot be read as text, by name and with what to do."""
+    """A file that cannot be read as text. The message names it and tells what to do."""
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything of a name; no name is too long or too odd to ask."""
+    """Whether a path exists. A name that is too long or invalid does not."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -35,10 +35,10 @@ def is_there(path: Path) -> bool:
 
 
 def check_file(path: Path, wanted: str) -> None:
-    """Make sure that a name is of a file, without opening it: opening a pipe waits for whoever writes to it.
+    """Make sure that a path is a file, without opening it: opening a pipe would block until somebody writes to it.
 
     Args:
-        path: The name.
+        path: The path.
         wanted: What to give instead, for the error.
 
     Raises:
@@ -55,14 +55,14 @@ def check_file(path: Path, wanted: str) -> None:
 
 
 def read_text(path: Path, wanted: str) -> str:
-    """Read a file as UTF-8 text; a byte order mark is no part of it.
+    """Read a file as UTF-8 text, without its byte order mark.
 
     Args:
         path: The file.
         wanted: What to give instead, for the error.
 
     Raises:
-        FileError: If there is no such file, it is no file, no text, or not UTF-8.
+        FileError: If it does not exist, or is not a file, not text, or not UTF-8.
     """
     check_file(path, wanted)
     try:
@@ -77,10 +77,14 @@ def read_text(path: Path, wanted: str) -> str:
 
 
 def check_text(path: Path, content: bytes) -> None:
-    """Make sure that the beginning of a file, or all of it, is no archive, table or other binary file.
+    """Make sure that content is text, and not an archive, a table or another binary file.
+
+    Args:
+        path: The file, for the error.
+        content: Its first bytes, or all of them.
 
     Raises:
-        FileError: If it is.
+        FileError: If it is binary.
     """
     for beginning, what in _BEGINNINGS:
         if content.startswith(beginning):

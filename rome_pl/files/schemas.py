@@ -1,4 +1,4 @@
-"""What JSON of this project has to look like, and the one way in which it is refused: by file, line and field."""
+"""Checking the JSON of this project against schemas. Errors name file, line and field."""
 
 import json
 import math
@@ -13,24 +13,24 @@ from rome_pl.errors import RomeError
 __all__ = ["Count", "Name", "Number", "checked", "parsed", "refuse"]
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
-"""A whole number from 0 on."""
+"""A non-negative whole number."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number."""
 
 Name = Annotated[str, Field(strict=True, min_length=1)]
-"""A text that is not empty."""
+"""A non-empty text."""
 
 
 def parsed(content: bytes | str, finite: bool = True) -> Any:
-    """What JSON says; stricter than the standard library.
+    """Parse JSON, more strictly than the standard library.
 
     Args:
         content: The JSON.
         finite: Whether every number has to be finite.
 
     Raises:
-        ValueError: If it is no JSON in UTF-8, holds a key twice or a number that is none, or is nested too deeply.
+        ValueError: If it is not JSON in UTF-8, has a key twice or a number that is not finite, or is nested too deeply.
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
@@ -41,10 +41,10 @@ def parsed(content: bytes | str, finite: bool = True) -> Any:
 
 
 def checked(schema: TypeAdapter[Any], value: Any) -> None:
-    """Refuse a value of another form.
+    """Refuse a value that does not fit a schema.
 
     Raises:
-        ValueError: With the field and what is wrong with it.
+        ValueError: With the field and the reason.
     """
     try:
         schema.validate_python(value, strict=True)
@@ -54,7 +54,7 @@ def checked(schema: TypeAdapter[Any], value: Any) -> None:
 
 
 def refuse(error: type[RomeError], where: str, reason: object, advice: str) -> NoReturn:
-    """Raise an error of one form for all files: which file, what is wrong, what to do."""
+    """Raise an error in the form for all files: the file, the reason, and what to do."""
     raise error(f"{where}: missing or damaged ({reason}); {advice}")
 
 

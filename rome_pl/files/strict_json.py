@@ -1,4 +1,4 @@
-"""JSON read strictly: a key that occurs twice, NaN, endless numbers and deep nesting are faults, with their line."""
+"""Strict JSON: a repeated key, NaN, a huge number and deep nesting are faults, with their line."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ __all__ = ["DEEPEST", "LONGEST_NUMBER", "Fault", "list_entries", "read_value"]
 WHITE_SPACE = (" ", "\t", "\n", "\r")
 
 DEEPEST = 64
-"""Most lists and mappings in one another."""
+"""Deepest allowed nesting of lists and mappings."""
 
 LONGEST_NUMBER = 300
 """Most digits of a whole number."""
@@ -19,12 +19,12 @@ LONGEST_NUMBER = 300
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a value cannot be taken as it was read.
+    """A reason why a value is not accepted.
 
     Args:
         message: What is wrong and what to do.
         line: Line in the file, from 1.
-        whole: Whether nothing after it can be read either.
+        whole: Whether the rest of the text cannot be read either.
     """
 
     message: str
@@ -34,10 +34,10 @@ class Fault:
 
 @dataclass
 class _Reader:
-    """Reads values and remembers what is wrong with the last one.
+    """Reads values and remembers the faults of the last one.
 
     Args:
-        text: What is read.
+        text: The text to read.
         doubled: Keys that occur twice in a mapping.
         others: Other faults.
     """
@@ -52,13 +52,13 @@ class _Reader:
         ).raw_decode
 
     def value(self, start: int) -> tuple[Any, int]:
-        """The value at a place and where it ends."""
+        """Read the value at a position. Return it and the position after it."""
         self.doubled.clear()
         self.others.clear()
         return self._decode(self.text, start)
 
     def fault(self, value: Any, start: int, remedy: str) -> Fault | None:
-        """What is wrong with the value that was read last, which begins at a place."""
+        """The fault of the value that was read last, which begins at ``start``; ``None`` if it has none."""
         line = self.line(start)
         if _is_deep(value):
             return Fault(f"lists and mappings stand in one another more than {DEEPEST} deep; flatten them", line)
@@ -68,17 +68,17 @@ class _Reader:
         return Fault(self.others[0], line) if self.others else None
 
     def line(self, place: int) -> int:
-        """Number of the line that a place is in."""
+        """The line number of a position, from 1."""
         return self.text.count("\n", 0, place) + 1
 
     def skip(self, place: int) -> int:
-        """The first place from another on that is no white space."""
+        """The first position from ``place`` on that is not white space."""
         while self.text[place : place + 1] in WHITE_SPACE:
             place += 1
         return place
 
     def _second(self, start: int) -> int:
-        """Where in a value that holds a key twice in one mapping the second one stands."""
+        """The position of the second occurrence of a repeated key."""
         text, decode = self.text, json.JSONDecoder(parse_int=str).raw_decode
         keys: set[str] = set()
         place = self.skip(start + 1)
@@ -123,7 +123,7 @@ def read_value(text: str, remedy: str) -> Any:
         The value, or a :class:`Fault` in its place.
 
     Raises:
-        JSONDecodeError: If it is no JSON.
+        JSONDecodeError: If it is not JSON.
     """
     reader = _Reader(text)
     start = reader.skip(0)
@@ -137,7 +137,7 @@ def read_value(text: str, remedy: str) -> Any:
 
 
 def list_entries(text: str, remedy: str) -> Iterator[Any]:
-    """Read the entries of a list one by one, so that a fault costs its entry alone.
+    """Read the entries of a list one by one, so that a fault affects only its own entry.
 
     Args:
         text: A text that begins with a list.
@@ -147,7 +147,7 @@ def list_entries(text: str, remedy: str) -> Iterator[Any]:
         The entries, and a :class:`Fault` in the place of each that has one.
 
     Raises:
-        JSONDecodeError: If it is no JSON.
+        JSONDecodeError: If it is not JSON.
     """
     reader = _Reader(text)
     place = reader.skip(reader.skip(0) + 1)

@@ -1,4 +1,4 @@
-"""YAML read strictly: a key that occurs twice, an alias that holds itself or fills the memory, and deep nesting."""
+"""Strict YAML: a repeated key, an alias that contains itself or fills the memory, and deep nesting are faults."""
 
 import re
 from collections.abc import Hashable, Iterator
@@ -19,12 +19,12 @@ _DEEP = f"lists and mappings stand in one another more than {DEEPEST} deep; flat
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# What the library's constructors raise for scalars that their tag does not fit, beside ValueError.
+# Besides ValueError, the library's constructors raise these for scalars that do not fit their tag.
 _NO_SUCH_VALUE = (KeyError, IndexError, AttributeError, OverflowError, TypeError)
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What is YAML, but is not taken."""
+    """Valid YAML that is not accepted."""
 
     def __init__(self, message: str, mark: yaml.Mark) -> None:
         super().__init__(None, None, message, mark)
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes to a depth, and constructs mappings whose keys occur once.
 
     Args:
-        text: What is read.
+        text: The text to read.
         remedy: What to do about a key that occurs twice.
     """
 
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> ScalarNode:
         node: ScalarNode = super().compose_scalar_node(anchor)
-        if _SURROGATE.search(node.value):  # JSON, which YAML is a superset of, writes one character as two escapes
+        if _SURROGATE.search(node.value):  # YAML includes JSON, which writes one character as two escapes
             node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         return node
 
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
     def entry(self, node: Node, above: frozenset[int]) -> Any:
         """The value of a node, or the fault in its place."""
         line = node.start_mark.line + 1
-        # What a fault in the entry before it has left.
+        # Reset what a fault in the previous entry has left.
         self.constructed_objects, self.recursive_objects, self.state_generators = {}, {}, []
         try:
             size, depth = self._measure(node, above)
@@ -88,13 +88,13 @@ class _Loader(yaml.SafeLoader):
             return _fault(error, line)
         except yaml.YAMLError as error:
             return Fault(f"malformed YAML: {first_line(error)}", line)
-        except ValueError as error:  # among others a date that there is not
+        except ValueError as error:  # such as a date that does not exist
             return Fault(f"malformed YAML: {first_line(error)[:200]}", line)
         except _NO_SUCH_VALUE:
             return Fault("malformed YAML: a value does not fit its tag (!!); put it in quotes, without the tag", line)
 
     def _measure(self, node: Node, above: frozenset[int]) -> tuple[int, int]:
-        """Values and depth of what a node stands for, its aliases written out."""
+        """Number of values and depth of a node with its aliases written out."""
         if not isinstance(node, CollectionNode):
             return 1 + len(node.value) // 64, 0
         if id(node) in above:
@@ -109,14 +109,14 @@ class _Loader(yaml.SafeLoader):
         return found
 
     def _check_keys(self, node: MappingNode) -> None:
-        if id(node) in self._checked:  # by now it may hold what it was merged with
+        if id(node) in self._checked:  # it may already contain the keys that were merged into it
             return
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             plain = key_node.tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
             key = key_node.value if plain else self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                return  # the library tells
+                return  # the library reports it
             if key in seen:
                 raise _Refused(
                     f"the key {str(key)[:80]!r} occurs twice in one mapping; {self.remedy}", key_node.start_mark
@@ -146,15 +146,15 @@ def read_value(text: str, remedy: str) -> Any:
 
 
 def list_entries(text: str, remedy: str) -> Iterator[Any] | Any:
-    """Read a text that holds a list, entry by entry, so that a fault costs its entry alone.
+    """Read a list entry by entry, so that a fault affects only its own entry.
 
     Args:
         text: The text.
         remedy: What to do about a key that occurs twice.
 
     Returns:
-        An iterator over the entries, with a :class:`Fault` in the place of each that has one; a text that holds no
-        list gives its value, or a :class:`Fault` for all of it.
+        An iterator over the entries, with a :class:`Fault` in place of each faulty one. If the text is not a list: its
+        value, or a :class:`Fault` for all of it.
     """
     composed = _composed(text, remedy)
     if composed is None or isinstance(composed, Fault):
@@ -166,7 +166,7 @@ def list_entries(text: str, remedy: str) -> Iterator[Any] | Any:
 
 
 def _composed(text: str, remedy: str) -> tuple[_Loader, Node] | Fault | None:
-    """A loader with the node of the one document; nothing for an empty text."""
+    """A loader with the root node of the document. ``None``: the text is empty."""
     try:
         loader = _Loader(text, remedy)  # refuses characters that YAML does not have
         node = loader.get_single_node()

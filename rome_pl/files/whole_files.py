@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and naming them by what they hold."""
+"""Writing files and folders completely or not at all."""
 
 import errno
 import json
@@ -45,11 +45,11 @@ __all__ = [
 ]
 
 REPLACED_LAST = "config.json"
-"""The file without which a folder is no checkpoint."""
+"""The file that makes a folder a checkpoint. It is replaced last."""
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file, before it is opened: a FIFO would make its reader wait for ever.
+    """Refuse anything but a regular file before opening it: reading a FIFO would block forever.
 
     Raises:
         OSError: If it is missing, or a folder, FIFO, socket or device.
@@ -59,7 +59,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file; raises as :func:`check_regular` does."""
+    """Return the content of a regular file. Raises like :func:`check_regular`."""
     check_regular(path)
     return path.read_bytes()
 
@@ -70,7 +70,7 @@ def local_path(path: str | Path) -> Path:
 
 
 def check_own(path: Path) -> None:
-    """Refuse what is neither a file nor a folder of its own where this project writes: a link would be followed out.
+    """Refuse a path to write to that is not a regular file or folder: a link could lead outside the run's folder.
 
     Args:
         path: A file or folder; it need not exist.
@@ -90,14 +90,14 @@ def check_own(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> BinaryIO:
-    """Open a file to write to; unlike ``open`` it follows no link, and waits for no pipe.
+    """Open a file for writing. Unlike ``open``, follow no link and do not block on a pipe.
 
     Args:
         path: The file.
-        flags: Those of :func:`os.open`.
+        flags: Flags of :func:`os.open`.
 
     Raises:
-        OptionError: As :func:`check_own`.
+        OptionError: Like :func:`check_own`.
         OSError: If it cannot be opened.
     """
     check_own(path)
@@ -107,9 +107,10 @@ def open_own(path: Path, flags: int) -> BinaryIO:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; synced and renamed to ``path`` afterwards, removed after an exception.
+    """Yield a temporary name to write to. Sync it and rename it to ``path`` afterwards; remove it after an exception.
 
-    Whatever happens, also a full disk or a killed process, an older file of that name stays whole until the new one is.
+    An older file of that name stays intact until the new one is complete, even if the disk is full or the process is
+    killed.
 
     Args:
         path: The file; its folder is created if missing.
@@ -129,7 +130,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         work.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error} (nothing was changed)", str(path)) from error
-    except SafetensorError as error:  # how a full disk shows there
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, f"{error} (nothing was changed)", str(path)) from error
     finally:
         work.unlink(missing_ok=True)
@@ -137,7 +138,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def check_free(folder: Path, option: str) -> None:
-    """Refuse a folder to write to that holds something already, or that cannot be written.
+    """Refuse a folder that is not empty or cannot be written.
 
     Args:
         folder: The folder; it need not exist.
@@ -154,14 +155,14 @@ def check_free(folder: Path, option: str) -> None:
 
 
 def check_place(folder: Path, option: str) -> None:
-    """Refuse a folder that cannot be written, by making a temporary one where it would be made.
+    """Refuse a folder that cannot be written. Test this by making a temporary folder beside it.
 
     Args:
         folder: The folder; it need not exist.
         option: The option that names it.
 
     Raises:
-        OptionError: If it cannot be written, or could not be replaced by a whole one.
+        OptionError: If it cannot be written or replaced.
     """
     folder = folder.resolve()
     if filled_inside(folder) and (folder / REPLACED_LAST).exists():
@@ -180,15 +181,15 @@ def check_place(folder: Path, option: str) -> None:
 
 
 def check_room(folder: Path, num_bytes: int, option: str) -> None:
-    """Refuse a folder on a disk that has no room.
+    """Refuse a folder on a disk without enough room.
 
     Args:
         folder: The folder; it need not exist.
-        num_bytes: What is to be written there, beside what is there.
+        num_bytes: Bytes to write there, in addition to the present content.
         option: The option that names it.
 
     Raises:
-        OptionError: With both figures.
+        OptionError: If there is not enough room, with both sizes.
     """
     above = _place(folder.resolve())
     free = shutil.disk_usage(above).free
@@ -201,27 +202,27 @@ def check_room(folder: Path, num_bytes: int, option: str) -> None:
 
 
 def _place(folder: Path) -> Path:
-    """The folder that is there, and that one to be written goes into."""
+    """The nearest existing folder that a new folder goes into."""
     wanted = folder if filled_inside(folder) else folder.parent
     return next((above for above in (wanted, *wanted.parents) if above.exists()), wanted)
 
 
 @contextmanager
 def whole_folder(path: Path, replaced: Callable[[str], bool] | None = None) -> Iterator[Path]:
-    """A temporary folder to fill; synced and renamed to ``path`` afterwards, removed after an exception.
+    """Yield a temporary folder to fill. Sync it and rename it to ``path`` afterwards; remove it after an exception.
 
-    Whatever happens, also a full disk or a killed process, an older folder of that name stays whole until the new one
-    is. A mount point, which cannot be renamed, is filled instead, ``config.json`` last.
+    An older folder of that name stays intact until the new one is complete, even if the disk is full or the process is
+    killed. A mount point cannot be renamed, so it is filled instead, ``config.json`` last.
 
     Args:
         path: The folder. Folders above it are created if missing.
-        replaced: Of an older folder, whether an entry of that name goes; the others stay. ``None``: the folder has to
-            be empty, or not to exist.
+        replaced: Tells by name which entries of an older folder are removed; the others are kept. ``None`` (default):
+            the folder has to be empty or not exist.
 
     Raises:
         OSError: If it cannot be written, naming the folder.
     """
-    path = path.resolve()  # what a link names is to be replaced, not the link
+    path = path.resolve()  # replace the target of a link, not the link
     try:
         inside = filled_inside(path)
         parent = path if inside else path.parent
@@ -241,13 +242,13 @@ def whole_folder(path: Path, replaced: Callable[[str], bool] | None = None) -> I
             if inside:
                 _move_all(work, path)
             else:
-                if replaced is None and path.is_dir() and any(path.iterdir()):  # it has filled meanwhile
+                if replaced is None and path.is_dir() and any(path.iterdir()):  # somebody has filled it in the meantime
                     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
                 put_in_place(work, path)
             sync_folder(parent)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error} (nothing was written)", str(path)) from error
-    except SafetensorError as error:  # how a full disk shows there
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, f"{error} (nothing was written)", str(path)) from error
 
 
@@ -265,14 +266,14 @@ def _umask() -> int:
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as JSONL, whole or not at all."""
+    """Write records as JSONL, completely or not at all."""
     with whole_file(path) as work, work.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: numbers that are not finite become null."""
+    """Convert a value for JSON: numbers that are not finite become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -283,12 +284,12 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file completely or not at all."""
     with whole_file(path) as work, work.open("w", encoding="utf-8") as file:
         json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; characters that UTF-8 cannot hold (lone surrogates) become ``?``."""
+    """Write a text file completely or not at all. Lone surrogates, which UTF-8 cannot hold, become ``?``."""
     with whole_file(path) as work:
         work.write_text(text, encoding="utf-8", errors="replace", newline="")

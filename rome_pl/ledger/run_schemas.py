@@ -158,6 +158,7 @@ class Manifest(TypedDict):
     versions: dict[str, str]
     seed: NotRequired[int]
     mode: NotRequired[Literal["sequential", "single"]]
+    preset: NotRequired[str]
     model: Model
     rewrite: Rewrite
     metric: Metric

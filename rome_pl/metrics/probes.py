@@ -30,7 +30,6 @@ __all__ = [
     "measure_targets",
     "next_tokens",
     "probe_scores",
-    "target_log_probs",
     "wanted_answers",
 ]
 
@@ -125,28 +124,21 @@ def measure_targets(
     ]
 
 
-def target_log_probs(
+def measure_answers(
     language_model: LanguageModel, rows: Sequence[EncodedRow], changes: Changes | None = None
-) -> Tensor:
-    """Mean log-probability of each row's target tokens.
+) -> list[Answer]:
+    """Measure each row's target tokens.
+
+    A beginning that several rows share runs once, see :mod:`rome_pl.forward.token_trees`. This changes only rounding.
 
     Args:
         language_model: The model, with its current weights.
         rows: Encoded prompts with targets.
-        changes: A change of the weights for each row.
+        changes: A change of the weights for each row. ``None`` (default): no change.
 
     Returns:
-        Shape ``[rows]``, float64, on the CPU. What rows have in common at their beginning runs once, see
-        :mod:`rome_pl.forward.token_trees`, which changes nothing but rounding.
+        An answer for each row, in the order of the rows.
     """
-    answers = measure_answers(language_model, rows, changes)
-    return torch.tensor([answer.log_prob for answer in answers], dtype=torch.float64)
-
-
-def measure_answers(
-    language_model: LanguageModel, rows: Sequence[EncodedRow], changes: Changes | None = None
-) -> list[Answer]:
-    """What the model makes of each row's target; arguments as those of :func:`target_log_probs`."""
     if not rows:
         return []
     firsts: dict[int, int] = {}  # not the address itself, which would order the rows differently in every process

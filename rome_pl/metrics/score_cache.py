@@ -1,4 +1,4 @@
-"""Measuring requests on an unedited model, once: what was measured is kept and shared by all runs."""
+"""Probe scores of unedited models: each request is measured once, and all runs share the result."""
 
 import hashlib
 import json
@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-
-from rome_pl.files.checksums import is_intact, sealed
-from rome_pl.files.schemas import checked, parsed
-from rome_pl.files.whole_files import read_regular, whole_file
+from rome_pl.files.json_lines_cache import JsonLinesCache
 from rome_pl.metrics.probes import MEASURED_TOGETHER, ProbeScores, probe_scores
 from rome_pl.metrics.score_forms import SCORES, scores_from_json
 from rome_pl.model.language_model import LanguageModel
@@ -23,10 +18,10 @@ __all__ = ["KnownScores"]
 
 
 class KnownScores:
-    """Probe scores of an unedited model, kept in the cache by the content of the record.
+    """Probe scores of an unedited model, kept in the cache by the content of the request.
 
-    A file for each model, with its config, tokenizer, precision and device kind; a record's entry depends on everything
-    that is measured for it, whatever its number or source. A damaged entry is measured again.
+    Each combination of model, config, tokenizer, precision and kind of device has a file of its own. An entry depends
+    on everything that is measured for the request, but not on its ``case_id``, relation, source or notes.
 
     Args:
         language_model: The model, before any edit.
@@ -34,17 +29,17 @@ class KnownScores:
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
-        key = language_model.measurement_key()
-        self.path: Path = cache_folder() / "scores" / f"{key}.json"
-        self._known = self._read()
+        self.path: Path = cache_folder() / "scores" / f"{language_model.measurement_key()}.jsonl"
+        self._cache = JsonLinesCache(self.path, SCORES)
+        self._known = {key: scores_from_json(entry) for key, entry in self._cache.read().items()}
 
     @cached_property
     def _usable(self) -> bool:
-        """Whether what is known is about this model: it may have been edited by other means. Looked at once."""
+        """Whether the model has the weights it was loaded with. Checked once."""
         return self.language_model.as_first_seen
 
     def measure(self, requests: Sequence[EditRequest]) -> list[ProbeScores]:
-        """The scores of requests; those that are not known yet are measured and kept.
+        """Return the scores of requests; measure and keep those that are not known yet.
 
         Args:
             requests: The requests. The model has to be as it was loaded.
@@ -52,40 +47,16 @@ class KnownScores:
         if not self._usable:
             return probe_scores(self.language_model, requests)
         keys = [_content(request) for request in requests]
-        missing = [place for place, key in enumerate(keys) if not _is_whole(self._known.get(key))]
-        found: dict[str, dict[str, Any]] = {}
+        missing = [index for index, key in enumerate(keys) if key not in self._known]
+        found: dict[str, ProbeScores] = {}
         for start in range(0, len(missing), MEASURED_TOGETHER):
-            places = missing[start : start + MEASURED_TOGETHER]
-            for place, scores in zip(
-                places, probe_scores(self.language_model, [requests[place] for place in places]), strict=True
-            ):
-                found[keys[place]] = sealed(asdict(scores))
+            group = missing[start : start + MEASURED_TOGETHER]
+            measured = probe_scores(self.language_model, [requests[index] for index in group])
+            found |= zip([keys[index] for index in group], measured, strict=True)
         if found:
-            self._keep(found)
-        return [scores_from_json(self._known[key]) for key in keys]
-
-    def _keep(self, found: dict[str, dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):  # other runs may have added to it
-            self._known = self._read() | json.loads(json.dumps(found))
-            with whole_file(self.path) as work:
-                work.write_text(json.dumps(self._known), encoding="utf-8")
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            known = parsed(read_regular(self.path), finite=False)
-        except (OSError, ValueError):  # not there, or of no use: it is measured again
-            return {}
-        return known if isinstance(known, dict) else {}
-
-
-def _is_whole(content: Any) -> bool:
-    """Whether what the cache holds are scores, as they were written there."""
-    try:
-        checked(SCORES, content)
-    except ValueError:
-        return False
-    return is_intact(content)
+            self._cache.append({key: asdict(scores) for key, scores in found.items()})
+            self._known |= found
+        return [self._known[key] for key in keys]
 
 
 def _content(request: EditRequest) -> str:

@@ -19,12 +19,9 @@ from rome_pl.metrics.probes import Answer, ProbeScores
 
 __all__ = [
     "SCORES",
-    "CounterFactScores",
-    "EasyEditScores",
     "EditScores",
     "RunningScores",
     "Score",
-    "ZsreScores",
     "record_values",
     "summarise",
 ]
@@ -179,8 +176,8 @@ class EditScores(Metric):
     resamples). Records for which the model gave NaN are left out of a score and counted as its ``n_nan``.
     """
 
-    names: ClassVar[Mapping[str, str]] = {name: name for name in (*_COUNTERFACT, *SCORES)}
-    """The scores, by the name under which they are returned."""
+    names: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys((*_COUNTERFACT, *SCORES)))
+    """The scores that ``compute`` returns, in this order."""
 
     full_state_update = False
     records: list[Tensor]
@@ -214,37 +211,7 @@ class EditScores(Metric):
             lambda kept: bootstrap_interval(kept, lambda resamples: harmonic_mean(resamples.mean(1))),
             lambda kept: harmonic_mean(kept.mean(0)),
         )
-        return {shown: table[name] for shown, name in self.names.items()}
-
-
-class CounterFactScores(EditScores):
-    """ES, EM, PS, PM, NS, NM and S (Meng et al. 2022, section 3.2)."""
-
-    names: ClassVar[Mapping[str, str]] = {name: name for name in _COUNTERFACT}
-
-
-class ZsreScores(EditScores):
-    """zsRE's efficacy, paraphrase and specificity: teacher-forced token accuracy (Meng et al. 2022, App. C)."""
-
-    names: ClassVar[Mapping[str, str]] = {
-        "efficacy": "rewrite_acc",
-        "paraphrase": "rephrase_acc",
-        "specificity": "locality_acc",
-    }
-
-
-class EasyEditScores(EditScores):
-    """EasyEdit's rewrite, rephrase, locality and portability, teacher-forced, each with its generated match."""
-
-    names: ClassVar[Mapping[str, str]] = {
-        "rewrite_acc": "rewrite_acc",
-        "rephrase_acc": "rephrase_acc",
-        "locality": "locality",
-        "portability": "portability_acc",
-        "rewrite_match": "rewrite_match",
-        "rephrase_match": "rephrase_match",
-        "portability_match": "portability_match",
-    }
+        return {name: table[name] for name in self.names}
 
 
 _NOTHING = torch.empty(0, len(SCORES), dtype=torch.float64)

@@ -79,6 +79,7 @@ def run_manifest(session: EditSession, seed: int, run: Path | None = None) -> di
         "versions": library_versions() | {"python": platform.python_version()},
         "seed": seed,
         "mode": "sequential" if session.sequential else "single",
+        "preset": session.preset.name,
         "model": language_model.identity()
         | {"dtype": str(layers.last.site.weight.dtype)}
         | (noted_places(language_model.source, run) if run is not None else {}),

@@ -1,1 +1,1 @@
-"""What a user asks for, as text: requests, the files they come from, how they conflict."""
+"""Edit requests as text: their fields, their files, and conflicts between them."""

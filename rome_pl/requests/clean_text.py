@@ -1,6 +1,6 @@
-"""Text as it was meant: what is cut off at its edges, what no tokenizer reads, what only fills a place.
+"""Cleaning texts: edges that are cut off, characters that no tokenizer reads, and placeholders for no answer.
 
-All texts of a request pass here, whatever file or call they come from.
+All texts of a request are cleaned here, from any file or call.
 """
 
 import unicodedata
@@ -11,22 +11,22 @@ __all__ = ["FILLER", "code_points", "cut_edges", "first_accepted", "is_edge", "n
 INVISIBLE = frozenset(
     "\N{ZERO WIDTH SPACE}\N{WORD JOINER}\N{ZERO WIDTH NO-BREAK SPACE}\N{LEFT-TO-RIGHT MARK}\N{RIGHT-TO-LEFT MARK}"
 )
-"""What shows nothing but is no white space to Python."""
+"""Invisible characters that Python does not count as white space."""
 
 MOST_LISTS = 8
-"""Most lists in one another that are looked into for an answer."""
+"""Deepest nesting of lists that is searched for an answer."""
 
 FILLER = "<|endoftext|>"
-"""What EasyEdit puts where there is no answer."""
+"""EasyEdit's placeholder for no answer."""
 
 
 def is_edge(character: str) -> bool:
-    """Whether a character is cut off at the edges of texts: white space of any kind, or nothing that shows."""
+    """Whether a character is cut off at the edges of texts: any white space, or an invisible character."""
     return character.isspace() or character in INVISIBLE
 
 
 def cut_edges(text: str) -> tuple[str, str, str]:
-    """What stands before a text's first character to keep, the text itself, and what stands after it.
+    """Split a text into the characters cut off at its beginning, the text to keep, and those cut off at its end.
 
     Example:
         >>> cut_edges(" Rome  ")
@@ -41,35 +41,35 @@ def cut_edges(text: str) -> tuple[str, str, str]:
 
 
 def note_of_cut(field: str, head: str, tail: str) -> str:
-    """What was cut off a field's text, for a reader.
+    """Describe the characters that were cut off a field's text.
 
     Args:
         field: Name of the field.
-        head: What was cut off at the beginning.
-        tail: What was cut off at the end.
+        head: Characters cut off at the beginning.
+        tail: Characters cut off at the end.
     """
     parts = [f"{code_points(cut)} at the {edge}" for edge, cut in (("beginning", head), ("end", tail)) if cut]
     return f"{field}: cut off {' and '.join(parts)}"
 
 
 def code_points(text: str, most: int = 3) -> str:
-    """Characters by number and name, such as ``U+00A0 NO-BREAK SPACE``.
+    """Name characters by number and name, such as ``U+00A0 NO-BREAK SPACE``.
 
     Args:
         text: The characters.
-        most: Most that are named.
+        most: Largest number of characters to name.
     """
     named = ", ".join(f"U+{ord(character):04X} {_name(character)}" for character in text[:most])
     return named + (f" and {len(text) - most} more" if len(text) > most else "")
 
 
 def no_answer(text: str) -> bool:
-    """Whether a text stands for no answer: it is empty, or what other projects fill the place with."""
+    """Whether a text stands for no answer: it is empty, or a placeholder of another project."""
     return cut_edges(text)[1] in ("", FILLER)
 
 
 def first_accepted(answer: Any) -> Any:
-    """Of several accepted answers, which may be lists of lists, the first."""
+    """Return the first of several accepted answers, which may be nested lists."""
     for _ in range(MOST_LISTS):  # a list may hold itself
         if not (isinstance(answer, list) and answer):
             break
@@ -78,7 +78,7 @@ def first_accepted(answer: Any) -> Any:
 
 
 def unreadable(text: str) -> str | None:
-    """What keeps a text from being encoded, if anything does."""
+    """Why a text cannot be encoded. ``None``: it can."""
     if "\0" in text:
         return "holds a NUL character (U+0000), which ends a text in some tools; remove it"
     try:

@@ -1,4 +1,4 @@
-"""What the requests of a stream have to do with each other."""
+"""Relations between the requests of a stream."""
 
 from collections.abc import Iterable, Sequence, Set
 
@@ -8,21 +8,21 @@ from rome_pl.requests.words import is_whole_word
 __all__ = ["SUBJECT_S_KEY", "conflicts", "earlier_facts", "standing", "subjects_apart", "touched_neighbours"]
 
 SUBJECT_S_KEY = ("subject_last", "subject_first")
-"""Choices of the lookup token by which all facts about a subject have nearly the same key."""
+"""Lookup tokens that give all facts about a subject nearly the same key."""
 
 Fact = tuple[str, str, str]
 """A subject, and a prompt or a relation."""
 
 MOST_KEPT = 16
-"""Most earlier facts about its subject that the search of an edit keeps; the latest ones. Each costs a row a step."""
+"""Largest number of earlier facts about its subject that an edit's search preserves: one row a step for each."""
 
 
 def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> dict[str, tuple[bool, ...]]:
-    """Which neighbourhood prompts that are measured name a subject that another request edits, by name of the edit.
+    """Find the measured neighbourhood prompts that name a subject edited by another request.
 
     Args:
-        requests: The requests whose prompts are looked at.
-        subjects: Those of the whole stream.
+        requests: The requests with the prompts.
+        subjects: The subjects of the whole stream.
     """
     found: dict[str, tuple[bool, ...]] = {}
     for request in requests:
@@ -36,10 +36,10 @@ def touched_neighbours(requests: Sequence[EditRequest], subjects: Set[str]) -> d
 
 
 def conflicts(requests: Sequence[EditRequest]) -> dict[str, str]:
-    """What is odd about requests in the light of those before them in a stream, by name of the edit.
+    """Describe how requests conflict with earlier ones in a stream, by ``case_id``.
 
-    Two requests are about one fact if they have the same subject and the same prompt, or the same relation. The later
-    one contradicts the earlier or repeats it.
+    Two requests are about one fact if they have the same subject, and the same prompt or relation. The later one
+    contradicts or repeats the earlier one.
 
     Args:
         requests: The stream.
@@ -64,11 +64,11 @@ def conflicts(requests: Sequence[EditRequest]) -> dict[str, str]:
 
 
 def earlier_facts(request: EditRequest, others: Sequence[EditRequest]) -> list[EditRequest]:
-    """The facts about a request's subject that it is not to overwrite: neither it nor a later one states them anew.
+    """Return the earlier facts about a request's subject that it should preserve: no later request restates them.
 
     Args:
         request: The request.
-        others: Those before it, in order.
+        others: The requests before it, in order.
 
     Returns:
         The latest :data:`MOST_KEPT` of them, in order.
@@ -77,11 +77,11 @@ def earlier_facts(request: EditRequest, others: Sequence[EditRequest]) -> list[E
 
 
 def standing(requests: Sequence[EditRequest], stated: Iterable[Fact] = ()) -> list[EditRequest]:
-    """The requests of a stream whose fact no later one states anew.
+    """Return the requests of a stream whose fact no later request restates.
 
     Args:
         requests: The stream.
-        stated: Facts that are stated after it.
+        stated: Facts stated after the stream.
     """
     kept: list[EditRequest] = []
     later = set(stated)
@@ -93,14 +93,14 @@ def standing(requests: Sequence[EditRequest], stated: Iterable[Fact] = ()) -> li
 
 
 def subjects_apart(requests: Sequence[EditRequest], size: int) -> list[list[int]]:
-    """A stream cut into runs of at most ``size``, in order, none of which has a subject twice.
+    """Cut a stream, in order, into runs of at most ``size`` requests. No run has a subject twice.
 
     Args:
         requests: The stream.
-        size: Most requests of a run.
+        size: Largest number of requests in a run.
 
     Returns:
-        Their places in the stream.
+        For each run the indices of its requests in the stream.
     """
     runs: list[list[int]] = []
     subjects: set[str] = set()
@@ -114,7 +114,7 @@ def subjects_apart(requests: Sequence[EditRequest], size: int) -> list[list[int]
 
 
 def _facts(request: EditRequest) -> list[Fact]:
-    """What two requests that are about one fact have in common: the subject, and the prompt or the relation."""
+    """The facts a request states: its subject with its prompt, and with its relation."""
     facts = [(request.subject, "prompt", request.prompt.strip())]
     if request.relation is not None:
         facts.append((request.subject, "relation", request.relation))
@@ -122,7 +122,7 @@ def _facts(request: EditRequest) -> list[Fact]:
 
 
 def _names(prompt: str, subject: str) -> bool:
-    """Whether a subject stands in a prompt as whole words."""
+    """Whether a prompt contains a subject as whole words."""
     position = prompt.find(subject)
     while position >= 0:
         if is_whole_word(prompt, position, position + len(subject)):

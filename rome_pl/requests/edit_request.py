@@ -1,7 +1,7 @@
-"""What a user asks for: one fact to rewrite, as validated text.
+"""An edit request: one fact to rewrite, as validated text.
 
-Nothing here knows tokens, tensors or files. Braces in any text are plain text; only CounterFact's rewrite template
-(see :mod:`rome_pl.requests.record_forms`) has a placeholder.
+This module does not depend on tokens, tensors or files. Braces are plain text; only CounterFact's rewrite template (see
+:mod:`rome_pl.requests.record_forms`) has a placeholder.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,17 +18,17 @@ from rome_pl.requests.words import character_edges
 __all__ = ["EditRequest", "Probe", "RequestError", "locate_subject"]
 
 MOST_BITS = 256
-"""Longest number that names a record."""
+"""Most digits of a number that names a record."""
 
 
 class RequestError(RomeError):
-    """A request that cannot be edited, with the field at fault and what to do about it.
+    """A request that cannot be edited. The message names the field and tells what to do.
 
     Args:
-        field: Name of the field at fault, as the user wrote it.
-        message: What is wrong and how to mend it.
+        field: Name of the invalid field, as the user wrote it.
+        message: The fault, and how to fix it.
         case_id: Identifier of the record, if it has one.
-        source: File (and line) or data set that the record came from.
+        source: File (and line) or data set of the record.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Probe:
 
     Args:
         prompt: Text that ends right before the answer.
-        answer: What is wanted after it.
-        kind: What it tests, such as KnowEdit's ``Reasoning``, for reports.
+        answer: The expected answer.
+        kind: Kind of test, such as KnowEdit's ``Reasoning``, for reports.
     """
 
     prompt: str
@@ -73,30 +73,30 @@ class EditRequest:
 
     Args:
         prompt: Text that ends right before the answer, with the subject in it.
-        subject: The entity whose fact changes, exactly as it stands in the prompt. Where it is not there, but one text
-            that only looks the same is, see :mod:`rome_pl.requests.subject_search`, that text becomes the subject.
-        target_new: The answer the edited model shall give. White space at its beginning asks for a space before it.
+        subject: The entity whose fact changes, exactly as in the prompt. If it is not there, but one text that looks
+            the same is, that text becomes the subject; see :mod:`rome_pl.requests.subject_search`.
+        target_new: The answer that the edited model should give. White space at its beginning requests a space before
+            it.
         target_true: The answer before the edit; scores ES, PS and NS need it. Empty text and EasyEdit's
             ``<|endoftext|>`` stand for ``None``.
         paraphrases: Other prompts about the same fact, expected to give ``target_new`` too.
         neighbours: Prompts about other subjects, expected to keep ``target_true``.
-        locality: Unrelated prompts with their answers, expected to stay as the unedited model has them. Here and in
-            ``portability`` those without an answer are left out.
+        locality: Unrelated prompts with their answers; the model's predictions should not change. Here and in
+            ``portability``, prompts without an answer are left out.
         portability: Prompts whose answers follow from the new fact.
         generation_prompts: Openings about the subject that the model continues, for fluency.
         references: Texts about the subject under the new fact, for consistency.
         subject_span: Character span of the subject in the prompt; overrides the search.
-        target_space: Whether a space joins a prompt and a target; ``None`` decides from text and tokenizer.
-        case_id: Identifier that results and ledger carry: a number, or text that is not ``all`` and has no comma.
+        target_space: Whether a space joins a prompt and a target. ``None`` (default): text and tokenizer decide.
+        case_id: Identifier in results and ledger: a number, or text that is not ``all`` and has no comma.
         relation: Identifier of the relation, for reports.
-        source: Where the record came from, for error messages.
-        notes: What was cut off, left out or found by likeness; set here, and no part of what is compared.
-        space_in_text: Whether ``target_space`` is true only because ``target_new`` opened with white space. A chat
-            template, which knows what joins a reply, then decides.
+        source: File or data set of the record, for error messages.
+        notes: Texts that were cut off, left out or matched by likeness. Set by this class, and ignored in comparisons.
+        space_in_text: Whether ``target_space`` is true only because ``target_new`` began with white space. A chat
+            template then overrides it.
 
     Raises:
-        RequestError: If a field is empty or of the wrong type, holds what no tokenizer reads, or the subject is not in
-            the prompt.
+        RequestError: If a field is empty, of the wrong type or not encodable, or the subject is not in the prompt.
     """
 
     prompt: str
@@ -150,7 +150,7 @@ class EditRequest:
         self._set("notes", tuple(dict.fromkeys(notes)))
 
     def content(self) -> dict[str, Any]:
-        """What it asks for and is measured on, in plain values; without its number, its notes and where it was read."""
+        """Return the request and its probes as plain values, without ``case_id``, notes and source."""
         others = ("source", "case_id", "notes", "space_in_text")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
@@ -161,22 +161,22 @@ class EditRequest:
         return self.subject_span
 
     def noted(self, notes: Iterable[str]) -> "EditRequest":
-        """The same request with more notes."""
+        """Return the same request with more notes."""
         other = copy(self)
         other._set("notes", tuple(dict.fromkeys((*self.notes, *notes))))
         return other
 
     def error(self, field: str, message: str) -> RequestError:
-        """An error that carries this request's identity."""
+        """Make an error about a field of this request."""
         return RequestError(field, message, case_id=self.case_id, source=self.source)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _check_names(self) -> None:
-        """Check what a record is called, and what its relation is."""
+        """Check ``case_id`` and ``relation``."""
         name = self.case_id
-        self._set("case_id", None)  # no name to speak of it by, until it is checked
+        self._set("case_id", None)  # errors must not use it before it is checked
         if isinstance(name, bool) or not isinstance(name, int | str):
             raise self.error("case_id", f"expected a number or text, got {type(name).__name__}")
         if isinstance(name, str):
@@ -226,7 +226,7 @@ class EditRequest:
             raise self.error(name, reason)
 
     def _clean(self, name: str, text: str, notes: list[str]) -> str:
-        """A text without what stands at its edges, which is noted."""
+        """Cut a text's edges, and note what was cut off."""
         head, core, tail = cut_edges(text)
         if not core:
             raise self.error(name, "is empty; give the text or remove the record")
@@ -235,7 +235,7 @@ class EditRequest:
         return core
 
     def _given_span(self) -> tuple[int, int] | None:
-        """The subject's span in the prompt as it was given, without what is cut off at the subject's edges."""
+        """The given span of the subject in the prompt, without the edges that are cut off."""
         if self.subject_span is None:
             return None
         edges = tuple(self.subject_span) if isinstance(self.subject_span, Sequence) else ()
@@ -261,7 +261,7 @@ class EditRequest:
         return start, start + len(core)
 
     def _find(self, notes: list[str]) -> tuple[int, int]:
-        """The subject's span in the prompt, where none was given."""
+        """Find the subject's span in the prompt."""
         if (span := locate_subject(self.prompt, self.subject)) is not None:
             return span
         span, found = find_alike(self.prompt, self.subject)

@@ -1,4 +1,4 @@
-"""Files of facts that a model may know: what causal tracing reads, where an edit's request asks for something new."""
+"""Files of facts that a model may know, as causal tracing reads them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ _KNOWN_ONLY = {"known_id", "attribute", "template", "prediction", "relation_id"}
 
 
 def facts_to_requests(records: Sequence[Any], seed: int = 0) -> list[Any]:
-    """Turn facts into records of the short form, each with a new target; all other records stay as they are.
+    """Turn facts into records of the short form, each with a new target. Other records are unchanged.
 
     Facts are records in the form of ``known_1000.json`` (Meng et al. 2022: ``prompt``, ``subject``, ``attribute``), and
-    those of the short form that have no ``target_new``. Their new target, for a trial edit, is another fact's answer:
-    one of the same relation where there is one, else any other; drawn by the seed and the fact's own text.
+    those of the short form that have no ``target_new``. For trial edits, the new target is the answer of another fact,
+    of the same relation if possible. The draw depends on the seed and the fact's own text.
 
     Args:
-        records: What a file holds.
+        records: The records of a file.
         seed: Seed of the draw.
     """
     facts = [_as_short(record) for record in records]
@@ -40,10 +40,10 @@ def _is_fact(record: Any) -> bool:
 
 
 def _as_short(record: Any) -> Any:
-    """A record of known_1000.json in the short form; what is none stays as it is."""
+    """Turn a record of known_1000.json into the short form; leave others unchanged."""
     if not isinstance(record, Mapping) or not {"attribute", "known_id"} & set(record) or "target_new" in record:
         return record
-    # What is missing stays so, under its name: the parser tells.
+    # Missing fields stay missing: the parser reports them.
     kept = {"prompt": None, "subject": None}
     kept |= {name: value for name, value in record.items() if name not in _KNOWN_ONLY}
     relation = record.get("relation_id") or record.get("template")
@@ -58,6 +58,6 @@ def _with_target(fact: Mapping[str, Any], related: set[str], everything: set[str
     own = cut_edges(str(fact.get("target_true")))[1]
     others = sorted(related - {own}) or sorted(everything - {own})
     if not others:
-        return {**fact, "target_new": None}  # the parser says that it is missing
+        return {**fact, "target_new": None}  # the parser reports that it is missing
     drawn = others[hash_seed(seed, "new target", fact["prompt"], fact["subject"]) % len(others)]
     return {**fact, "target_new": drawn}

@@ -1,4 +1,4 @@
-"""Files of records: JSON, JSONL and YAML, read strictly; what is wrong with one record costs that record alone."""
+"""Files of records: JSON, JSONL and YAML, read strictly. A fault affects only its own record."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from rome_pl.files.strict_json import Fault
 __all__ = ["SUFFIXES", "DataError", "Malformed", "read_records"]
 
 SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
-"""Files that hold records."""
+"""Suffixes of files of records."""
 
 WANTED = "give a JSON, JSONL or YAML file of edit requests"
 
@@ -28,12 +28,12 @@ class DataError(RomeError):
 
 @dataclass(frozen=True)
 class Malformed:
-    """What stands in a file where a record should; kept in place so that positions stay those of the file.
+    """Marks a record that could not be read, so that the positions of the others stay those of the file.
 
     Args:
         place: File and line.
-        message: What is wrong with it.
-        field: What is at fault: ``(line)`` of JSON lines, or ``(record)``.
+        message: The fault.
+        field: ``(line)`` in JSON lines, else ``(record)``.
     """
 
     place: str
@@ -48,13 +48,12 @@ def read_records(path: str | Path) -> list[Any]:
         path: File ending in ``.json``, ``.jsonl``, ``.yaml`` or ``.yml``.
 
     Returns:
-        One entry per record, in file order. A record that is malformed, has a key twice, or is nested or large beyond
-        measure is kept as a marker that :func:`rome_pl.requests.record_forms.parse_records` reports as an invalid
-        record.
+        One entry per record, in file order. A record that is malformed, has a key twice, or is too large or too deeply
+        nested becomes a marker, which :func:`rome_pl.requests.record_forms.parse_records` reports as an invalid record.
 
     Raises:
-        DataError: If the file is missing, is a folder, pipe or device, not UTF-8, not parseable as a whole, empty, no
-            list of records, or has none that can be read.
+        DataError: If the file is missing, not a regular file, not UTF-8, not parseable as a whole, empty, not a list of
+            records, or has no readable record.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -118,7 +117,7 @@ def _read_yaml(path: Path, text: str) -> list[Any]:
 
 
 def _marked(path: Path, entries: Iterator[Any]) -> list[Any]:
-    """Entries of a list, with the faults among them as markers."""
+    """Return the entries of a list, faults as markers."""
     records: list[Any] = []
     for entry in entries:
         if isinstance(entry, Fault) and entry.whole:

@@ -1,8 +1,8 @@
-"""Records of edit requests: recognising their form, turning each into an :class:`EditRequest`.
+"""Recognising the form of records, and turning each into an :class:`EditRequest`.
 
-Known are CounterFact as published (Meng et al. 2022, section 3.2), zsRE's evaluation form (Mitchell et al. 2022),
-KnowEdit's (Zhang et al. 2024), EasyEdit's flat form, and a short list.
-A record that cannot be used becomes an :class:`InvalidRecord`; the others are not lost.
+Known forms are CounterFact as published (Meng et al. 2022, section 3.2), zsRE's evaluation form (Mitchell et al. 2022),
+KnowEdit's (Zhang et al. 2024), EasyEdit's flat form, and a short form. A record that cannot be used becomes an
+:class:`InvalidRecord`; the others are kept.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from rome_pl.requests.record_files import SUFFIXES, DataError, Malformed, read_r
 __all__ = ["SUFFIXES", "DataError", "InvalidRecord", "parse_records", "read_records"]
 
 MOST_LISTED, LONGEST_LIST = 30, 200
-"""Most fields that an error lists, and most characters of the list."""
+"""Largest number of fields in an error, and of characters of their list."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def parse_records(
     Args:
         records: Mappings, as :func:`read_records` or a ``datasets`` data set gives them.
         source: File or data set name, for error messages.
-        form: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``; ``None`` recognises it from the first
-            record.
+        form: ``counterfact``, ``zsre``, ``knowedit``, ``flat`` or ``short``. ``None`` (default): recognised from the
+            first record.
 
     Returns:
-        The valid requests in order, and the records that were refused with the field and reason.
+        The valid requests in order, and the refused records, each with field and reason.
 
     Raises:
         DataError: If the form is unknown; the message lists the fields seen.
@@ -102,7 +102,7 @@ def _recognise(record: Mapping[str, Any], source: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names in order, as many as a reader looks at."""
+    """Sorted names, shortened for a message."""
     every = sorted(names)
     shown = every[:MOST_LISTED]
     while len(shown) > 1 and len(str(shown)) > LONGEST_LIST:
@@ -221,7 +221,7 @@ def _from_knowedit(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_than(new: Any, answers: Any) -> str | None:
-    """The first of several accepted answers that is not the new one."""
+    """Return the first of several accepted answers that differs from the new one."""
     accepted = [answers] if isinstance(answers, str) else _or_none(answers, [])
     if not isinstance(accepted, Sequence) or not all(isinstance(answer, str) for answer in accepted):
         raise RequestError("target_true", f"expected text or a list of texts, got {shortened(answers)}")
@@ -230,9 +230,9 @@ def _other_than(new: Any, answers: Any) -> str | None:
 
 
 def _probes(entries: Any, answer_name: str, field: str, left_out: dict[str, str], kind: str = "") -> tuple[Probe, ...]:
-    """Prompts with answers; of several accepted answers the first. An entry without a prompt or an answer is none.
+    """Return prompts with the first of their accepted answers. Skip entries without a prompt or answer.
 
-    One whose prompt or answer is no text, such as a year without quotes, is left out, and ``left_out`` says why.
+    If a prompt or answer is not text, such as a year without quotes, skip it and write the reason to ``left_out``.
     """
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise RequestError(field, f"expected a list of prompts, got {type(entries).__name__}")
@@ -251,12 +251,12 @@ def _probes(entries: Any, answer_name: str, field: str, left_out: dict[str, str]
 
 
 def _is_none(value: Any) -> bool:
-    """Whether a field holds nothing: it is null, an empty text, list or mapping; neither 0 nor false is nothing."""
+    """Whether a field is empty: null, or an empty text, list or mapping. 0 and false are not empty."""
     return value is None or (isinstance(value, str | Sequence | Mapping) and not value)
 
 
 def _or_none(value: Any, nothing: Any) -> Any:
-    """A field's value, and in the place of nothing one kind of it."""
+    """Return a field's value, or ``nothing`` if it is empty."""
     return nothing if _is_none(value) else value
 
 
@@ -273,7 +273,7 @@ def _from_short(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# What the fields of a request are called in the file, where the names differ.
+# Names of a request's fields in the file, where they differ.
 _WRITTEN = {
     "counterfact": {
         "target_new": "requested_rewrite.target_new",

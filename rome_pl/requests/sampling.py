@@ -1,4 +1,4 @@
-"""A part of a data set or of a stream, drawn by seed alone."""
+"""Seeded samples of a data set or stream."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,14 +10,14 @@ __all__ = ["lasting_sample", "sample_requests"]
 
 
 def lasting_sample(names: Iterable[str], number: int) -> list[str]:
-    """A seeded sample of edits that become more and more: it only grows or gives way to later ones.
+    """Draw a seeded sample of a growing list of edits. A member leaves it only for a later edit.
 
     Args:
         names: The edits so far.
-        number: Most edits.
+        number: Largest size of the sample.
 
     Returns:
-        Their names, in an order that the stream has no part in.
+        The names in the sample, in an order that does not depend on the stream.
     """
     return sorted(names, key=lambda name: hash_seed("retention", name))[:number]
 
@@ -25,15 +25,15 @@ def lasting_sample(names: Iterable[str], number: int) -> list[str]:
 def sample_requests(
     requests: Sequence[EditRequest], number: int, seed: int = 0, by_relation: bool = False
 ) -> list[EditRequest]:
-    """A seeded sample, in the order of the data set; all of it if it is no larger.
+    """Draw a seeded sample, in the order of the data set. A small data set is returned whole.
 
-    Whether a record is drawn depends on its name, the seed and the other records' relations, not on its place.
+    Whether a record is drawn depends on its name, the seed and the other records' relations, not on its position.
 
     Args:
         requests: The data set.
-        number: Records wanted.
+        number: Size of the sample.
         seed: Seed of the draw.
-        by_relation: Whether each relation keeps its share (largest remainders decide about the rest).
+        by_relation: Whether each relation keeps its share (by largest remainders).
     """
     groups: dict[str | None, list[int]] = defaultdict(list)
     for place, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Finding the subject in its prompt: to the letter, else by what looks alike, and what to say where neither works."""
+"""Finding the subject in its prompt, literally or by what looks alike, and explaining a failure."""
 
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from rome_pl.requests.words import character_edges, character_spans, is_whole_wo
 __all__ = ["find_alike", "hint_of_difference", "locate_subject"]
 
 MOST_ALIGNED = 100
-"""Most characters of a text, from the first that differs on, in which differences are looked for."""
+"""Largest number of characters, from the first difference on, that are compared."""
 
 MOST_COMPARED = 1_000_000
-"""Most pairs of characters that are compared to say what a subject that is not there resembles."""
+"""Largest number of character pairs compared in search of a text that resembles a missing subject."""
 
 _IGNORED = frozenset(
     "\N{SOFT HYPHEN}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}\N{WORD JOINER}"
@@ -31,18 +31,18 @@ _ALIKE = {
 
 @dataclass(frozen=True)
 class _Folded:
-    """A text in which what looks alike is the same.
+    """A text in which characters that look alike are replaced by one of them.
 
     Args:
         text: The text.
-        source: Span in the original text of every character of it.
+        source: For each character its span in the original text.
     """
 
     text: str
     source: tuple[tuple[int, int], ...]
 
     def find(self, sought: str) -> Iterator[tuple[int, int]]:
-        """Spans in the original text that hold a folded text, whole characters only."""
+        """Yield the spans in the original text that match a folded text, whole characters only."""
         position = self.text.find(sought) if sought else -1
         while position >= 0:
             first, last = position, position + len(sought) - 1
@@ -56,7 +56,7 @@ class _Folded:
 def locate_subject(prompt: str, subject: str) -> tuple[int, int] | None:
     """Find the subject in the prompt: its last whole-word occurrence, else its last occurrence.
 
-    An occurrence that would cut a character in half, such as a letter without its accent, is none.
+    An occurrence that would cut a character in half, such as a letter without its accent, does not count.
 
     Args:
         prompt: Text to search.
@@ -82,18 +82,18 @@ def locate_subject(prompt: str, subject: str) -> tuple[int, int] | None:
 
 
 def find_alike(prompt: str, subject: str) -> tuple[tuple[int, int] | None, list[str]]:
-    """Find what looks like the subject in the prompt, where the subject itself is not there.
+    """Find a text in the prompt that looks like the subject, if the subject itself is not there.
 
-    The same are: composed and decomposed letters, all spaces, straight and curly quotes, hyphens and the minus sign,
-    and texts that differ in characters that do not show; where that finds nothing, also capitals and small letters.
+    These count as the same: composed and decomposed letters, all spaces, straight and curly quotes, hyphens and the
+    minus sign, and texts that differ in invisible characters. If nothing is found, also capitals and small letters.
 
     Args:
         prompt: Text to search.
         subject: Text to find.
 
     Returns:
-        The span of the last whole word, else of the last occurrence; ``None`` if there is none or if there are several
-        that differ. And the texts that were found, each once.
+        The span of the last whole word, else of the last occurrence; ``None`` if there is none, or several that differ.
+        And the distinct texts that were found.
     """
     for fold in (_fold, _fold_case):
         spans = list(_folded(prompt, fold).find(_folded(subject, fold).text))
@@ -104,12 +104,12 @@ def find_alike(prompt: str, subject: str) -> tuple[tuple[int, int] | None, list[
 
 
 def hint_of_difference(prompt: str, subject: str, found: list[str]) -> str:
-    """What is to be said of texts in the prompt that look like the subject, or nearly so; empty where there are none.
+    """Describe texts in the prompt that look like the subject, or nearly so. Empty if there are none.
 
     Args:
         prompt: The prompt.
         subject: The subject, which does not occur in it.
-        found: What :func:`find_alike` found.
+        found: The texts that :func:`find_alike` found.
     """
     if not found:
         resembling = _nearly(prompt, subject)
@@ -144,14 +144,14 @@ def _fold_case(character: str) -> str:
 
 
 def _bare(character: str) -> str:
-    """A character without accents, in its plainest form: a space is nothing, all dashes are one."""
+    """A character in its plainest form: without accents, no spaces, one kind of dash."""
     plain = unicodedata.normalize("NFKD", _fold_case(character)).casefold()
     kinds = ((part, unicodedata.category(part)) for part in plain)
     return "".join("-" if kind == "Pd" else part for part, kind in kinds if kind not in ("Mn", "Zs"))
 
 
 def _nearly(prompt: str, subject: str) -> str | None:
-    """The piece of the prompt that differs from the subject in the fewest characters, if in few."""
+    """The part of the prompt that differs from the subject in the fewest characters. ``None``: none is close."""
     sought, bare = _folded(subject, _bare).text, _folded(prompt, _bare)
     if (span := next(bare.find(sought), None)) is not None:
         return prompt[slice(*span)]
@@ -168,7 +168,7 @@ def _nearly(prompt: str, subject: str) -> str | None:
 
 
 def _difference(subject: str, text: str, brief: bool = False) -> str:
-    """Where a text of the prompt differs from the subject, by code points; if briefly, only the first place."""
+    """Describe by code points how a text of the prompt differs from the subject; if ``brief``, only once."""
     most, each = (1, 1) if brief else (3, 2)
     parts = []
     there, here = _without_common_ends(text, subject)
@@ -183,7 +183,7 @@ def _difference(subject: str, text: str, brief: bool = False) -> str:
 
 
 def _without_common_ends(one: str, other: str) -> tuple[str, str]:
-    """What two texts do not have in common at their beginnings and ends, not more of it than is aligned."""
+    """Two texts without their common beginnings and ends, cut to the length that is aligned."""
     start = _length_in_common(one, other)
     one, other = one[start:], other[start:]
     end = _length_in_common(one[::-1], other[::-1])
@@ -191,6 +191,6 @@ def _without_common_ends(one: str, other: str) -> tuple[str, str]:
 
 
 def _length_in_common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Length of the common beginning of two texts."""
     differ = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(differ, min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Where words and characters begin and end in a text."""
+"""Boundaries of words and characters in a text."""
 
 import unicodedata
 
@@ -12,8 +12,8 @@ _CHARACTER = regex.compile(r"\X")
 def is_whole_word(text: str, start: int, end: int) -> bool:
     """Whether a span neither begins nor ends inside a word.
 
-    Letters, digits, combining marks and the underscore continue a word. Scripts that write without spaces have an edge
-    of a word everywhere.
+    Letters, digits, combining marks and the underscore continue a word. In scripts without spaces every position is a
+    word boundary.
 
     Args:
         text: The text.
@@ -38,17 +38,17 @@ def writes_without_spaces(character: str) -> bool:
 
 
 def character_spans(text: str) -> list[tuple[int, int]]:
-    """The spans of the characters that a reader sees: a letter with its marks, an emoji with what changes it."""
+    """The spans of the characters that a reader sees: a letter with its marks, an emoji with its modifiers."""
     return [found.span() for found in _CHARACTER.finditer(text)]
 
 
 def character_edges(text: str) -> set[int]:
-    """Where such a character begins or ends."""
+    """The positions at which such characters begin or end."""
     return {0, *(end for _, end in character_spans(text))}
 
 
 def _one_word(text: str, place: int) -> bool:
-    """Whether what stands on the two sides of a place belongs to one word."""
+    """Whether the characters on both sides of a position belong to one word."""
     return 0 < place < len(text) and _continues(text[place - 1]) and _continues(text[place])
 
 

@@ -81,16 +81,6 @@ class ValueObjective:
         self._base_kl: dict[int, Tensor] = {}
         self._selection: _Selection | None = None
 
-    def keys(self, edit: int) -> Tensor:
-        """The keys of one edit under its contexts, the bare prompt's first, ``[contexts, d_key]``, float64."""
-        rows = self.layout.contexts[edit]
-        return self.prefix.keys[rows[0] : rows[-1] + 1].double()
-
-    def outputs(self, edit: int) -> Tensor:
-        """The projection's outputs there, ``[contexts, d_value]``, float64."""
-        rows = self.layout.contexts[edit]
-        return self.prefix.outputs[rows[0] : rows[-1] + 1].double()
-
     def __call__(
         self, deltas: Tensor, members: Sequence[int] | None = None, contexts: Sequence[Sequence[int]] | None = None
     ) -> Losses:

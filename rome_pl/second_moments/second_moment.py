@@ -141,20 +141,6 @@ class SecondMoment:
         """The eigenvalues, in float64."""
         return Spectrum(torch.linalg.eigvalsh(self.matrix).flip(0).cpu())
 
-    def null_space(self, threshold: float = NULL_SPACE) -> Tensor:
-        """Projector onto the directions that keys of ordinary text hardly have (Fang et al. 2025, Eq. 5-7).
-
-        Args:
-            threshold: Eigenvalues below it belong to the null space.
-
-        Returns:
-            ``[d_key, d_key]``, float64, symmetric and idempotent.
-        """
-        values, vectors = torch.linalg.eigh(self.matrix)
-        kept = vectors[:, values < threshold]
-        projector: Tensor = kept @ kept.T
-        return projector
-
     def save(self, path: Path) -> None:
         """Write the artefact; an older one stays whole until the new one is complete.
 

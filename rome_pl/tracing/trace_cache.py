@@ -1,18 +1,15 @@
-"""Traces that other runs have made: a fact that was traced under the same settings is not traced again."""
+"""Traces that earlier runs have made: a fact is traced once under the same settings."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from rome_pl.files.checksums import is_intact, sealed
-from rome_pl.files.schemas import Name, Number, checked, parsed
-from rome_pl.files.whole_files import read_regular
+from rome_pl.files.json_lines_cache import JsonLinesCache
+from rome_pl.files.schemas import Number
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.tracing.trace import KINDS, Fact, Trace
 from rome_pl.utils.environment import cache_folder
@@ -21,67 +18,52 @@ from rome_pl.utils.hashing import content_key
 __all__ = ["KnownTraces"]
 
 
-class TraceLine(TypedDict):
+class TraceEntry(TypedDict):
     """A fact's trace in the cache."""
 
-    fact: Name
     clean: Number
     corrupted: Number
     restored: dict[str, list[list[Number]]]
 
 
-TRACE: TypeAdapter[Any] = TypeAdapter(TraceLine)
+TRACE: TypeAdapter[Any] = TypeAdapter(TraceEntry)
 
 
 class KnownTraces:
-    """Keeps the traces of one model under one choice of settings, below the cache folder, a line for each.
+    """The traces of one model under one choice of settings, in a file below the cache folder.
 
-    An interrupted run so goes on where it was, and more facts or other trial edits cost only what is new.
+    An interrupted run resumes with them, and more facts or other trial edits cost only their own traces.
 
     Args:
-        language_model: The model. With weights that are not as they were first seen nothing is kept or found.
-        settings: Whatever else a trace depends on.
+        language_model: The model. If its weights have changed since it was loaded, nothing is kept or found.
+        settings: Everything else that a trace depends on.
     """
 
     def __init__(self, language_model: LanguageModel, *settings: object) -> None:
         key = language_model.measurement_key([str(setting) for setting in settings])
         self._usable = language_model.as_first_seen
         self.path: Path = cache_folder() / "traces" / f"{key}.jsonl"
-        self._known = self._read() if self._usable else {}
+        self._cache = JsonLinesCache(self.path, TRACE)
+        self._known = {name: _trace(entry) for name, entry in self._cache.read().items()} if self._usable else {}
 
     def find(self, fact: Fact) -> Trace | None:
-        """The fact's trace, if it is known."""
+        """Return the fact's trace, if it is known."""
         return self._known.get(_name(fact))
 
     def keep(self, fact: Fact, trace: Trace) -> None:
         """Remember a trace."""
         if not self._usable:
             return
-        self._known[_name(fact)] = trace
-        line = {"fact": _name(fact), "clean": trace.clean, "corrupted": trace.corrupted}
-        line["restored"] = {kind: table.tolist() for kind, table in trace.restored.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")), self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(sealed(line)))  # the line before may have been cut short
+        name = _name(fact)
+        self._known[name] = trace
+        restored = {kind: table.tolist() for kind, table in trace.restored.items()}
+        self._cache.append({name: {"clean": trace.clean, "corrupted": trace.corrupted, "restored": restored}})
 
-    def _read(self) -> dict[str, Trace]:
-        known: dict[str, Trace] = {}
-        try:
-            lines = read_regular(self.path).split(b"\n")
-        except OSError:  # not there
-            return known
-        for line in lines:
-            try:
-                content: dict[str, Any] = parsed(line)
-                checked(TRACE, content)
-                if not is_intact(content):
-                    continue
-                tables = {kind: content["restored"][kind] for kind in KINDS if kind in content["restored"]}
-                restored = {kind: torch.tensor(table, dtype=torch.float64) for kind, table in tables.items()}
-                known[content["fact"]] = Trace(float(content["clean"]), float(content["corrupted"]), restored)
-            except ValueError:  # cut short, when a run was killed, or damaged: it is traced again
-                continue
-        return known
+
+def _trace(entry: dict[str, Any]) -> Trace:
+    tables = {kind: entry["restored"][kind] for kind in KINDS if kind in entry["restored"]}
+    restored = {kind: torch.tensor(table, dtype=torch.float64) for kind, table in tables.items()}
+    return Trace(float(entry["clean"]), float(entry["corrupted"]), restored)
 
 
 def _name(fact: Fact) -> str:

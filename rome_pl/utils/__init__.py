@@ -1,1 +1,1 @@
-"""Small tools that know nothing of models or edits."""
+"""Small tools that do not depend on models or edits."""

@@ -1,8 +1,8 @@
-"""Printing that decides nothing: no text of a user or a model steers the terminal, and no output that fails ends a run.
+"""Safe printing: no text of a user or model controls the terminal, and no failing output ends a run.
 
-What is printed comes from facts, ledgers and models. Controls and marks that change how a terminal shows its text are
-shown by their escapes. A character that the output cannot encode is replaced. An output that is closed or full is
-given up: the work goes on without it.
+Printed texts come from facts, ledgers and models. Control characters that change how a terminal shows text are printed
+as escapes. A character that the output cannot encode is replaced. A closed or full output is dropped, and the run
+continues.
 """
 
 import codecs
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 REPLACED = "rome_pl.replaced"
-"""Name of the error handler of :mod:`codecs` that replaces what an output cannot encode."""
+"""Name of the :mod:`codecs` error handler that replaces characters an output cannot encode."""
 
 PLAIN = {"→": "->", "…": "...", "\u2013": "-", "—": "-", "“": '"', "”": '"', "≥": ">=", "≤": "<="}
-"""What stands for signs of our own tables where they cannot be encoded."""
+"""Replacements for the signs in our own tables."""
 
 JOINERS = "\u200c\u200d"
-"""Format characters that scripts and emoji need, and that move nothing."""
+"""Harmless format characters that scripts and emoji need."""
 
 _SUSPECT = re.compile(r"[^\n\t -~]")
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def visible(text: str) -> str:
-    r"""The text with what could steer a terminal shown by its escape, such as ``\x1b``; line breaks and tabs stay.
+    r"""Replace characters that could control a terminal by escapes such as ``\x1b``; keep line breaks and tabs.
 
     These are the controls (C0, DEL, C1), format characters such as bidirectional marks, separators of lines and
     paragraphs, and lone surrogates.
@@ -63,7 +63,7 @@ def _shown(character: str) -> str:
 
 
 def escape(text: str) -> str:
-    """The text for a place where Rich reads markup: shown as it is, and by :func:`visible`."""
+    """Escape Rich's markup in a text, and apply :func:`visible`."""
     return escape_markup(visible(text))
 
 
@@ -79,13 +79,13 @@ codecs.register_error(REPLACED, _replace)
 
 
 class _Guarded:
-    """A stream that takes every text, and that no failure comes out of; everything else is the stream's own."""
+    """Wraps a stream: writing accepts every text and never raises."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, with what the stream cannot encode replaced."""
+        """Write the text; replace characters that the stream cannot encode."""
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         with suppress(LookupError):
             text = text.encode(encoding, REPLACED).decode(encoding)
@@ -94,7 +94,7 @@ class _Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream, if it lets itself be flushed."""
+        """Flush the stream if possible."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -108,12 +108,12 @@ class _Guarded:
 
 
 def guarded(stream: TextIO) -> TextIO:
-    """A stream that takes every text, and that no failure comes out of."""
+    """Wrap a stream, so that writing accepts every text and never raises."""
     return cast(TextIO, _Guarded(stream))
 
 
 class _SafeConsole(Console):
-    """A Rich console that never raises while it prints, and shows texts by :func:`visible`."""
+    """A Rich console that never raises while printing, and applies :func:`visible` to texts."""
 
     @override
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
@@ -124,16 +124,16 @@ class _SafeConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except Exception:  # the work is done: what it is worth does not depend on its table
+        except Exception:  # the results do not depend on what is printed
             log.warning("Something could not be printed; the files of the run hold it", exc_info=True)
 
 
 def console(*, error: bool = False, **options: Any) -> Console:
-    """The console for everything that is printed.
+    """Return the console for everything that is printed.
 
     Args:
-        error: Whether it prints to the standard error.
-        options: Those of Rich's console.
+        error: Whether to print to the standard error.
+        options: Options of Rich's console.
     """
     stream = sys.stderr if error else sys.stdout
     return _SafeConsole(file=guarded(stream), **options) if stream is not None else _SafeConsole(quiet=True, **options)
@@ -141,15 +141,15 @@ def console(*, error: bool = False, **options: Any) -> Console:
 
 @contextmanager
 def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on the standard error, gone when the block ends.
+    """Show a progress bar on the standard error until the block ends.
 
     Args:
-        title: What goes on.
-        total: How much there is to do.
-        unit: Of what.
+        title: Name of the work.
+        total: Amount of work, in ``unit``.
+        unit: Name of the unit.
 
     Yields:
-        A function that is called with how much more is done.
+        A function to call with the amount of work done since the last call.
     """
     columns = (TextColumn(title), BarColumn(), TextColumn(f"{{task.completed}}/{{task.total}} {unit}"))
     with Progress(*columns, TimeRemainingColumn(), transient=True, console=console(error=True)) as progress:
@@ -167,7 +167,7 @@ def write_line(text: str, *, error: bool = False) -> None:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formats log records, tracebacks included, by :func:`visible`."""
+    """Applies :func:`visible` to log records, tracebacks included."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -176,9 +176,9 @@ class VisibleFormatter(logging.Formatter):
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Inside, the standard streams replace what they cannot encode; after, what could not be written is dropped.
+    """Let the standard streams replace characters they cannot encode; afterwards drop unwritten output.
 
-    A stream that fails when Python flushes it at the end would change the exit code.
+    Otherwise a stream that fails when Python flushes it at exit would change the exit code.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [stream.errors for stream in streams]
@@ -201,7 +201,7 @@ def _set_errors(stream: Any, errors: str | None) -> None:
 
 
 def _give_up(stream: Any) -> None:
-    """Let what a stream still holds go nowhere."""
+    """Discard the buffered output of a stream."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

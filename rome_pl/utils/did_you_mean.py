@@ -7,15 +7,15 @@ __all__ = ["did_you_mean"]
 
 
 _ENOUGH = 0.6
-"""How alike two names have to be, of 1."""
+"""Smallest similarity of two names, from 0 to 1."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'layers'?``, or nothing where no known name is near.
+    """Return ``; did you mean 'layers'?``, or an empty text if no known name is similar.
 
     Args:
-        name: What was written.
-        known: What could have been meant. Names with dots are compared part by part too.
+        name: The name as written.
+        known: The valid names. Names with dots are also compared part by part.
 
     Example:
         >>> did_you_mean("v_lrr", ["v_lr", "layers"])

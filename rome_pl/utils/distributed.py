@@ -1,4 +1,4 @@
-"""Several processes: taking turns, and bringing together what they found."""
+"""Several processes: taking turns, and gathering results."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,20 +26,20 @@ T = TypeVar("T")
 
 
 _SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
-"""How the names begin of Lightning's strategies, and of their classes, that split a model's weights."""
+"""Prefixes of Lightning's strategies, and of their classes, that split a model's weights."""
 
 
 def check_strategy(strategy: object) -> None:
     """Refuse strategies that split the weights of a model among devices.
 
-    An edit is solved in float64 from the whole matrix, and checked by forwards through parts of the model, neither of
-    which a shard allows.
+    An edit is solved in float64 from the whole matrix and checked by forwards through parts of the model. A shard
+    allows neither.
 
     Args:
-        strategy: Lightning's name of one, or the strategy itself.
+        strategy: A strategy of Lightning or its name.
 
     Raises:
-        OptionError: With what to use instead.
+        OptionError: If it does, with what to use instead.
     """
     names = [strategy] if isinstance(strategy, str) else [kind.__name__ for kind in type(strategy).__mro__]
     if any(name.lower().startswith(_SHARDING) for name in names):
@@ -51,7 +51,7 @@ def check_strategy(strategy: object) -> None:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """The items of all ranks, in the order of ranks, on every rank; a collective. Tensors in them: the CPU's."""
+    """Return the items of all ranks, in rank order, on every rank. A collective; tensors have to be on the CPU."""
     parts: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
@@ -59,7 +59,7 @@ def gather(items: Sequence[T]) -> list[T]:
 
 @contextmanager
 def one_after_the_other(trainer: Any) -> Iterator[None]:
-    """Let the first process of a Trainer do the block, then all others."""
+    """Run the block in the first process of a Trainer, then in all others."""
     if not trainer.is_global_zero:
         trainer.strategy.barrier()
     yield
@@ -68,7 +68,7 @@ def one_after_the_other(trainer: Any) -> Iterator[None]:
 
 
 def leave_to_each_process(module: nn.Module, child: str) -> None:
-    """Keep DDP from sending a child's parameters and from setting gradients aside for them.
+    """Keep DDP from synchronising a child's parameters and from reserving memory for their gradients.
 
     Every process loads the language model itself, and none trains it.
     """
@@ -79,7 +79,7 @@ def leave_to_each_process(module: nn.Module, child: str) -> None:
 
 @contextmanager
 def independent_gradients(trainer: Any) -> Iterator[None]:
-    """No averaging of gradients: every rank optimises edits of its own."""
+    """Do not average gradients: every rank optimises its own edits."""
     if isinstance(trainer.model, DistributedDataParallel):
         with trainer.model.no_sync():
             yield
@@ -93,7 +93,7 @@ class PeerError(RomeError):
 
 @contextmanager
 def _peers_there() -> Iterator[None]:
-    """Say what it means if a collective fails: whatever was wrong was said by the process that it happened in."""
+    """Explain a failed collective: the process that caused it has printed the reason."""
     try:
         yield
     except RuntimeError as error:
@@ -102,12 +102,12 @@ def _peers_there() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among those that share a job; alone by default, and then every method is at hand at no cost.
+    """The processes that share a job, as seen from this one. By default it is alone, and all methods are trivial.
 
     Args:
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes.
-        device: Where tensors have to be for a collective.
+        device: Device of tensors in a collective.
     """
 
     rank: int = 0
@@ -115,7 +115,7 @@ class Peers:
     device: torch.device | str = "cpu"
 
     def sum_on(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of the processes' tensors, on one; elsewhere nothing of use. The argument is used up."""
+        """Sum the processes' tensors on one rank. Elsewhere the result is undefined. The argument is overwritten."""
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device)
@@ -124,11 +124,11 @@ class Peers:
         return total.to(tensor.device)
 
     def mine(self, index: int) -> bool:
-        """Whether a piece of work that one process does alone is this one's; they take turns."""
+        """Whether this process does a piece of work; the processes take turns by ``index``."""
         return index % self.world_size == self.rank
 
     def from_first(self, item: T) -> T:
-        """What the first process gives, on every one."""
+        """Return the first process's item on every process."""
         if self.world_size == 1:
             return item
         items = [item]
@@ -137,7 +137,7 @@ class Peers:
         return items[0]
 
     def gather(self, item: T) -> list[T]:
-        """What every process gives, by rank, on every one."""
+        """Return the items of all processes, in rank order, on every process."""
         if self.world_size == 1:
             return [item]
         with _peers_there():

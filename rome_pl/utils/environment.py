@@ -1,4 +1,4 @@
-"""Where things are kept on this machine, and which libraries are installed."""
+"""The cache folder, and the installed versions of libraries."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["cache_folder", "library_versions"]
 
 
 def cache_folder() -> Path:
-    """Where converted weights and statistics are kept: ``ROME_PL_CACHE``, else the platform's user cache."""
+    """The folder for converted weights, statistics and measurements: ``ROME_PL_CACHE``, else the user cache."""
     configured = os.environ.get("ROME_PL_CACHE")
     return local_path(configured) if configured else user_cache_path("rome_pl")
 

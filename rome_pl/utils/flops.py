@@ -1,11 +1,11 @@
-"""Floating-point operations of whatever runs inside a block, counted from the shapes that reach torch's dispatcher.
+"""Counting the floating-point operations of a block, from the shapes that reach torch's dispatcher.
 
-Dense matrix products, convolutions and attention are counted, a multiply-add as 2. Elementwise work is not, and so
-neither is an outer product that torch writes as an elementwise one; nor are factorisations and solves.
+Dense matrix products, convolutions and attention are counted; a multiply-add counts as 2. Elementwise work is not
+counted (including an outer product that torch runs as elementwise), nor are factorisations and solves.
 
 Attention counts the same whichever kernel computes it: two products forward and four backward over the full
-rectangle of scores, masked or causal or not. That a fused kernel computes the scores again for its backward is its own
-affair and not counted.
+rectangle of scores, masked or causal or not. A fused kernel may compute the scores again for its backward; this is not
+counted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ Shape = Sequence[int]
 
 
 class FlopCount:
-    """What a block has cost so far; it may be read inside the block and after it.
+    """The operations of a block so far. It can be read inside the block and after it.
 
     Args:
         counter: Torch's counter, which keeps the numbers.
@@ -43,8 +43,8 @@ class FlopCount:
 def count_flops() -> Iterator[FlopCount]:
     """Count the operations of everything that runs inside, backward passes included.
 
-    Blocks may be nested; the outer one counts what the inner one counts. Kernels that run within a custom operator
-    or compiled code are out of sight.
+    Blocks may be nested; the outer one includes the inner one. Kernels within a custom operator or compiled code are
+    not seen.
 
     Yields:
         The count, which grows while the block runs.
@@ -88,7 +88,7 @@ class FirstBatchFlops:
 
 
 class _NoTracker(ModuleTracker):
-    """Attributes nothing to modules: torch's tracker hooks every graph, and so keeps all of them until the end."""
+    """Attributes nothing to modules: torch's own tracker hooks every graph and would keep all of them in memory."""
 
     @override
     def __enter__(self) -> Self:
@@ -100,7 +100,7 @@ class _NoTracker(ModuleTracker):
 
 
 def _product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    """Matrices, as many pairs of them as the first dimension says, or a vector on the right."""
+    """A product of matrices, of batches of matrices, or of a matrix and a vector."""
     return 2 * prod(left) * (right[-1] if len(right) > 1 else 1)
 
 
@@ -118,7 +118,7 @@ def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Every query head has its own scores, also where it shares its keys and values with others."""
+    """Every query head has its own scores, even if it shares keys and values with other heads."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 

@@ -1,4 +1,4 @@
-"""Seeds and names that depend on their parts and on nothing else."""
+"""Seeds and names that depend only on their parts."""
 
 import hashlib
 import json
@@ -8,10 +8,10 @@ __all__ = ["content_key", "hash_seed"]
 
 
 def content_key(*parts: Any) -> str:
-    """A short name that depends on every part and on nothing else; parts are what JSON can hold."""
+    """Return a short name that depends only on the parts, which JSON has to be able to hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def hash_seed(*parts: object) -> int:
-    """A seed that depends on every part and on nothing else."""
+    """Return a seed that depends only on the parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""What a process shares with everything that runs in it, and gets back as it was."""
+"""Context managers that restore the global state of a process."""
 
 import random
 import signal
@@ -16,10 +16,10 @@ __all__ = ["differentiable", "frozen", "seeded", "undisturbed"]
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Everything global that libraries set, as it was before, whatever happens inside.
+    """Restore the global state that libraries change, even after an exception.
 
-    Gradient mode, random generators, default dtype, choice of kernels, warnings and signal handlers; the log levels
-    of libraries stay with those who change them.
+    This covers gradient mode, random generators, default dtype, choice of kernels, warnings and signal handlers, but
+    not the log levels of libraries.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Asking a device that nobody has used would claim memory on it.
@@ -58,15 +58,15 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Tensors that can be optimised inside, also within a caller's ``no_grad`` or ``inference_mode``."""
+    """Enable gradients inside, even within a caller's ``no_grad`` or ``inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; every module's own mode and every flag restored after."""
-    # Only what has to change is touched: inside another such block this one costs next to nothing.
+    """Use evaluation mode without parameter gradients inside; restore every module's mode and every flag afterwards."""
+    # Only what differs is changed, so a nested block costs next to nothing.
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -84,7 +84,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside; the CPU's and the device's own state restored after."""
+    """Seed torch's global generators inside; restore the state of the CPU's and the device's afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -152,9 +152,9 @@ class NullSpace(_Remembering):
     Solved within the space that ``P`` projects onto, where the inner matrix is symmetric and positive definite.
 
     Args:
-        moment: The second moment, whose eigenvalues below ``threshold`` span that space.
+        moment: The second moment. Its eigenvectors with eigenvalues below ``threshold`` span that space.
         ridge: ``L2``.
-        threshold: See :meth:`SecondMoment.null_space`.
+        threshold: Eigenvalues below it belong to the space.
 
     Raises:
         OptionError: If no eigenvalue is below the threshold: nothing could be written.

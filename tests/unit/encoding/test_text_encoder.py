@@ -13,7 +13,7 @@ from transformers import GPT2TokenizerFast
 from rome_pl.encoding.aligned_rows import align
 from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.encoding.text_encoder import TextEncoder, TokenizerError
-from rome_pl.metrics.probes import target_log_probs
+from rome_pl.metrics.probes import measure_answers
 from rome_pl.requests.edit_request import EditRequest, RequestError
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_language_model
 
@@ -512,6 +512,11 @@ def plain_log_prob(language_model, row):
         log_probs = language_model.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     begin = len(row.ids) + 1 - len(row.target)
     return float(torch.stack([log_probs[begin + t - 1, token] for t, token in enumerate(row.target)]).mean())
+
+
+def target_log_probs(language_model, rows):
+    """Mean log-probability of each row's target tokens."""
+    return torch.tensor([answer.log_prob for answer in measure_answers(language_model, rows)], dtype=torch.float64)
 
 
 def short_rows(language_model, requests, place="subject_last"):

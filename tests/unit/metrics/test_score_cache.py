@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from rome_pl.files.checksums import sealed
 from rome_pl.metrics import Answer, ProbeScores, probe_scores
 from rome_pl.metrics import score_cache as evaluation
 from rome_pl.metrics.score_cache import KnownScores
@@ -54,7 +55,7 @@ def test_what_is_new_is_measured_and_kept_beside_the_rest(language_model, measur
     measured.clear()
     KnownScores(language_model).measure([*REQUESTS, new])
     assert measured == []
-    assert len(json.loads(late.path.read_text(encoding="utf-8"))) == 3
+    assert sum(map(bool, late.path.read_text(encoding="utf-8").split("\n"))) == 3
 
 
 def test_the_content_of_a_record_counts_and_not_its_number(language_model, measured):
@@ -151,9 +152,9 @@ def test_a_damaged_file_is_measured_again(damage, language_model, measured):
 def test_a_damaged_entry_is_measured_again(entry, language_model, measured):
     known = KnownScores(language_model)
     expected = known.measure(REQUESTS)
-    content = json.loads(known.path.read_text(encoding="utf-8"))
-    content[next(iter(content))] = entry
-    known.path.write_text(json.dumps(content), encoding="utf-8")
+    blank, first, second = known.path.read_text(encoding="utf-8").split("\n")
+    line = sealed({"key": json.loads(first)["key"], "value": entry})
+    known.path.write_text("\n".join([blank, json.dumps(line), second]), encoding="utf-8")
     measured.clear()
     assert KnownScores(language_model).measure(REQUESTS) == expected
     assert measured == [REQUESTS[0].prompt]

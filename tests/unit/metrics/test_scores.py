@@ -8,11 +8,9 @@ from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.metrics import (
     SCORES,
     Answer,
-    EasyEditScores,
     EditScores,
     ProbeScores,
     RunningScores,
-    ZsreScores,
     probe_scores,
     summarise,
 )
@@ -174,29 +172,6 @@ def records_of(count):
         replace(RECORD, rewrite=(-float(i % 5), -2.0), answers=RECORD.answers | {"rewrite": (answer(i % 3 / 2),)})
         for i in range(count)
     ]
-
-
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        (ZsreScores, {"efficacy": "rewrite_acc", "paraphrase": "rephrase_acc", "specificity": "locality_acc"}),
-        (
-            EasyEditScores,
-            {"rewrite_acc": "rewrite_acc", "rephrase_acc": "rephrase_acc", "locality": "locality"}
-            | {"portability": "portability_acc"}
-            | {f"{kind}_match": f"{kind}_match" for kind in ("rewrite", "rephrase", "portability")},
-        ),
-    ],
-)
-def test_each_data_set_has_its_names_for_the_same_numbers(family, names):
-    metric = family()
-    metric.update(RECORD, BASE)
-    metric.update(replace(RECORD, answers=RECORD.answers | {"rewrite": (answer(0.25),)}), BASE)
-    everything = summarise(
-        {"a": RECORD, "b": replace(RECORD, answers=RECORD.answers | {"rewrite": (answer(0.25),)})},
-        {"a": BASE, "b": BASE},
-    )
-    assert metric.compute() == {shown: everything[name] for shown, name in names.items()}
 
 
 def test_intervals_hold_their_means_and_are_the_same_every_time():

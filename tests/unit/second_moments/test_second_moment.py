@@ -219,24 +219,6 @@ def test_effective_rank_counts_the_directions_that_share_the_energy():
     assert 1 < Spectrum(VALUES).effective_rank < 3
 
 
-def test_the_null_space_projector_keeps_what_text_hardly_has_and_nothing_else():
-    matrix, vectors = rotated(VALUES)
-    projector = SecondMoment(matrix, INFO).null_space()
-    torch.testing.assert_close(projector, projector.T, rtol=0, atol=1e-14)
-    torch.testing.assert_close(projector @ projector, projector, rtol=0, atol=1e-13)
-    torch.testing.assert_close(projector @ vectors[:, :5], torch.zeros(8, 5).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(projector @ vectors[:, 5:], vectors[:, 5:], rtol=0, atol=1e-12)
-    assert float(projector.trace()) == pytest.approx(3)
-
-
-def test_the_threshold_of_the_null_space_can_be_chosen():
-    moment = SecondMoment(rotated(VALUES)[0], INFO)
-    ranks = [round(float(moment.null_space(threshold).trace())) for threshold in (-1.0, 1e-3, 0.7, 10.0)]
-    assert ranks == [0, 2, 5, 8]
-    torch.testing.assert_close(moment.null_space(10.0), torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-13)
-    assert moment.null_space(-1.0).shape == (8, 8)
-
-
 def test_versions_name_what_results_depend_on():
     versions = library_versions()
     assert versions["torch"] == torch.__version__
