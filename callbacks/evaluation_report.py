@@ -1,6 +1,7 @@
 """Writes what an evaluation has found, and prints it."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,7 @@ class EvaluationReport(Callback):
         module: Any = pl_module
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.predict
-        content = evaluation_results(module, len(invalid))
-        refused = [InvalidRecord(-1, str(error.case_id), error.field, str(error)) for error in module.refused]
-        content["records"] = [invalid_record(record) for record in (*invalid, *refused)]
-        write_json(folder / "results.json", content)
-        about = evaluation_manifest(module)
-        write_json(folder / "manifest.json", about)
-        records = [evaluation_record(module, index, request) for index, request in enumerate(module.requests)]
-        write_lines(folder / "records.jsonl", records)
-        write_text(folder / "table.md", score_markdown(content))
-        write_text(folder / "table.csv", csv_table(content))
-        if self.figures:
-            try:
-                bars = relation_bars(records, ("final", "base"))
-                pictures = write_figures(folder, {} if bars is None else {"relations": bars})
-                settings = settings_of(folder, module.hparams)
-                write_text(folder / "report.html", html_report(content, records, about, settings, pictures))
-            except Exception:  # the numbers are written
-                log.warning("The figures or report.html could not be made", exc_info=True)
+        content = self._write(folder, module, invalid)
         stage = "final" if module.edited else "base"
         scalars = {
             f"evaluation/{name}": entry["value"] for name, entry in content[stage].items() if entry["value"] is not None
@@ -81,3 +65,25 @@ class EvaluationReport(Callback):
         )
         if (folder / "report.html").exists():
             out.print(f"To look at: {folder / 'report.html'}", soft_wrap=True, markup=False)
+
+    def _write(self, folder: Path, module: Any, invalid: Sequence[InvalidRecord]) -> dict[str, Any]:
+        """Write everything below a folder; the content of its results.json."""
+        content = evaluation_results(module, len(invalid))
+        refused = [InvalidRecord(-1, str(error.case_id), error.field, str(error)) for error in module.refused]
+        content["records"] = [invalid_record(record) for record in (*invalid, *refused)]
+        write_json(folder / "results.json", content)
+        about = evaluation_manifest(module)
+        write_json(folder / "manifest.json", about)
+        records = [evaluation_record(module, index, request) for index, request in enumerate(module.requests)]
+        write_lines(folder / "records.jsonl", records)
+        write_text(folder / "table.md", score_markdown(content))
+        write_text(folder / "table.csv", csv_table(content))
+        if self.figures:
+            try:
+                bars = relation_bars(records, ("final", "base"))
+                pictures = write_figures(folder, {} if bars is None else {"relations": bars})
+                settings = settings_of(folder, module.hparams)
+                write_text(folder / "report.html", html_report(content, records, about, settings, pictures))
+            except Exception:  # the numbers are written
+                log.warning("The figures or report.html could not be made", exc_info=True)
+        return content

@@ -15,9 +15,8 @@ from rome_pl.files.whole_files import plain, write_json, write_lines, write_text
 from rome_pl.interop.case_files import CASE_FORMS, FormatName
 from rome_pl.reports.continuations import Sample, compared, note_continuations
 from rome_pl.reports.html_report import html_report
-from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import draw_figures, write_figures
-from rome_pl.reports.run_results import manifest, note_change, results, settings_of
+from rome_pl.reports.run_results import detailed_records, note_change, run_manifest, run_results, settings_of
 from rome_pl.reports.run_tables import edit_table, score_table
 from rome_pl.reports.score_tables import csv_table, outcome_counts, score_markdown
 from rome_pl.utils.console import console
@@ -78,7 +77,7 @@ class RunReport(Callback):
             return
         session = session_of(pl_module)
         run = Path(trainer.default_root_dir)
-        write_json(run / "manifest.json", sealed(plain(manifest(session, int(pl_module.hparams["seed"]), run))))
+        write_json(run / "manifest.json", sealed(plain(run_manifest(session, int(pl_module.hparams["seed"]), run))))
         note_continuations(session, self.generations, "base")
 
     @override
@@ -106,7 +105,7 @@ class RunReport(Callback):
             return
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.fit
-        content = results(session, invalid, interrupted)
+        content = run_results(session, invalid, interrupted)
         self._untold = session, content, folder
         records = detailed_records(session, content["records"])
         write_lines(folder / "records.jsonl", records)
@@ -159,7 +158,7 @@ def _write_page(
 ) -> list[str]:
     """Write the figures and the page; their names."""
     pictures = write_figures(folder, draw_figures(content, records, session.edits, session.measured.weight_changes))
-    about = manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
+    about = run_manifest(session, int(module.hparams["seed"])) | {"preset": module.hparams["preset"]}
     write_text(
         folder / "report.html",
         html_report(content, records, about, settings_of(folder, module.hparams), pictures, samples),

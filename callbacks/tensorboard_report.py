@@ -13,40 +13,12 @@ from rome_pl.editing.session import EditSession, session_of
 from rome_pl.metrics import RunningScores
 from rome_pl.reports.continuations import compared, comparison, note_continuations
 from rome_pl.reports.drawing import Figure, pixels
-from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import draw_figures
-from rome_pl.reports.run_results import note_change, results
+from rome_pl.reports.run_results import detailed_records, note_change, run_results
+from rome_pl.reports.scalars import charts, edit_scalars, final_scalars, run_settings
 from rome_pl.reports.stream_figures import LABELLED, loss_curves
 
-__all__ = ["LAYOUT", "TensorBoardReport"]
-
-LAYOUT = {
-    "What the edits do": {
-        "right after each edit, mean so far": ["Multiline", [r"running/(ES|PS|NS)$"]],
-        "probability of the new answer": ["Multiline", [r"edit/probability_(before|after)$"]],
-        "answers generated greedily, mean so far": ["Multiline", [r"running/re(write|phrase)_match$"]],
-    },
-    "How they go": {
-        "loss at the end": ["Multiline", [r"edit/(loss|nll|kl)$"]],
-        "norm of each update": ["Multiline", [r"edit/update_norm$"]],
-        "evaluations": ["Multiline", [r"edit/steps$"]],
-        "seconds": ["Multiline", [r"edit/seconds_.*"]],
-    },
-}
-"""TensorBoard's custom scalars: what belongs together, in a chart each."""
-
-ACCUMULATED = {
-    "What they add up to": {"norm of the accumulated change": ["Multiline", [r"stream/weight_change$"]]},
-}
-"""More of them where edits accumulate."""
-
-WATCHED = {
-    "What earlier edits are worth": {
-        "earlier edits, later in the stream": ["Multiline", [r"retention/(ES|PS|NS)$"]],
-        "held-out perplexity": ["Multiline", [r"retention/perplexity$"]],
-    },
-}
-"""More of them where earlier edits are measured again."""
+__all__ = ["TensorBoardReport"]
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +61,10 @@ class TensorBoardReport(Callback):
         self._running, self._undrawn = RunningScores(), []
         self._unlogged, self._next = {}, 0
         session = session_of(pl_module)
+        data = getattr(trainer, "datamodule", None)
+        retention = session.sequential and trainer.enable_validation and getattr(data, "retention_sample", 1) > 0
         for logger in _tensorboards(trainer):
-            logger.experiment.add_custom_scalars(_layout(trainer, session))
-        if _tensorboards(trainer):
+            logger.experiment.add_custom_scalars(charts(session.sequential, retention))
             note_continuations(session, self.generations, "base")
 
     @override
@@ -114,17 +87,12 @@ class TensorBoardReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
         self._log(trainer, session, everything=True)
-        content, step = results(session, []), len(session.edits)
-        stage = "final" if content["final"] is not None else "immediate"
-        names = sorted(content[stage], key=lambda name: name not in ("ES", "PS", "NS", "S"))
-        entries = [(name, content[stage][name]["value"]) for name in names]
-        scalars = {f"{stage}/{name}": value for name, value in entries if value is not None}
-        scalars |= {f"perplexity/{name}": value for name, value in session.measured.perplexity.items()}
-        if session.measured.divergence is not None:
-            scalars["final/divergence"] = session.measured.divergence
+        content, step = run_results(session, []), len(session.edits)
+        scalars = final_scalars(content)
+        settings = run_settings(pl_module.hparams_initial, session, getattr(trainer, "datamodule", None))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and scalars:
-                logger.log_hyperparams(_settings(trainer, pl_module, session), scalars, step)  # logs the scalars too
+                logger.log_hyperparams(settings, scalars, step)  # logs the scalars too
             elif scalars:
                 logger.log_metrics(scalars, step=step)
         if trainer.is_global_zero and _tensorboards(trainer):
@@ -149,14 +117,13 @@ class TensorBoardReport(Callback):
 
         Batches of edits of similar length are not done in order, but a step that goes back draws a tangle.
         """
-        change = next(
-            reversed(session.measured.weight_changes.values()), 0.0
-        )  # where edits accumulate, each batch is next in order
+        # Where edits accumulate, each batch is next in order.
+        change = next(reversed(session.measured.weight_changes.values()), 0.0)
         while self._unlogged and (everything or self._next in self._unlogged):
             self._next = min(self._unlogged) if everything else self._next
             edit = self._unlogged.pop(self._next)
             self._next += 1
-            scalars = _scalars(edit) | {"stream/weight_change": change}
+            scalars = edit_scalars(edit) | {"stream/weight_change": change}
             if "immediate" in edit.scores:
                 self._running.update(edit.scores["immediate"], edit.scores.get("base"))
             scalars |= {f"running/{name}": value for name, value in self._running.compute().items()}
@@ -172,13 +139,6 @@ class TensorBoardReport(Callback):
                 _show(trainer, "loss curves", loss_curves(drawn), drawn[-1].index)
 
 
-def _layout(trainer: Trainer, session: EditSession) -> dict[str, Any]:
-    """The charts that the run will have something for."""
-    data = getattr(trainer, "datamodule", None)
-    watched = session.sequential and trainer.enable_validation and getattr(data, "retention_sample", 1) > 0
-    return {**LAYOUT, **(ACCUMULATED if session.sequential else {}), **(WATCHED if watched else {})}
-
-
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
@@ -187,27 +147,3 @@ def _show(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
     picture = pixels(figure)
     for logger in _tensorboards(trainer):
         logger.experiment.add_image(tag, picture, step, dataformats="HWC")
-
-
-def _scalars(edit: Edit) -> dict[str, float]:
-    scalars = {f"edit/seconds_{stage}": seconds for stage, seconds in edit.seconds.items()}
-    for name, value in (("probability_before", edit.before), ("probability_after", edit.after)):
-        if value is not None:
-            scalars[f"edit/{name}"] = value
-    if edit.steps:
-        last = edit.steps[-1]
-        scalars |= {"edit/loss": last.loss, "edit/nll": last.nll, "edit/kl": last.kl, "edit/steps": len(edit.steps)}
-    if edit.written is not None:
-        scalars["edit/update_norm"] = edit.written.norm
-    return scalars
-
-
-def _settings(trainer: Trainer, module: LightningModule, session: EditSession) -> dict[str, Any]:
-    """What tells one run from another in TensorBoard's HParams; what is not set is no column there."""
-    chosen = {name: value for name, value in module.hparams_initial.items() if value is not None}
-    data = getattr(trainer, "datamodule", None)
-    return {name: value for name, value in chosen.items() if not name.startswith("_")} | {
-        "layers": ", ".join(map(str, session.layers.main)),
-        "data": str(getattr(data, "path", "")),
-        "requests": len(session.requests),
-    }

@@ -12,7 +12,15 @@ from typing_extensions import override
 from rome_pl.files.whole_files import whole_file, write_json, write_lines, write_text
 from rome_pl.reports.drawing import Figure, pixels, png
 from rome_pl.reports.trace_figures import effect_maps, fact_maps, trial_curve
-from rome_pl.reports.trace_results import edit_options, effect_table, manifest, record, results, score_table, verdict
+from rome_pl.reports.trace_results import (
+    edit_options,
+    effect_table,
+    trace_manifest,
+    trace_record,
+    trace_results,
+    trial_score_table,
+    verdict,
+)
 from rome_pl.tracing.indirect_effects import trace_table
 from rome_pl.tracing.layer_choice import edit_config, trial_table
 from rome_pl.utils.console import console
@@ -75,7 +83,7 @@ class TraceReport(Callback):
         command = f"rome-pl edit --config {shlex.quote(str(path))} --data.path FILE"
         write_text(path, edit_config(content, edit_options(module), command))
         out = console()
-        out.print(score_table(content))
+        out.print(trial_score_table(content))
         out.print(verdict(content), markup=False, soft_wrap=True)
         out.print(f"To edit there: {command}", markup=False, soft_wrap=True)
 
@@ -84,10 +92,10 @@ class TraceReport(Callback):
         module: Any = pl_module
         folder = Path(trainer.default_root_dir)
         invalid = getattr(trainer.datamodule, "invalid", [])  # type: ignore[attr-defined]  # set by Trainer.predict
-        content = results(module, invalid)
+        content = trace_results(module, invalid)
         write_json(folder / "results.json", content)
-        write_json(folder / "manifest.json", manifest(module, content))
-        write_lines(folder / "records.jsonl", [record(fact) for fact in module.traced])
+        write_json(folder / "manifest.json", trace_manifest(module, content))
+        write_lines(folder / "records.jsonl", [trace_record(fact) for fact in module.traced])
         table = trace_table(content)
         if content["trial"] is not None:
             table += f"\n{trial_table(content)}\n{verdict(content)}\n"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: results.json, manifest.json, and the table on the console."""
+"""What a run leaves behind, for results.json, manifest.json and records.jsonl."""
 
 import json
 import platform
@@ -15,14 +15,16 @@ from rome_pl.editing.outcome import says_target
 from rome_pl.editing.session import EditSession, Retention
 from rome_pl.ledger.model_places import noted_places
 from rome_pl.ledger.status import EditStatus
-from rome_pl.metrics import summarise
+from rome_pl.metrics import ProbeScores, summarise
+from rome_pl.metrics.scores import record_values
+from rome_pl.requests.edit_request import EditRequest
 from rome_pl.requests.record_forms import InvalidRecord
 from rome_pl.utils.environment import library_versions
 
-__all__ = ["invalid_record", "manifest", "note_change", "results", "settings_of"]
+__all__ = ["detailed_records", "invalid_record", "note_change", "run_manifest", "run_results", "settings_of"]
 
 
-def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted: bool = False) -> dict[str, Any]:
+def run_results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted: bool = False) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
@@ -64,7 +66,7 @@ def results(session: EditSession, invalid: Sequence[InvalidRecord], interrupted:
     }
 
 
-def manifest(session: EditSession, seed: int, run: Path | None = None) -> dict[str, Any]:
+def run_manifest(session: EditSession, seed: int, run: Path | None = None) -> dict[str, Any]:
     """The content of manifest.json: what has to be the same for the run to be the same.
 
     Args:
@@ -138,3 +140,36 @@ def invalid_record(record: InvalidRecord) -> dict[str, Any]:
         "reason": record.message,
         "field": record.field,
     }
+
+
+def detailed_records(session: EditSession, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per requested record, in order: what results.json says of it, and its own value of every score.
+
+    Under ``values`` stand the scores by stage; ``lost`` is whether the edit had taken and is gone from the final
+    model, ``None`` where there is no such model. Requests that an interrupted run did not reach follow as ``pending``.
+
+    Args:
+        session: The run.
+        records: The entries of results.json.
+    """
+    edits = {edit.index: edit for edit in session.edits}
+    detailed = []
+    for record in records:
+        edit = edits.get(record["index"])
+        detailed.append({**record, **_own(session, edit.request, edit.scores)} if edit is not None else dict(record))
+    reached = {edit.name for edit in session.edits}
+    for request in session.requests:
+        if (name := str(request.case_id)) not in reached:
+            known = {"base": session.measured.base_scores, "final": session.measured.final_scores}
+            scores = {stage: found[name] for stage, found in known.items() if name in found}
+            shown = {stage: asdict(found) for stage, found in scores.items()}
+            made = Edit(index=-1, request=request, notes=list(request.notes))
+            record = made.record() | {"index": None, "scores": shown, "seconds": {}}
+            detailed.append(record | _own(session, request, scores))
+    return detailed
+
+
+def _own(session: EditSession, request: EditRequest, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
+    base = session.measured.base_scores.get(str(request.case_id))
+    lost = says_target(scores.get("immediate")) and not says_target(scores["final"]) if "final" in scores else None
+    return {"values": {stage: record_values(found, base) for stage, found in scores.items()}, "lost": lost}

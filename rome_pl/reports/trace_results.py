@@ -12,10 +12,18 @@ from rome_pl.tracing.indirect_effects import ROLE_NAMES, TracedFact, mean_effect
 from rome_pl.tracing.layer_choice import agreement, trial_content
 from rome_pl.utils.environment import library_versions
 
-__all__ = ["edit_options", "effect_table", "manifest", "record", "results", "score_table", "verdict"]
+__all__ = [
+    "edit_options",
+    "effect_table",
+    "trace_manifest",
+    "trace_record",
+    "trace_results",
+    "trial_score_table",
+    "verdict",
+]
 
 
-def results(module: Any, invalid: Sequence[InvalidRecord]) -> dict[str, Any]:
+def trace_results(module: Any, invalid: Sequence[InvalidRecord]) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
@@ -57,7 +65,7 @@ def results(module: Any, invalid: Sequence[InvalidRecord]) -> dict[str, Any]:
     return content
 
 
-def record(fact: TracedFact) -> dict[str, Any]:
+def trace_record(fact: TracedFact) -> dict[str, Any]:
     """A fact's line of records.jsonl."""
     return {
         "case_id": fact.name,
@@ -69,7 +77,7 @@ def record(fact: TracedFact) -> dict[str, Any]:
     }
 
 
-def manifest(module: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+def trace_manifest(module: Any, content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of manifest.json: what has to be the same for the run to be the same."""
     model = module.language_model
     return {
@@ -133,7 +141,7 @@ def effect_table(content: Mapping[str, Any]) -> Table:
     return table
 
 
-def score_table(content: Mapping[str, Any]) -> Table:
+def trial_score_table(content: Mapping[str, Any]) -> Table:
     """What trial edits are worth, by layer."""
     trial = content["trial"]
     table = Table(title=f"{trial['edits']} trial edits a layer, in %", box=box.SIMPLE_HEAD)

@@ -404,7 +404,7 @@ def test_an_unedited_model_has_a_page_and_tables(arguments, tmp_path, work):
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert f"| {100 * content['base']['ES']['value']:.1f} [" in table
     assert "unedited" in table
-    assert (folder / "table.csv").read_text(encoding="utf-8").startswith("score,moment,value")
+    assert (folder / "table.csv").read_text(encoding="utf-8").startswith("score,stage,value")
 
 
 def test_the_page_of_a_ledger_shows_both_models(arguments, tmp_path, work):

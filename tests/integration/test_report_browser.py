@@ -18,9 +18,8 @@ from rome_pl.callbacks import ProbeEvaluation, RetentionCheck, RunReport, Tensor
 from rome_pl.data_modules import RequestDataModule
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.reports.html_report import html_report
-from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import CAPTIONS
-from rome_pl.reports.run_results import manifest, results
+from rome_pl.reports.run_results import detailed_records, run_manifest, run_results
 from tests.browser import Page, wait_until
 from tests.integration.helpers import FAST, lenient_callbacks, quiet_trainer
 from tests.integration.test_report import tensorboard
@@ -168,8 +167,8 @@ def test_the_table_filters_sorts_and_opens(run, page, tmp_path):
 
 def test_many_edits_are_shown_a_part_at_a_time(page, tmp_path):
     session = made_session([made_request(index) for index in range(5000)], sequential=False)
-    content = results(session, [])
-    text = html_report(content, detailed_records(session, content["records"]), manifest(session, 0), "", {})
+    content = run_results(session, [])
+    text = html_report(content, detailed_records(session, content["records"]), run_manifest(session, 0), "", {})
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
     page.open((tmp_path / "report.html").as_uri())
     page.wait("document.querySelectorAll('#rows tbody tr').length === 200", 20)

@@ -9,8 +9,7 @@ from rich.console import Console
 from rome_pl.files.whole_files import plain, write_lines
 from rome_pl.interop.case_files import easyedit_cases, kmeng01_cases
 from rome_pl.metrics import EditScores
-from rome_pl.reports.record_lines import detailed_records
-from rome_pl.reports.run_results import results
+from rome_pl.reports.run_results import detailed_records, run_results
 from rome_pl.reports.run_tables import score_table
 from rome_pl.reports.score_tables import COUNTERFACT, MEANINGS, csv_table, interval_text, score_markdown
 from rome_pl.requests.record_forms import InvalidRecord, parse_records
@@ -19,7 +18,7 @@ from tests.made_run import NASTY, made_request, made_scores, made_session
 
 def made(number=4, **options):
     session = made_session([made_request(index) for index in range(number)], **options)
-    return session, results(session, [])
+    return session, run_results(session, [])
 
 
 def test_every_record_has_its_own_scores_and_whether_it_was_lost():
@@ -43,7 +42,7 @@ def test_without_a_final_model_nothing_can_be_lost():
 
 def test_records_that_were_not_reached_or_are_no_requests_have_their_line_too():
     session = made_session([made_request(index) for index in range(3)], unreached=(2,))
-    content = results(session, [InvalidRecord(7, "c0", "subject", "is empty")], interrupted=True)
+    content = run_results(session, [InvalidRecord(7, "c0", "subject", "is empty")], interrupted=True)
     records = detailed_records(session, content["records"])
     assert [record["status"] for record in records] == ["applied", "applied", "skipped", "pending"]
     assert "values" not in records[2]  # whatever its name: it is another record than the request of that name
@@ -191,7 +190,7 @@ def test_nan_is_told_in_both_tables():
     session, _ = made(2)
     broken = made_scores(session.requests[0], good=True, shift=math.nan)
     session.measured.final_scores["c0"] = session.edits[0].scores["final"] = broken
-    content = plain(results(session, []))
+    content = plain(run_results(session, []))
     assert "| 2 / 2 / 1 (+ 1 NaN) |" in score_markdown(content)
     assert "ES,final,1.0," in csv_table(content)
     assert csv_table(content).split("ES,final,")[1].splitlines()[0].endswith(",1,1")

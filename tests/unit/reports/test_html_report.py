@@ -13,9 +13,8 @@ from matplotlib.image import imread
 
 from rome_pl.reports.drawing import png
 from rome_pl.reports.html_report import embedded, html_report, remarks
-from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import CAPTIONS, draw_figures
-from rome_pl.reports.run_results import manifest, results
+from rome_pl.reports.run_results import detailed_records, run_manifest, run_results
 from rome_pl.requests.record_forms import InvalidRecord
 from tests.made_run import NASTY, made_request, made_scores, made_session
 from tests.timing import least_seconds
@@ -51,10 +50,10 @@ class Page(HTMLParser):
 
 def made(requests=None, invalid=(), pictures=False, **options):
     session = made_session(requests or [made_request(index) for index in range(6)], **options)
-    content = results(session, list(invalid))
+    content = run_results(session, list(invalid))
     records = detailed_records(session, content["records"])
     figures = draw_figures(content, records, session.edits, session.measured.weight_changes) if pictures else {}
-    about = manifest(session, 3) | {"preset": "rome"}
+    about = run_manifest(session, 3) | {"preset": "rome"}
     return html_report(content, records, about, SETTINGS, {name: png(figure) for name, figure in figures.items()})
 
 
@@ -66,9 +65,9 @@ SAMPLES = [
 
 def test_generations_before_and_after_stand_side_by_side():
     session = made_session([made_request(0)])
-    content = results(session, [])
+    content = run_results(session, [])
     page = Page(
-        html_report(content, detailed_records(session, content["records"]), manifest(session, 0), "", {}, SAMPLES)
+        html_report(content, detailed_records(session, content["records"]), run_manifest(session, 0), "", {}, SAMPLES)
     )
     assert page.open == []
     assert "generations" in [attributes["id"] for attributes in page.named("section")]
@@ -209,7 +208,7 @@ def test_remarks_tell_what_a_reader_has_to_know():
     session.edits[0].notes.append("is known already")
     broken = made_scores(session.requests[0], good=True, shift=math.nan)
     session.measured.final_scores["c0"] = session.edits[0].scores["final"] = broken
-    content = results(session, [], interrupted=True)
+    content = run_results(session, [], interrupted=True)
     found = remarks(content, detailed_records(session, content["records"]))
     assert found[0].startswith("The run ended before")
     assert found[1] == "The model's state was bad after 4, 6 edits; at the last check: 3% of the canaries hold."
@@ -223,7 +222,7 @@ def test_remarks_tell_what_a_reader_has_to_know():
 def test_a_good_run_has_no_remarks():
     session = made_session([made_request(index) for index in range(3)])
     session.measured.perplexity["final"] = 20.1
-    content = results(session, [])
+    content = run_results(session, [])
     assert remarks(content, detailed_records(session, content["records"])) == []
     assert "remarks" not in [a["id"] for a in Page(made(sequential=False)).named("section")]
 

@@ -11,16 +11,15 @@ from matplotlib.image import imread
 from rome_pl.metrics import ProbeScores
 from rome_pl.metrics.intervals import wilson_interval
 from rome_pl.reports.drawing import fitting, png
-from rome_pl.reports.record_lines import detailed_records
 from rome_pl.reports.run_figures import CAPTIONS, accuracy_trend, draw_figures, relation_bars, retention_curves
-from rome_pl.reports.run_results import results
+from rome_pl.reports.run_results import detailed_records, run_results
 from rome_pl.reports.stream_figures import LABELLED, loss_curves, perplexity_trend, probabilities, weight_norms
 from tests.made_run import NASTY, made_request, made_session
 
 
 def made(number=6, **options):
     session = made_session([made_request(index) for index in range(number)], **options)
-    content = results(session, [])
+    content = run_results(session, [])
     return session, content, detailed_records(session, content["records"])
 
 
@@ -80,7 +79,7 @@ def test_nan_is_no_accuracy():
     session, _, _ = made(3)
     broken = ProbeScores((math.nan, math.nan), answers=session.edits[1].scores["immediate"].answers)
     session.edits[1].scores["immediate"] = broken
-    content = results(session, [])
+    content = run_results(session, [])
     figure = accuracy_trend(content, detailed_records(session, content["records"]))
     assert lines(figure.axes[0])["just edited"] == ([1, 3], [1, 1])
     assert "n = 2" in figure.axes[0].get_title()
@@ -89,7 +88,7 @@ def test_nan_is_no_accuracy():
 def test_without_true_answers_accuracy_is_that_of_the_tokens():
     requests = [made_request(index, target_true=None, neighbours=()) for index in range(3)]
     session = made_session(requests, rejected=(2,))
-    content = results(session, [])
+    content = run_results(session, [])
     figure = accuracy_trend(content, detailed_records(session, content["records"]))
     titles = [axes.get_title().split(":")[0] for axes in figure.axes]
     assert titles == ["rewrite_acc", "rephrase_acc", "locality"]
@@ -128,7 +127,7 @@ def test_relations_have_bars_with_intervals_and_n():
 def test_many_relations_share_the_last_bar_and_records_without_one_are_named():
     requests = [made_request(index, relation=f"P{index}" if index else None) for index in range(30)]
     session = made_session(requests)
-    content = results(session, [])
+    content = run_results(session, [])
     figure = relation_bars(detailed_records(session, content["records"]))
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert len(labels) == 20
@@ -140,10 +139,10 @@ def test_many_relations_share_the_last_bar_and_records_without_one_are_named():
 def test_no_relations_no_bars():
     requests = [made_request(index, relation=None) for index in range(3)]
     session = made_session(requests)
-    content = results(session, [])
+    content = run_results(session, [])
     assert relation_bars(detailed_records(session, content["records"])) is None
     named = made_session([*requests, made_request(3)])
-    figure = relation_bars(detailed_records(named, results(named, [])["records"]))
+    figure = relation_bars(detailed_records(named, run_results(named, [])["records"]))
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["none (n = 3)", "P0 (n = 1)"]
 
 
