@@ -315,10 +315,10 @@ def test_the_lock_is_held_from_before_the_configuration_until_the_model_is_saved
         seen.append((tmp_path / "run" / "config.yaml").exists())
 
     from rome_pl.cli import rome_trainer as trainer
-    from rome_pl.cli.app import _RunConfig
+    from rome_pl.cli.verbs import RunConfig
 
-    save_config, save = _RunConfig.save_config, trainer.save_model
-    monkeypatch.setattr(_RunConfig, "save_config", lambda *given: (look(), save_config(*given)))
+    save_config, save = RunConfig.save_config, trainer.save_model
+    monkeypatch.setattr(RunConfig, "save_config", lambda *given: (look(), save_config(*given)))
     monkeypatch.setattr(trainer, "save_model", lambda *given, **options: (look(), save(*given, **options)))
     assert main(edit()) == 0
     assert seen == [False, True]
