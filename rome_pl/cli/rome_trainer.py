@@ -106,7 +106,7 @@ class RomeTrainer(Trainer):
             check_save_folder(target, sequential, overwrite or resuming, folder, source)
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
-        model.configure_model()
+        model.load()
         assert model.language_model is not None
         if target is not None:
             check_saves_whole(model.language_model.model)

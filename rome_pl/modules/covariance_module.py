@@ -1,15 +1,14 @@
 """The LightningModule that computes second moments: one batch is one block of text."""
 
-from typing import Any, Literal
-
-from lightning.pytorch import LightningModule
+from typing import Literal
 
 from rome_pl.errors import OptionError
 from rome_pl.files.whole_files import local_path
 from rome_pl.model.architecture import RewriteSite, decoder_layers, find_site
 from rome_pl.model.language_model import LanguageModel
-from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.model.loading import DEFAULT_SOURCE
 from rome_pl.model.rewrite_layers import default_layer, parse_layers
+from rome_pl.modules.language_model_module import LanguageModelModule
 from rome_pl.modules.trainer_checks import check_pass_trainer
 from rome_pl.second_moments.corpus import Corpus
 from rome_pl.second_moments.generated_corpus import GeneratedCorpus
@@ -23,7 +22,7 @@ from rome_pl.utils.distributed import Peers, one_after_the_other
 __all__ = ["CovarianceModule"]
 
 
-class CovarianceModule(LightningModule):
+class CovarianceModule(LanguageModelModule):
     """Computes ``C = E[k kᵀ]`` of any layers in one pass over text (Meng et al. 2022, Eq. 2), by ``Trainer.predict``.
 
     Several devices share the text; what is there already is not computed again, and an interrupted run is gone on
@@ -68,15 +67,7 @@ class CovarianceModule(LightningModule):
             value = self.hparams[name]
             if value is not None and value < 1:
                 raise OptionError(f"{name}: expected a number from 1 on, got {value}")
-        self.language_model: LanguageModel | None = None
         self.moments: MomentPass | None = None
-
-    @classmethod
-    def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "CovarianceModule":
-        """A module for a model that is loaded already; ``options`` are those of the class."""
-        module = cls(pretrained=language_model.source, **options)
-        module._adopt(language_model)
-        return module
 
     @property
     def finished(self) -> list[Finished]:
@@ -87,18 +78,6 @@ class CovarianceModule(LightningModule):
     def history(self) -> list[list[HalfAgreement]]:
         """What was found at each meeting of each pass."""
         return self.moments.history if self.moments is not None else []
-
-    def configure_model(self) -> None:
-        """Load the model, on first use."""
-        with one_after_the_other(self.trainer):  # the first may have to convert it
-            self.load()
-
-    def load(self) -> None:
-        """Load the model, on first use, also without a Trainer."""
-        if self.language_model is None:
-            self._adopt(
-                load_language_model(self.hparams["pretrained"], self.hparams["dtype"], self.hparams["allow_pickle"])
-            )
 
     def setup(self, stage: str) -> None:
         """Check how the Trainer is set.
@@ -179,12 +158,6 @@ class CovarianceModule(LightningModule):
         if self.moments is not None:
             self.moments.close()
 
-    @property
-    def _language_model(self) -> LanguageModel:
-        assert self.language_model is not None
-        return self.language_model
-
     def _adopt(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
-        self.model = language_model.model  # so that the Trainer moves it
+        super()._adopt(language_model)
         language_model.remember_weights()

@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from lightning.pytorch import LightningModule
+from typing import Literal
 
 from rome_pl.encoding.chat_template import ChatForm
 from rome_pl.errors import OptionError
@@ -20,16 +17,18 @@ from rome_pl.metrics.fluency import Fluency, measure_fluency
 from rome_pl.metrics.score_cache import KnownScores
 from rome_pl.metrics.scores import record_values
 from rome_pl.model.language_model import LanguageModel
-from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.model.loading import DEFAULT_SOURCE
+from rome_pl.modules.language_model_module import LanguageModelModule
+from rome_pl.modules.trainer_checks import check_precision
 from rome_pl.requests.conflicts import touched_neighbours
 from rome_pl.requests.edit_request import EditRequest, RequestError
-from rome_pl.utils.distributed import check_strategy, gather, one_after_the_other
+from rome_pl.utils.distributed import check_strategy, gather
 from rome_pl.write.edited_layers import EditedLayers
 
 __all__ = ["EvaluationModule"]
 
 
-class EvaluationModule(LightningModule):
+class EvaluationModule(LanguageModelModule):
     """Measures requests on a model, by ``Trainer.predict``: an unedited one, one with a ledger's edits, or a saved one.
 
     Each step returns the scores of its requests by name; :attr:`scores` and :attr:`base_scores` have all that was
@@ -69,7 +68,6 @@ class EvaluationModule(LightningModule):
             raise OptionError("base: a ledger knows the model that it began with; give one of the two")
         if fluency_tokens < 0:
             raise OptionError(f"fluency_tokens: expected a number from 0 on, got {fluency_tokens}")
-        self.language_model: LanguageModel | None = None
         self.unedited_model: LanguageModel | None = None
         self.layers: EditedLayers | None = None
         self.requests: list[EditRequest] = []
@@ -81,28 +79,17 @@ class EvaluationModule(LightningModule):
         self.seconds = 0.0
         self._touched: dict[str, tuple[bool, ...]] = {}
 
-    @classmethod
-    def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "EvaluationModule":
-        """A module for a model that is loaded already; ``options`` are those of the class."""
-        module = cls(pretrained=language_model.source, **options)
-        module._adopt(language_model)
-        return module
-
     @property
     def edited(self) -> bool:
         """Whether there are two models to compare."""
         return self.layers is not None or self.unedited_model is not None
 
-    def configure_model(self) -> None:
-        """Load the model or models, on first use."""
-        options = (self.hparams["dtype"], self.hparams["allow_pickle"])
-        with one_after_the_other(self.trainer):  # the first may have to convert them
-            if self.language_model is None:
-                self._adopt(load_language_model(self.hparams["pretrained"], *options))
-            if self.unedited_model is None and self.hparams["base"] is not None:
-                unedited = load_language_model(self.hparams["base"], *options)
-                self.unedited_model = unedited.with_chat(self._language_model.chat)
-                self.other = self.unedited_model.model  # so that the Trainer moves it
+    def load(self) -> None:
+        """Load the model, and the unedited one if there is one, on first use, also without a Trainer."""
+        super().load()
+        if self.unedited_model is None and self.hparams["base"] is not None:
+            self.unedited_model = self._loaded(self.hparams["base"]).with_chat(self._language_model.chat)
+            self.other = self.unedited_model.model  # registered, so that the Trainer moves it
 
     def setup(self, stage: str) -> None:
         """Check how the Trainer is set.
@@ -113,10 +100,7 @@ class EvaluationModule(LightningModule):
         check_strategy(self.trainer.strategy)
         if stage != "predict":
             raise OptionError(f"models are evaluated by Trainer.predict, not by {stage}")
-        if self.trainer.precision != "32-true":
-            raise OptionError(
-                f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
-            )
+        check_precision(self.trainer)
         if self.hparams["measure_perplexity"]:
             held_out_text(self.hparams["held_out"])
 
@@ -143,10 +127,6 @@ class EvaluationModule(LightningModule):
             tried = [edit for edit in read_edits(self._run) if edit["status"] != EditStatus.SKIPPED]
             self._touched = touched_neighbours(self.requests, {edit["request"]["subject"] for edit in tried})
         return self.requests
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Requests are text and stay as they are."""
-        return batch
 
     def on_predict_start(self) -> None:
         """Begin anew."""
@@ -196,7 +176,7 @@ class EvaluationModule(LightningModule):
         Raises:
             RomeError: If a model, the ledger or the text cannot be used.
         """
-        self.configure_model()
+        self.load()
         if self.hparams["ledger"] is not None:
             read_writes(self._language_model, self._run)
         if self.hparams["measure_perplexity"]:
@@ -221,15 +201,9 @@ class EvaluationModule(LightningModule):
         else:
             yield self.unedited_model or self._language_model
 
-    @property
-    def _language_model(self) -> LanguageModel:
-        assert self.language_model is not None
-        return self.language_model
-
     def _adopt(self, language_model: LanguageModel) -> None:
         chat = self.hparams["chat"] or language_model.chat
         if chat is None and self.hparams["ledger"] is not None:
             chat = chat_of(read_manifest(self._run))
-        self.language_model = language_model.with_chat(chat)
-        self.model = language_model.model  # so that the Trainer moves it
-        self.language_model.remember_weights()
+        super()._adopt(language_model.with_chat(chat))
+        self._language_model.remember_weights()

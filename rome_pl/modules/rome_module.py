@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
@@ -35,9 +34,10 @@ from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import ProbeScores
 from rome_pl.model.architecture import find_site
 from rome_pl.model.language_model import LanguageModel
-from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.model.loading import DEFAULT_SOURCE
 from rome_pl.model.rewrite_layers import default_layer
 from rome_pl.modules.edit_options import check_options
+from rome_pl.modules.language_model_module import LanguageModelModule
 from rome_pl.modules.trainer_checks import check_edit_trainer
 from rome_pl.requests.conflicts import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests.edit_request import EditRequest, RequestError
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 NO_RETRIES: list[dict[str, Any]] = []
 
 
-class RomeModule(LightningModule):
+class RomeModule(LanguageModelModule):
     """Optimises the value vectors of a batch of edits (ROME, Meng et al. 2022, section 3.1).
 
     Each edit of a batch has an offset, optimiser state, clamp and end of its own. The step's result is
@@ -157,7 +157,6 @@ class RomeModule(LightningModule):
         self.save_hyperparameters(ignore=["optimizer"])
         check_options(self.hparams)
         self.optimizer_class = optimizer
-        self.language_model: LanguageModel | None = None
         self.session: EditSession | None = None
         self._setup: RunSetup | None = None
         self._attempts: list[Attempt] = []
@@ -166,21 +165,6 @@ class RomeModule(LightningModule):
         self._indices: dict[str, int] = {}
         self._refused: dict[str, RequestError] = {}
         self._until_end = ExitStack()
-
-    @classmethod
-    def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "RomeModule":
-        """A module for a model that is loaded already; ``options`` are those of the class."""
-        module = cls(pretrained=language_model.source, **options)
-        module._adopt(language_model)
-        return module
-
-    def configure_model(self) -> None:
-        """Load the model, on first use."""
-        if self.language_model is None:
-            loaded = load_language_model(
-                self.hparams["pretrained"], self.hparams["dtype"], self.hparams["allow_pickle"]
-            )
-            self._adopt(loaded)
 
     def val_dataloader(self) -> DataLoader[list[EditRequest]]:
         """No retention sample, unless a data module gives one."""
@@ -237,10 +221,6 @@ class RomeModule(LightningModule):
             check_joint_solve(session, size)
         if isinstance(sampler, EditBatchSampler):
             sampler.regroup(lengths)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Requests are text and stay as they are."""
-        return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> EditBatch | list[EditRequest]:
         """Turn requests to edit into an :class:`EditBatch` with its prefix pass, under the weights as they are now."""
@@ -348,8 +328,7 @@ class RomeModule(LightningModule):
         self._attempts = attempts_of(self.hparams, [default_layer(config)] if layers is None else layers)
         numbers = sorted({layer for attempt in self._attempts for layer in attempt.layers})
         self._sites = [find_site(language_model.model, number) for number in numbers]
-        self.language_model = language_model.with_chat(self.hparams["chat"] or language_model.chat)
-        self.model = language_model.model  # registered, so that Lightning moves it to the device
+        super()._adopt(language_model.with_chat(self.hparams["chat"] or language_model.chat))
         # The offsets that are optimised come and go with their batches; this one stands for them before the first.
         self.delta = torch.nn.Parameter(torch.zeros(self._sites[-1].d_value, device=self._sites[-1].weight.device))
         leave_to_each_process(self, "model")

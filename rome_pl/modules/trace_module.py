@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 
 from rome_pl.errors import OptionError
 from rome_pl.metrics.probes import MEASURED_TOGETHER, measure_answers
 from rome_pl.model.architecture import decoder_layers, find_site
 from rome_pl.model.language_model import LanguageModel
-from rome_pl.model.loading import DEFAULT_SOURCE, load_language_model
+from rome_pl.model.loading import DEFAULT_SOURCE
 from rome_pl.model.rewrite_layers import parse_layers
+from rome_pl.modules.language_model_module import LanguageModelModule
 from rome_pl.modules.layer_trial import LayerTrial
+from rome_pl.modules.trainer_checks import check_precision
 from rome_pl.requests.edit_request import EditRequest, RequestError
 from rome_pl.tracing.indirect_effects import TracedFact, token_roles
 from rome_pl.tracing.layer_choice import Trial
@@ -29,7 +30,7 @@ __all__ = ["TraceModule"]
 NO_EDITING: dict[str, Any] = {}
 
 
-class TraceModule(LightningModule):
+class TraceModule(LanguageModelModule):
     """Finds where a model keeps facts, by ``Trainer.predict`` (Meng et al. 2022, section 2), and which layer to edit.
 
     Traced are facts that the model knows: those whose true answer it gives greedily, the whole of it. What is measured
@@ -84,7 +85,6 @@ class TraceModule(LightningModule):
             raise OptionError(f"editing: {doubled[0]} is an option of its own; set model.{doubled[0]}")
         if preset not in PRESETS:
             raise OptionError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
-        self.language_model: LanguageModel | None = None
         self.traced: list[TracedFact] = []
         #: The facts that are traced, in order.
         self.known: list[EditRequest] = []
@@ -98,19 +98,6 @@ class TraceModule(LightningModule):
         self.trial: Trial | None = None
         self._facts: dict[str, Fact] = {}
         self._tracer: Tracer | None = None
-
-    @classmethod
-    def from_language_model(cls, language_model: LanguageModel, **options: Any) -> "TraceModule":
-        """A module for a model that is loaded already; ``options`` are those of the class."""
-        module = cls(pretrained=language_model.source, **options)
-        module._adopt(language_model)
-        return module
-
-    def configure_model(self) -> None:
-        """Load the model, on first use."""
-        if self.language_model is None:
-            options = (self.hparams["dtype"], self.hparams["allow_pickle"])
-            self._adopt(load_language_model(self.hparams["pretrained"], *options))
 
     def setup(self, stage: str) -> None:
         """Check how the Trainer is set.
@@ -198,10 +185,6 @@ class TraceModule(LightningModule):
             )
         return self.known[: self.hparams["facts"]]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Requests are text and stay as they are."""
-        return batch
-
     def on_predict_start(self) -> None:
         """Begin anew."""
         self.traced, self.trial = [], None
@@ -236,15 +219,12 @@ class TraceModule(LightningModule):
             RomeError: If the model cannot be used, a layer or an option does not exist, or the Trainer is set wrongly.
         """
         self._check_trainer()
-        self.configure_model()
+        self.load()
         self._tracer = Tracer(self._language_model.model, self.window)
         self.layer_trial()
 
     def _check_trainer(self) -> None:
-        if self.trainer.precision != "32-true":
-            raise OptionError(
-                f"precision is {self.trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
-            )
+        check_precision(self.trainer)
         if self.trainer.world_size > 1:
             raise OptionError(f"{self.trainer.world_size} devices: facts are traced on one; set trainer.devices: 1")
 
@@ -276,11 +256,5 @@ class TraceModule(LightningModule):
         return Fact(last.ids[: last.first + 1], (first.lookup, last.lookup + 1), last.target[0])
 
     def _adopt(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model.with_chat(None)  # facts are traced, and edits tried, in plain prompts
-        self.model = language_model.model  # so that the Trainer moves it
-        self.language_model.remember_weights()
-
-    @property
-    def _language_model(self) -> LanguageModel:
-        assert self.language_model is not None
-        return self.language_model
+        super()._adopt(language_model.with_chat(None))  # facts are traced, and edits tried, in plain prompts
+        self._language_model.remember_weights()

@@ -8,7 +8,25 @@ from lightning.pytorch import Trainer
 from rome_pl.errors import OptionError
 from rome_pl.utils.distributed import check_strategy
 
-__all__ = ["check_edit_trainer", "check_limits", "check_pass_trainer"]
+__all__ = ["check_edit_trainer", "check_limits", "check_pass_trainer", "check_precision"]
+
+
+def check_precision(trainer: Trainer, autocast: bool = False) -> None:
+    """Check that a Trainer leaves the weights in the precision that they were loaded in.
+
+    Args:
+        trainer: The Trainer.
+        autocast: Whether ``bf16-mixed`` is allowed too.
+
+    Raises:
+        OptionError: With the setting that works.
+    """
+    if trainer.precision == "32-true" or (autocast and trainer.precision == "bf16-mixed"):
+        return
+    other = " or 'bf16-mixed' to optimise values under autocast," if autocast else ""
+    raise OptionError(
+        f"precision is {trainer.precision}: use '32-true',{other} and set the weights' precision by model.dtype"
+    )
 
 
 def check_pass_trainer(trainer: Trainer) -> None:
@@ -18,10 +36,7 @@ def check_pass_trainer(trainer: Trainer) -> None:
         OptionError: With the setting that works.
     """
     check_strategy(trainer.strategy)
-    if trainer.precision != "32-true":
-        raise OptionError(
-            f"precision is {trainer.precision}: use '32-true', and set the weights' precision by model.dtype"
-        )
+    check_precision(trainer)
     limit = trainer.limit_predict_batches
     if isinstance(limit, int) or limit != 1.0:
         raise OptionError(
@@ -50,11 +65,7 @@ def check_edit_trainer(trainer: Any, sequential: bool) -> None:
             f"{trainer.world_size} devices cannot share a sequential stream: each edit starts from the weights that "
             "the one before left. Use Trainer(devices=1), or sequential_edit: false"
         )
-    if trainer.precision not in ("32-true", "bf16-mixed"):
-        raise OptionError(
-            f"precision is {trainer.precision}: use '32-true', or 'bf16-mixed' to optimise values under autocast, "
-            "and set the weights' precision by model.dtype"
-        )
+    check_precision(trainer, autocast=True)
     if trainer.strategy.root_device.type == "mps":
         raise OptionError("Apple's MPS has no float64, in which edits are solved; use Trainer(accelerator='cpu')")
 

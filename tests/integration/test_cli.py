@@ -210,7 +210,7 @@ def test_a_stream_that_a_check_stops_is_reported_as_not_complete(arguments, tmp_
 
 def test_dry_run_shows_positions_and_edits_nothing(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(RomeModule, "configure_model", lambda self: pytest.fail("a dry run needs no weights"))
+    monkeypatch.setattr(RomeModule, "load", lambda self: pytest.fail("a dry run needs no weights"))
     assert main([*arguments(), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "3 requests are valid" in out

@@ -164,7 +164,7 @@ def test_every_config_fits_a_model_of_its_family(name, parser, folders):
     parsed = parser.parse_args(arguments).edit
     options = {key: value for key, value in parsed.model.as_dict().items() if key != "optimizer"}
     module = RomeModule(**options)
-    module.configure_model()
+    module.load()
     assert module._sites[0].name == find_site(module.language_model.model, layer).name
     assert str(module._sites[0].weight.dtype).removeprefix("torch.") == parsed.model.dtype.replace("auto", "float32")
 

@@ -97,7 +97,7 @@ def fail(error):
 
 
 def test_an_unforeseen_error_is_short_and_says_how_to_see_more(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(RomeModule, "configure_model", fail(KeyError("nowhere")))
+    monkeypatch.setattr(RomeModule, "load", fail(KeyError("nowhere")))
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "rome-pl: unexpected KeyError: 'nowhere'\n" in error
@@ -109,16 +109,16 @@ def test_an_unforeseen_error_is_short_and_says_how_to_see_more(arguments, monkey
 def test_debug_lets_exceptions_through_wherever_it_stands(place, arguments, monkeypatch):
     given = [*arguments]
     given.insert(len(given) if place == -1 else place, "--debug")
-    monkeypatch.setattr(RomeModule, "configure_model", fail(KeyError("nowhere")))
+    monkeypatch.setattr(RomeModule, "load", fail(KeyError("nowhere")))
     with pytest.raises(KeyError, match="nowhere"):
         main(given)
-    monkeypatch.setattr(RomeModule, "configure_model", fail(OSError("disk")))
+    monkeypatch.setattr(RomeModule, "load", fail(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         main(given)
 
 
 def test_ctrl_c_before_the_run_begins_is_no_traceback(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(RomeModule, "configure_model", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(RomeModule, "load", fail(KeyboardInterrupt()))
     assert main(arguments) == 130
     assert "rome-pl: interrupted\n" in capsys.readouterr().err
 
