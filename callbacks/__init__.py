@@ -3,6 +3,8 @@
 if __name__ != "rome_pl.callbacks":
     raise ImportError("import these callbacks as rome_pl.callbacks: under two names each class would exist twice")
 
+from typing import Any
+
 from lightning.pytorch import Callback
 
 from rome_pl.callbacks.commit import EditCommit as EditCommit
@@ -23,15 +25,52 @@ from rome_pl.callbacks.tensorboard_report import TensorBoardReport as TensorBoar
 from rome_pl.callbacks.trace_report import TraceReport as TraceReport
 from rome_pl.callbacks.verification import Verification as Verification
 
+EDIT_CALLBACKS: dict[str, type[Callback]] = {
+    "representation_check": RepresentationCheck,
+    "rank_one_writer": RankOneWriter,
+    "verification": Verification,
+    "probe_evaluation": ProbeEvaluation,
+    "commit": EditCommit,
+    "state_check": StateCheck,
+    "retention_check": RetentionCheck,
+    "tensorboard_report": TensorBoardReport,
+    "run_report": RunReport,
+}
+"""The callbacks of a run of edits in the order that works, by their sections in a configuration."""
 
-def default_callbacks() -> list[Callback]:
-    """Check, write, verify, evaluate, commit and watch the state: what every run needs, in the order that works."""
+
+def default_callbacks(
+    *,
+    least_probability: float = 0.05,
+    ledger: bool = False,
+    resume: bool = False,
+    evaluate: bool = True,
+    measure_perplexity: bool = True,
+    watch: bool = True,
+) -> list[Callback]:
+    """Check, write, verify, evaluate, commit and watch the state, in the order that works.
+
+    Args:
+        least_probability: Least probability of the target for an edit to be kept; see :class:`Verification`.
+        ledger: Whether to keep a ledger below the Trainer's ``default_root_dir``; see :class:`EditCommit`.
+        resume: Whether to resume from a ledger that is there.
+        evaluate: Whether probes are measured before and after each edit; see :class:`ProbeEvaluation`.
+        measure_perplexity: Whether held-out perplexity is measured too.
+        watch: Whether the state of the model and earlier edits are checked between edits; see :class:`StateCheck` and
+            :class:`RetentionCheck`.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "representation_check": {},
+        "rank_one_writer": {},
+        "verification": {"least_probability": least_probability},
+        "probe_evaluation": {"measure_perplexity": measure_perplexity},
+        "commit": {"ledger": ledger, "resume": resume},
+        "state_check": {},
+        "retention_check": {"measure_perplexity": measure_perplexity},
+    }
+    left_out = {"probe_evaluation": not evaluate, "state_check": not watch, "retention_check": not watch}
     return [
-        RepresentationCheck(),
-        RankOneWriter(),
-        Verification(),
-        ProbeEvaluation(),
-        EditCommit(),
-        StateCheck(),
-        RetentionCheck(),
+        EDIT_CALLBACKS[name](**options[name])
+        for name in EDIT_CALLBACKS
+        if name in options and not left_out.get(name, False)
     ]

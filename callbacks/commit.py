@@ -1,4 +1,4 @@
-"""Ends edits: keeps them or takes them back, and records them."""
+"""Ends edits: keeps or reverts them, and records them."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class EditCommit(Callback):
 
     Args:
         ledger: Whether to keep a ledger, in ``ledger/`` under the Trainer's ``default_root_dir``.
-        resume: Whether a ledger that is there already is gone on with: what it holds is taken over and not edited
+        resume: Whether to resume from a ledger that is there already: the edits that it holds are taken over, not made
             again, and the weights become bit for bit what they were. The stream and the settings have to be the same.
     """
 
@@ -65,7 +65,7 @@ class EditCommit(Callback):
         edits = edits_of(outputs)
         verdicts = [EditStatus.APPLIED if edit.status is EditStatus.PENDING else edit.status for edit in edits]
         if session.ledger is not None:
-            # The lines on disk are the commit: whatever stops the run before them takes the writes back.
+            # The lines on disk are the commit: whatever stops the run before them reverts the writes.
             session.ledger.append_batch(
                 [
                     (

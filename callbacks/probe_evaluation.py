@@ -28,7 +28,7 @@ class ProbeEvaluation(Callback):
 
     Args:
         held_out_text: UTF-8 text for perplexity before and after a sequential stream, and for the divergence of the
-            final model from the unedited one; nothing takes the one shipped.
+            final model from the unedited one. ``None`` (default): the shipped one.
         measure_perplexity: Whether to measure these at all.
     """
 

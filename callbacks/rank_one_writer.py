@@ -17,7 +17,7 @@ class RankOneWriter(Callback):
     """Turns keys and values into rank-one updates and writes them, pending a verdict.
 
     In sequential mode the edits of a batch are solved for jointly and written; :class:`EditCommit` keeps them, and
-    whatever ends the run in between takes them back. In single mode nothing is written: each edit's update is what the
+    whatever ends the run in between reverts them. In single mode nothing is written: each edit's update is what the
     callbacks after this one measure with.
 
     Args:

@@ -26,7 +26,8 @@ class RepresentationCheck(Callback):
     """Is the fact known already, or edited before; is the key finite, of ordinary norm, and far from earlier ones?
 
     A key that is not finite rejects the edit. The other findings are notes on the edit, or reject it if so configured.
-    Where edits accumulate, requests that contradict or repeat an earlier one of the stream are said before the first.
+    Where edits accumulate, a warning before the first edit lists requests that contradict or repeat an earlier
+    one of the stream.
 
     Args:
         on_known: What to do with a fact whose target the model already gives greedily: ``edit`` it, with a note, or

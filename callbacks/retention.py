@@ -20,7 +20,7 @@ class RetentionCheck(Callback):
 
     Args:
         measure_perplexity: Whether held-out perplexity is measured too.
-        text: UTF-8 text for it; nothing takes the one shipped.
+        text: UTF-8 text for it. ``None`` (default): the shipped one.
     """
 
     def __init__(self, measure_perplexity: bool = True, text: str | None = None) -> None:

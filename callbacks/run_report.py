@@ -38,7 +38,7 @@ class RunReport(Callback):
         figures: Whether figures and the page are made; they take a second or two at the end.
         formats: Other projects' shapes in which the records are written too, ``easyedit`` to ``easyedit.json`` and
             ``kmeng01`` to ``kmeng01.json``.
-        generations: Most edits of a sequential run whose prompts the model goes on with on the page, before the run and
+        generations: Most edits of a sequential run whose prompts the model continues on the page, before the run and
             after it.
 
     Raises:

@@ -34,7 +34,7 @@ class TensorBoardReport(Callback):
     ten edits to a picture, since drawing one takes a good part of what an edit takes; the pictures of
     :mod:`rome_pl.reports.run_figures` at the end; the settings with the final scores (HParams); and a layout of custom
     scalars. In sequential mode also ``generations``: how the unedited and the final model continue the prompts of the
-    first edits. In single mode there is no such text: no edit is ever written there for a model to go on with.
+    first edits. In single mode there is no such text: no edit is ever written there.
 
     Args:
         pictures: Most edits whose curves are drawn as they come.

@@ -23,7 +23,7 @@ def check_training_options(trainer: Trainer, on_failure: str, bounds: EditBounds
     """
     check_strategy(trainer.strategy)
     if on_failure not in ("warn", "stop"):
-        raise OptionError(f"on_failure: {on_failure} takes edits back, and this module makes none; use warn or stop")
+        raise OptionError(f"on_failure: {on_failure} undoes edits, and this module makes none; use warn or stop")
     if bounds.only_for_edits is not None:
         raise OptionError(bounds.only_for_edits)
 

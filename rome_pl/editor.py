@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import torch
-from lightning.pytorch import Callback
 
-from rome_pl.callbacks import EditCommit, RankOneWriter, RepresentationCheck, Verification
+from rome_pl.callbacks import Verification, default_callbacks
 from rome_pl.data_modules.request_data import request_loader
 from rome_pl.editing.edit import Edit
 from rome_pl.editing.session import session_of
@@ -216,7 +215,7 @@ class KnowledgeEditor:
             target_new: The answers that the model shall give.
             subject: The entities, each exactly as in its prompt.
             sequential_edit: Whether edits accumulate and stay, which they do unless this is ``False``: then each is
-                made on the model as it is now, measured, and taken back.
+                made on the model as it is now, measured, and reverted.
             keep_original_weight: The opposite of it, by its older name.
             verify: Whether an edit that has not taken is undone: see :class:`rome_pl.callbacks.Verification`.
             others: ``ground_truth``, ``rephrase_prompts``, ``locality_inputs`` and ``portability_inputs``; see
@@ -295,9 +294,8 @@ class KnowledgeEditor:
 
     def _run(self, requests: Sequence[EditRequest], verify: bool) -> list[Edit]:
         """Edit a stream of requests; the edits, whatever became of them."""
-        callbacks: list[Callback] = [RepresentationCheck(), RankOneWriter(), EditCommit()]
-        if verify:
-            callbacks.insert(2, Verification())
+        chosen = default_callbacks(evaluate=False, watch=False)
+        callbacks = [callback for callback in chosen if verify or not isinstance(callback, Verification)]
         fit_inside(self._module, request_loader(requests), callbacks, self._language_model.device)
         return session_of(self._module).edits
 

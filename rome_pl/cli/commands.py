@@ -32,7 +32,8 @@ def show(ledger: str, cases: str | None = None) -> None:
 
     Args:
         ledger: Folder of the run.
-        cases: Records to show in full, by ``case_id``, separated by commas; nothing shows all, a line each.
+        cases: Records to show in full, by ``case_id``, separated by commas. ``None`` (default): all
+            records, a line each.
     """
     run = run_folder(ledger)
     edits = read_edits(run)

@@ -35,10 +35,10 @@ def export(
         format: ``hf`` for a merged Hugging Face checkpoint, ``delta`` for the change alone (see ``rome-pl apply``),
             ``peft`` for a LoRA adapter.
         output: Folder to write; it does not exist, or is empty.
-        rank: Most factors an adapter has a layer, at the price of an error that is told; nothing makes it exact.
+        rank: Largest rank of an adapter at a layer; the error is reported. ``None`` (default): exact.
         max_shard_size: Largest file of a checkpoint, such as 5GB.
         push_to_hub: Repository of the Hugging Face hub to upload the folder to; a new one is private.
-        cases: Records to export without the others, by ``case_id``, separated by commas; nothing exports all.
+        cases: Records to export without the others, by ``case_id``, separated by commas. ``None`` (default): all.
         statistics: The run's second moments, where ``cases`` is given and they are neither shipped nor in the cache.
         allow_pickle: Whether weights that do not come as safetensors may be read.
         pretrained: The model that the run began with, where it lies elsewhere than at the time of the run.

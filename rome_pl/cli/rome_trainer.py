@@ -80,8 +80,8 @@ class RomeTrainer(Trainer):
             save_model: Folder for a Hugging Face checkpoint of the final model.
             overwrite: Whether a run folder that holds an earlier run may be replaced.
             dry_run: Validate all requests, print each lookup token and target span, and edit nothing.
-            resume: ``auto`` goes on with the run in the run folder, and begins one if there is none; a path goes on
-                with the run in that folder.
+            resume: ``auto`` resumes the run in the run folder, or begins one if there is none; a path resumes the
+                run in that folder.
             force: Whether to resume under other settings than those of the run.
 
         Raises:
@@ -91,10 +91,7 @@ class RomeTrainer(Trainer):
         if not isinstance(model, RomeModule):
             raise TypeError(f"expected a RomeModule, got {type(model).__name__}")
         if dry_run:
-            datamodule.setup()
-            encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
-            refused = print_dry_run(encoder, datamodule.requests, datamodule.invalid, model.hparams["fact_token"])
-            self.exit_code = SOME_FAILED if refused else APPLIED
+            self._print_dry_run(model, datamodule)
             return
         check_limits(self)
         folder = Path(self.default_root_dir)
@@ -106,20 +103,11 @@ class RomeTrainer(Trainer):
             check_save_folder(target, sequential, overwrite or resuming, folder, source)
         # Whatever may be wrong with data and model comes to light before an earlier run is replaced.
         datamodule.setup()
-        model.load()
-        assert model.language_model is not None
+        language_model = model.load()
         if target is not None:
-            check_saves_whole(model.language_model.model)
-            check_room(target, model_bytes(model.language_model), "save_model")
-        all_known = True
-        if resuming:
-            if self.world_size > 1:
-                raise OptionError("resume: a run is gone on with on one device only; set trainer.devices: 1")
-            check_model(folder, model.language_model)
-            if not force:
-                self._check_settings(folder)
-            recorded = [line.record for line in read_lines(folder / "ledger" / "edits.jsonl")]
-            all_known = check_records(folder, recorded, datamodule.requests)
+            check_saves_whole(language_model.model)
+            check_room(target, model_bytes(language_model), "save_model")
+        all_known = self._check_resumed(folder, language_model, datamodule, force) if resuming else True
         if self.world_size > 1:  # its processes may be others than this one, which could not pass on a lock
             if self.is_global_zero:
                 claim_run_folder(folder, overwrite)
@@ -129,7 +117,7 @@ class RomeTrainer(Trainer):
             report, commit = self._callback(RunReport), self._callback(EditCommit)
             missing = report.missing(folder) if report is not None else ()
             if resuming and all_known and is_finished(folder, missing):
-                self._save_finished(model.language_model, folder, target)
+                self._save_finished(language_model, folder, target)
                 self.exit_code = APPLIED if all_applied(folder) and not datamodule.invalid else SOME_FAILED
                 return
             if commit is not None:
@@ -137,6 +125,29 @@ class RomeTrainer(Trainer):
             elif resuming:
                 raise OptionError("resume: the Trainer has no EditCommit, which keeps the ledger")
             self._edit(model, datamodule, folder, target)
+
+    def _print_dry_run(self, model: RomeModule, datamodule: RequestDataModule) -> None:
+        """Print what would be edited; the model's weights are not loaded for that."""
+        datamodule.setup()
+        encoder = load_encoder(model.hparams["pretrained"], model.hparams["chat"])
+        refused = print_dry_run(encoder, datamodule.requests, datamodule.invalid, model.hparams["fact_token"])
+        self.exit_code = SOME_FAILED if refused else APPLIED
+
+    def _check_resumed(
+        self, folder: Path, language_model: LanguageModel, datamodule: RequestDataModule, force: bool
+    ) -> bool:
+        """Check that a run is resumed with its own model, settings and records.
+
+        Returns:
+            Whether the stream has no record that the run has not edited.
+        """
+        if self.world_size > 1:
+            raise OptionError("resume: a run can be resumed on one device only; set trainer.devices: 1")
+        check_model(folder, language_model)
+        if not force:
+            self._check_settings(folder)
+        recorded = [line.record for line in read_lines(folder / "ledger" / "edits.jsonl")]
+        return check_records(folder, recorded, datamodule.requests)
 
     def _edit(self, model: RomeModule, datamodule: RequestDataModule, folder: Path, target: Path | None) -> None:
         """Make the edits, save the model, and print what came of it last."""
@@ -156,8 +167,7 @@ class RomeTrainer(Trainer):
                 log.error("The stream ended before its first edit (trainer.max_time): nothing was edited")
             applied = sum(edit.status is EditStatus.APPLIED for edit in model.session.edits) if model.session else 0
             if target is not None and (applied or not interrupted):
-                assert model.language_model is not None
-                save_model(model.language_model, target, replace=True)
+                save_model(model.load(), target, replace=True)
                 log.info("Saved the model with %d edits to %s", applied, target)
             if self.is_global_zero and report is not None and report.whole:
                 mark_finished(folder)
@@ -316,15 +326,14 @@ def _import(model: CovarianceModule, path: Path, folder: Path) -> None:
     sites = _loaded_sites(model)
     if len(sites) != 1:
         raise OptionError(f"import_npz: one file is of one layer; give model.layers one layer, not {len(sites)}")
-    assert model.language_model is not None
-    moment = import_npz(path, model.language_model, sites[0])
+    moment = import_npz(path, model.load(), sites[0])
     target = folder / f"{path.stem}.layer{sites[0].layer}.{moment.info.weights[:12]}.safetensors"
     moment.save(target)
     log.warning(
         "%s: taken for layer %d of %s, which the file itself does not say. Kept as %s; edits of this model find it",
         path,
         sites[0].layer,
-        model.language_model.source,
+        model.load().source,
         target,
     )
 

@@ -12,23 +12,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from rome_pl.callbacks import (
-    EditCommit,
+    EDIT_CALLBACKS,
     EditProgressBar,
     EvaluationProgressBar,
     EvaluationReport,
     MomentProgressBar,
     MomentReport,
-    ProbeEvaluation,
     ProgressLines,
-    RankOneWriter,
-    RepresentationCheck,
-    RetentionCheck,
-    RunReport,
-    StateCheck,
-    TensorBoardReport,
     TraceProgressBar,
     TraceReport,
-    Verification,
 )
 from rome_pl.cli.commands import COMMANDS
 from rome_pl.cli.help import SWITCHES, completion_script
@@ -92,17 +84,7 @@ VERBS = {
     "edit": _Verb(
         RomeModule,
         RequestDataModule,
-        (
-            (RepresentationCheck, "representation_check"),
-            (RankOneWriter, "rank_one_writer"),
-            (Verification, "verification"),
-            (ProbeEvaluation, "probe_evaluation"),
-            (EditCommit, "commit"),
-            (StateCheck, "state_check"),
-            (RetentionCheck, "retention_check"),
-            (TensorBoardReport, "tensorboard_report"),
-            (RunReport, "run_report"),
-        ),
+        tuple((callback, section) for section, callback in EDIT_CALLBACKS.items()),
         (EditProgressBar, "edits"),
         _TRAINER
         | {

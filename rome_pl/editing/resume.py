@@ -43,7 +43,7 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
         Whether the ledger held the batch.
 
     Raises:
-        LedgerError: If the ledger goes on with other edits than the stream does.
+        LedgerError: If the ledger's next edits are not those of the stream.
     """
     ledger = session.ledger
     if ledger is None or not ledger.resuming:
@@ -53,10 +53,10 @@ def take_over(session: EditSession, edits: Sequence[Edit]) -> bool:
     names = {edit.name for edit in edits}
     if by_name.keys() != names:
         if any(line["status"] == EditStatus.UNDONE for line in lines):
-            raise LedgerError(f"{ledger.folder}: edits were undone after this run; it cannot be gone on with")
+            raise LedgerError(f"{ledger.folder}: edits were undone after this run; it cannot be resumed")
         raise LedgerError(
-            f"{ledger.folder}: the run goes on with record {lines[0]['case_id']} ({lines[0]['status']}), now the "
-            f"stream goes on with {edits[0].name}; resume with the same records, order and settings"
+            f"{ledger.folder}: the next record in the ledger is {lines[0]['case_id']} ({lines[0]['status']}), but "
+            f"the next of the stream is {edits[0].name}; resume with the same records, order and settings"
         )
     for edit in edits:
         _fill(edit, by_name[edit.name], ledger.folder)
@@ -98,7 +98,7 @@ def _check_same(request: EditRequest, line: Mapping[str, Any], folder: Path) -> 
 
 
 def check_model(run: Path, language_model: LanguageModel) -> None:
-    """Refuse to go on with a run of another model, as far as its manifest is there to tell.
+    """Refuse to resume a run of another model, as far as its manifest is there to tell.
 
     Raises:
         LedgerError: If it began with another one, in another precision, or under other rules of encoding.
@@ -152,7 +152,7 @@ def check_records(run: Path, recorded: Iterable[Mapping[str, Any]], requests: It
 
 
 def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under other settings.
+    """Refuse to resume a run under other settings.
 
     Args:
         run: Its folder.
@@ -170,7 +170,7 @@ def check_settings(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
         raise LedgerError(
             f"{run}: the settings have changed since (- then, + now):\n  "
             + "\n  ".join(changes[2:])  # without the names of what is compared
-            + "\nResume with those of that run, or add --force to go on with the new ones"
+            + "\nResume with those of that run, or add --force to use the new ones"
         )
 
 

@@ -20,7 +20,7 @@ an edit that another took the place of has next to nothing."""
 def note_after(session: EditSession, edits: Sequence[Edit]) -> None:
     """Measure the targets of edits that nothing has verified; to be called before anything else is written.
 
-    A run that goes on with a ledger measures them anew: its weights are then the same, bit for bit.
+    A resumed run measures them anew: its weights are then the same, bit for bit.
 
     Args:
         session: The run.

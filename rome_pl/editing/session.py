@@ -135,7 +135,7 @@ class EditSession:
         return self.earlier | {edit.name: edit.request for edit in self.edits if edit.status is EditStatus.APPLIED}
 
     def in_the_weights(self) -> list[EditRequest]:
-        """What the edits in the weights asked for, in order; nothing in single mode."""
+        """What the edits in the weights asked for, in order; empty in single mode."""
         applied = self.applied()
         return [applied[name] for name in self.layers.names if name in applied]
 

@@ -30,20 +30,20 @@ class CovarianceModule(LanguageModelModule):
 
     Args:
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
-        dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
-        allow_pickle: Whether weights that do not come as safetensors may be read.
-        layers: Decoder layers, numbered from 0: ``all``, a list, or a range such as ``4-8``; nothing takes the layer
-            that edits of this model rewrite.
-        tokens: Key vectors to sum; nothing takes 30 per dimension of a key.
+        dtype: Precision of its weights; ``auto`` is the checkpoint's own.
+        allow_pickle: Whether weights that are not safetensors may be read.
+        layers: Decoder layers, numbered from 0: ``all``, a list, or a range such as ``4-8``. ``None`` (default): the
+            layer that edits of this model rewrite.
+        tokens: Key vectors to sum. ``None`` (default): 30 per dimension of a key.
         block_length: Tokens of a row of text.
         stop_agreement: End earlier, where two halves of the text agree by this (mean cosine of ``C⁻¹k`` over keys of
             sample requests) at every layer; above 1 never.
         split_half: Whether to sum the text in two halves; without, memory is half and no agreement is known.
         accumulate_on: Where the sums are kept: ``device``, ``host``, or ``auto``, the device if they fit.
-        layers_per_pass: Most layers in one pass over the text, to need less memory; nothing takes all.
-        save_every_n_tokens: Tokens between two saves of a process's unfinished sums; nothing saves as often as takes
-            a twentieth of the time.
-        folder: Folder for the artefacts; nothing takes the cache, where edits find them.
+        layers_per_pass: Most layers in one pass over the text, to need less memory. ``None`` (default): all.
+        save_every_n_tokens: Tokens between two saves of a process's unfinished sums. ``None`` (default): saving takes
+            at most a twentieth of the time.
+        folder: Folder for the artefacts. ``None`` (default): the cache, where edits find them.
     """
 
     def __init__(

@@ -36,15 +36,15 @@ class EvaluationModule(LanguageModelModule):
 
     Args:
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
-        dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
-        allow_pickle: Whether weights that do not come as safetensors may be read.
-        chat: How prompts become conversations in the model's chat template; nothing takes the ledger's form, if there
-            is one, and else leaves them as they are.
+        dtype: Precision of its weights; ``auto`` is the checkpoint's own.
+        allow_pickle: Whether weights that are not safetensors may be read.
+        chat: How prompts become conversations in the model's chat template. ``None`` (default): as in the ledger's
+            run, if a ledger is given; else they stay plain text.
         ledger: Folder of a run of ``rome-pl edit`` whose edits are put into the model first.
         base: The unedited model that ``pretrained`` was edited from, for ``locality`` and the divergence; not with
             ``ledger``, which knows it.
         measure_perplexity: Whether held-out perplexity, and the divergence if there is a base, are measured.
-        held_out: UTF-8 text for these; nothing takes the one shipped.
+        held_out: UTF-8 text for these. ``None`` (default): the shipped one.
         fluency_tokens: Tokens generated after each generation prompt for fluency and consistency; 0 measures neither.
         seed: Seed of the generation.
     """
@@ -84,12 +84,13 @@ class EvaluationModule(LanguageModelModule):
         """Whether there are two models to compare."""
         return self.layers is not None or self.unedited_model is not None
 
-    def load(self) -> None:
+    def load(self) -> LanguageModel:
         """Load the model, and the unedited one if there is one, on first use, also without a Trainer."""
-        super().load()
+        loaded = super().load()
         if self.unedited_model is None and self.hparams["base"] is not None:
-            self.unedited_model = self._loaded(self.hparams["base"]).with_chat(self._language_model.chat)
+            self.unedited_model = self._loaded(self.hparams["base"]).with_chat(loaded.chat)
             self.other = self.unedited_model.model  # registered, so that the Trainer moves it
+        return loaded
 
     def setup(self, stage: str) -> None:
         """Check how the Trainer is set.

@@ -39,7 +39,7 @@ class LanguageModelModule(LightningModule):
         with one_after_the_other(self.trainer):
             self.load()
 
-    def load(self) -> None:
+    def load(self) -> LanguageModel:
         """Load the model, on first use, also without a Trainer.
 
         Raises:
@@ -47,6 +47,7 @@ class LanguageModelModule(LightningModule):
         """
         if self.language_model is None:
             self._adopt(self._loaded(self.hparams["pretrained"]))
+        return self._language_model
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

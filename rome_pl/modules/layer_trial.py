@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rome_pl.callbacks import EditCommit, ProbeEvaluation, RankOneWriter, RepresentationCheck, Verification
+from rome_pl.callbacks import default_callbacks
 from rome_pl.data_modules import FactDataModule
 from rome_pl.data_modules.request_data import BATCH, request_loader
 from rome_pl.editing.session import session_of
@@ -86,7 +85,8 @@ class LayerTrial:
         for site in self.sites:
             started = time.monotonic()
             module = self._module(site)
-            fit_inside(module, request_loader(requests, BATCH, by_length=True), self._callbacks(), device)
+            callbacks = default_callbacks(measure_perplexity=False, watch=False)
+            fit_inside(module, request_loader(requests, BATCH, by_length=True), callbacks, device)
             session = session_of(module)
             scores, rates = score_layer(
                 {edit.name: edit.scores["immediate"] for edit in session.edits if "immediate" in edit.scores},
@@ -104,16 +104,6 @@ class LayerTrial:
 
     def _module(self, site: RewriteSite) -> RomeModule:
         return RomeModule.from_language_model(self.language_model, layers=[site.layer], **self.options)
-
-    @staticmethod
-    def _callbacks() -> list[Callback]:
-        return [
-            RepresentationCheck(),
-            RankOneWriter(),
-            Verification(),
-            ProbeEvaluation(measure_perplexity=False),
-            EditCommit(),
-        ]
 
 
 def trial_requests(options: Mapping[str, Any]) -> list[EditRequest]:

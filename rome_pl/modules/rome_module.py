@@ -64,51 +64,52 @@ class RomeModule(LanguageModelModule):
 
     Args:
         pretrained: Model to edit: hub name, folder, GGUF file or ``package:NAME/FILE``.
-        dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
-        allow_pickle: Whether weights that do not come as safetensors may be read.
-        chat: How prompts become conversations in the model's chat template; nothing leaves them as they are.
-        layers: Rewrite layers, numbered from 0; values are searched at the last one, and offsets shared among all as in
-            MEMIT. Nothing takes the published one of the model.
+        dtype: Precision of its weights; ``auto`` is the checkpoint's own.
+        allow_pickle: Whether weights that are not safetensors may be read.
+        chat: How prompts become conversations in the model's chat template. ``None`` (default): they stay plain text.
+        layers: Rewrite layers, numbered from 0. Values are searched at the last one; offsets are shared among all, as
+            in MEMIT. ``None`` (default): the published layer of the model.
         preset: Variant of the closed form, see :data:`rome_pl.write.presets.PRESETS`.
-        mom2_adjustment: Whether it uses the second moment of keys; nothing leaves it to the preset.
-        mom2_update_weight: How many keys the second moment counts for (MEMIT's name); nothing leaves it to the preset.
-        nullspace_threshold: Eigenvalues of the second moment below it span what ``alphaedit`` writes in.
+        mom2_adjustment: Whether to use the second moment of keys. ``None`` (default): as the preset does.
+        mom2_update_weight: How many keys the second moment counts for (MEMIT's name). ``None`` (default): the preset's.
+        nullspace_threshold: ``alphaedit`` writes in the span of the second moment's eigenvalues below it.
         L2: Ridge of ``alphaedit``.
-        mom2_n_samples: Key vectors to compute it from; nothing takes 30 per dimension.
-        statistics: File with it, or one for each layer; nothing takes what was shipped, cached, or is computed now.
-        corpus: Text file or hub data set to compute it from; nothing lets the model write its own.
-        sequential_edit: Whether edits accumulate. Otherwise each is made on the original model and taken back.
-        fact_token: Which token is looked up.
-        v_num_grad_steps: Most evaluations of the loss per edit; an optimiser step lies between two.
+        mom2_n_samples: Key vectors to compute the second moment from. ``None`` (default): 30 per dimension.
+        statistics: File with the second moment, or one file a layer. ``None`` (default): the shipped or cached one;
+            it is computed if there is none.
+        corpus: Text file or hub data set to compute it from. ``None`` (default): the model writes its own text.
+        sequential_edit: Whether edits accumulate. If not, each edit is made on the original model and reverted.
+        fact_token: Token to look up.
+        v_num_grad_steps: Most evaluations of the loss per edit, with an optimiser step between two.
         v_lr: Learning rate.
         v_weight_decay: Weight of the penalty on the offset's norm.
         clamp_norm_factor: Largest norm of the offset, in norms of the original output at the lookup token.
-        anchor_norm: Norm that every value gets before it is written, in those of an ordinary token's (norm anchors, Liu
-            et al. 2026); nothing leaves values as they were found.
-        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the layer's original weight:
-            an edit that would take more is made in part. Nothing bounds none.
-        keep_subject_facts: Whether, where edits accumulate, the search also keeps what earlier ones taught about the
-            same subject.
+        anchor_norm: Norm that every value is given before the write, in norms of an ordinary token's value (norm
+            anchors, Liu et al. 2026). ``None`` (default): values keep their norms.
+        largest_update: Largest Frobenius norm of an edit's change of a layer, relative to the layer's original weight.
+            A larger edit is scaled down. ``None`` (default): no limit.
+        keep_subject_facts: Whether the search keeps earlier facts about the same subject, where edits accumulate.
         kl_factor: Weight of the divergence that keeps the subject's essence.
-        kl_position: Where it is taken: ``subject`` (the lookup token, as in the public code) or ``last`` (the end of
+        kl_position: Where to take it: ``subject`` (the lookup token, as in the public code) or ``last`` (the end of
             "… is a", as in the paper).
-        stop_loss: The optimisation ends when the total loss falls below this.
-        stop_probability: Or when the target's probability, the geometric mean over contexts and tokens, exceeds this.
-        stop_greedy: Or when under every context of the step each token of the target is the likeliest one.
-        retries: Other settings to search with, one after the other, where a search ends below ``retry_below``, or what
-            it finds cannot be written or does not pass :class:`Verification`: each a mapping of search options (such
-            as ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or of ``layers`` to other rewrite layers.
-        retry_below: Target's probability under the value below which a search has failed. 0: no search fails.
+        stop_loss: End the search when the total loss is below this.
+        stop_probability: End it when the target's probability, the geometric mean over contexts and tokens, is above
+            this.
+        stop_greedy: End it when each token of the target is the likeliest one under every context of the step.
+        retries: Settings for further searches, in order. They are used when a search ends below ``retry_below``, or
+            when its edit cannot be written or does not pass :class:`Verification`. Each maps search options (such as
+            ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or ``layers`` to other rewrite layers.
+        retry_below: A search has failed if the target's probability under its value is below this. 0: none fails.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
             group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
-        contexts_per_step: Number of contexts, beside the bare prompt, that each evaluation of the loss draws anew
-            (seeded by record and step); nothing takes all, as published. Keys are always means over all contexts.
+        contexts_per_step: Contexts, beside the bare prompt, that each evaluation of the loss draws anew, seeded by
+            record and step. Keys are always means over all contexts. ``None`` (default): all, as published.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
-        contexts: Contexts of your own, in any language, instead of generated ones.
-        compile: Whether steps go through ``torch.compile``: pays after some hundred edits.
-        on_error: Whether a record that cannot be edited is skipped or stops the run.
+        contexts: Your own contexts, in any language. ``None`` (default): the model writes them.
+        compile: Whether steps use ``torch.compile``, which pays after some hundred edits.
+        on_error: Whether a record that cannot be edited is skipped, or stops the run.
         seed: Seed of everything random.
-        keep_original_weight: Refused: see ``sequential_edit``.
+        keep_original_weight: Refused; use ``sequential_edit``.
     """
 
     def __init__(
@@ -194,11 +195,11 @@ class RomeModule(LanguageModelModule):
         """Prepare what all edits share."""
         hparams = self.hparams
         if self._setup is None:
-            assert self.language_model is not None
+            language_model = self._language_model
             with one_after_the_other(self.trainer):  # what the first process computes and caches, the others find
                 main = self._attempts[0].layers
-                self._setup = prepare_run(self.language_model, self._sites, main, hparams)
-            self._engines = engines_of(self.language_model, self._sites, self._attempts, hparams["compile"])
+                self._setup = prepare_run(language_model, self._sites, main, hparams)
+            self._engines = engines_of(language_model, self._sites, self._attempts, hparams["compile"])
         self._setup.layers.resume()
         self._retries = Retries(self._attempts, self._setup, self._engines, self._search, self._step, hparams)
         last, self.session = self.session, EditSession(self._setup, BatchWriter(self._setup, self._retries))

@@ -39,17 +39,18 @@ class TraceModule(LanguageModelModule):
 
     Args:
         pretrained: Model: hub name, folder, GGUF file or ``package:NAME/FILE``.
-        dtype: Precision of its weights: ``auto`` takes the checkpoint's own.
-        allow_pickle: Whether weights that do not come as safetensors may be read.
-        facts: Most facts that are traced, the first that the model knows; nothing traces all.
+        dtype: Precision of its weights; ``auto`` is the checkpoint's own.
+        allow_pickle: Whether weights that are not safetensors may be read.
+        facts: Most facts to trace, the first that the model knows. ``None``: all.
         noise_factor: Standard deviation of the noise on the subject's embeddings, in those of the embeddings of all
             subjects' tokens.
         noise_samples: Samples of noise a fact.
-        window: Layers over which outputs of MLPs or attention are put back together; nothing takes the share of the
-            depth that 10 layers are of GPT-2 XL's 48.
-        layers: Layers at which edits are tried: a list, ``all``, or a range such as ``4-8``; nothing takes every third.
+        window: Layers over which outputs of MLPs or attention are put back together. ``None`` (default): the
+            share of the depth that 10 layers are of GPT-2 XL's 48.
+        layers: Layers at which edits are tried: a list, ``all``, or a range such as ``4-8``. ``None`` (default):
+            every third.
         trial_edits: Facts that are edited at each of them; 0 tries none.
-        trial_path: File, hub data set or ``sample`` with requests to try; nothing takes the traced facts.
+        trial_path: File, hub data set or ``sample`` with requests to try. ``None`` (default): the traced facts.
         preset: Variant of the closed form that they are written by.
         editing: Other options of :class:`rome_pl.RomeModule` for them, as ``rome-pl edit`` takes them below ``model``.
         seed: Seed of the noise, of the trial's sample and of the edits.
@@ -120,7 +121,7 @@ class TraceModule(LanguageModelModule):
         return list(range(0, depth, 3)) if chosen is None else parse_layers(chosen, depth)
 
     def layer_trial(self) -> LayerTrial | None:
-        """The trial of edits at the candidate layers, ready to run; nothing where none is wanted or possible.
+        """The trial of edits at the candidate layers, ready to run; ``None`` where none is wanted or possible.
 
         Raises:
             OptionError: If a layer or an option does not exist.

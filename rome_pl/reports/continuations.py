@@ -1,4 +1,4 @@
-"""How a model goes on with the prompts of some edits, before a run and after it."""
+"""How a model continues the prompts of some edits, before a run and after it."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ TOKENS = 20
 """Tokens of a continuation."""
 
 Sample = tuple[EditRequest, str, str]
-"""A request, how the unedited model goes on with its prompt, and how the final one does."""
+"""A request, how the unedited model continues its prompt, and how the final one does."""
 
 
 def note_continuations(session: EditSession, number: int, stage: str) -> None:
     """Let the model, as it is now, go on greedily with the bare prompts of the first requests; the session keeps it.
 
-    Where edits do not accumulate there is no model to go on with, and nothing happens. What is known already is not
+    Where edits do not accumulate there is no final model, and nothing happens. What is known already is not
     generated again.
 
     Args:

@@ -81,7 +81,7 @@ def outcome_counts(content: Mapping[str, Any], zeros: bool = True) -> str:
 
 
 def interval_text(entry: Mapping[str, Any], digits: int) -> str:
-    """A mean with its interval, whose ends have so many digits, in per cent; nothing where no record had a value."""
+    """A mean with its interval, whose ends have so many digits, in per cent; empty where no record had a value."""
     if entry["value"] is None:
         return ""
     value, low, high = (

@@ -26,4 +26,4 @@ def show_statistics(folder: Path) -> None:
     out.print(table)
     unfinished = sorted(unfinished_folder(folder).glob("*/process-*.safetensors"))
     if unfinished:
-        out.print(f"{len({path.parent for path in unfinished})} unfinished; the same command goes on with them")
+        out.print(f"{len({path.parent for path in unfinished})} unfinished; the same command resumes them")

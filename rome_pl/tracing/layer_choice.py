@@ -39,7 +39,7 @@ class LayerScores:
     Args:
         layer: The layer.
         scores: ES, PS and NS right after each edit, and S, the harmonic mean of those that the facts have probes for.
-        perturbation: Mean norm of an edit's change, relative to the weight's; nothing where none could be written.
+        perturbation: Mean norm of an edit's change, relative to the weight's; ``None`` where none could be written.
         applied: Edits that were not rejected.
         seconds: What they took.
     """
@@ -115,7 +115,7 @@ def agreement(trial: Trial, effects: Sequence[Entry], peak: int | None) -> dict[
 
     Returns:
         The peak, the nearest layer that was tried and its S, whether that is the recommended one, and Spearman's rank
-        correlation of effect and S over the layers tried; nothing without a peak.
+        correlation of effect and S over the layers tried; ``None`` without a peak.
     """
     if peak is None:
         return None

@@ -90,7 +90,7 @@ class EditedLayers:
     Args:
         weights: The weights, the lowest layer's first.
         moments: The second moment of each layer's keys; none where the metric is the identity.
-        main: The layers that edits write into unless they are searched again at others; nothing for all.
+        main: The layers that edits write into unless they are searched again at others. Empty (default): all.
     """
 
     def __init__(

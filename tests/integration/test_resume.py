@@ -162,7 +162,7 @@ def test_edits_after_which_others_were_lost_are_dropped_again(batch_size, withou
 def test_a_run_that_decides_otherwise_is_refused(tmp_path):
     run(tmp_path / "whole", state_check={"every_n_edits": 2, "largest_change": 1e-9, "on_failure": "rollback"})
     before = ledger_of(tmp_path / "whole").read_bytes()
-    with pytest.raises(LedgerError, match=r"record 0 \(rolled_back\), now the stream goes on with 2"):
+    with pytest.raises(LedgerError, match=r"the ledger is 0 \(rolled_back\), but the next of the stream is 2"):
         run(tmp_path / "whole", resume=True, state_check={"every_n_edits": 3, "largest_change": 1e-9,
                                                           "on_failure": "rollback"})  # fmt: skip
     assert ledger_of(tmp_path / "whole").read_bytes() == before
