@@ -2,15 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -22,13 +21,12 @@ from rome_pl.editing.edit import Edit, EditBatch, EditError
 from rome_pl.editing.edit_setup import prepare_batch
 from rome_pl.editing.probing import probe
 from rome_pl.editing.resume import take_over
-from rome_pl.editing.retries import Retries, take_result
+from rome_pl.editing.retries import Retries
 from rome_pl.editing.run_setup import RunSetup, prepare_run
 from rome_pl.editing.session import EditSession
 from rome_pl.encoding.chat_template import ChatForm
 from rome_pl.encoding.encoded_rows import EncodedEdit
 from rome_pl.encoding.text_encoder import FactToken
-from rome_pl.errors import OptionError
 from rome_pl.forward.suffix_engine import SuffixEngine
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import ProbeScores
@@ -38,13 +36,12 @@ from rome_pl.model.loading import DEFAULT_SOURCE
 from rome_pl.model.rewrite_layers import default_layer
 from rome_pl.modules.edit_options import check_options
 from rome_pl.modules.language_model_module import LanguageModelModule
+from rome_pl.modules.manual_search import ManualSearch
 from rome_pl.modules.trainer_checks import check_edit_trainer
 from rome_pl.requests.conflicts import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests.edit_request import EditRequest, RequestError
 from rome_pl.search.attempts import Attempt, attempts_of, engines_of
 from rome_pl.search.context_templates import DEFAULT_LENGTH_PARAMS
-from rome_pl.search.objective import ValueObjective
-from rome_pl.search.value_search import SearchOptions, ValueSearch
 from rome_pl.utils.distributed import independent_gradients, leave_to_each_process, one_after_the_other
 from rome_pl.utils.restored_state import differentiable, frozen
 from rome_pl.write.presets import PresetName
@@ -153,12 +150,12 @@ class RomeModule(LanguageModelModule):
         keep_original_weight: bool | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False
+        self.automatic_optimization = self.strict_loading = False
         self.save_hyperparameters(ignore=["optimizer"])
         check_options(self.hparams)
         self.optimizer_class = optimizer
         self.session: EditSession | None = None
+        self._search = ManualSearch(self)
         self._setup: RunSetup | None = None
         self._attempts: list[Attempt] = []
         self._engines: dict[tuple[int, ...], SuffixEngine] = {}
@@ -178,13 +175,7 @@ class RomeModule(LanguageModelModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The value optimiser, with ``v_lr`` as its learning rate; every batch gives it parameters of its own."""
-        optimizer = self.optimizer_class(cast(Iterable[Any], [self.delta]))
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise OptionError("optimizer: LBFGS searches all edits of a batch along one line; use rome_pl.PolyakStep")
-        for group in optimizer.param_groups:
-            group["lr"] = self.hparams["v_lr"]
-        self._group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        return optimizer
+        return self._search.configure(self.optimizer_class, self.delta, self.hparams["v_lr"])
 
     def setup(self, stage: str) -> None:
         """Check how the Trainer is set, before it touches the model."""
@@ -201,7 +192,8 @@ class RomeModule(LanguageModelModule):
                 self._setup = prepare_run(language_model, self._sites, main, hparams)
             self._engines = engines_of(language_model, self._sites, self._attempts, hparams["compile"])
         self._setup.layers.resume()
-        self._retries = Retries(self._attempts, self._setup, self._engines, self._search, self._step, hparams)
+        step = partial(self._search.step, self._setup.language_model.model)
+        self._retries = Retries(self._attempts, self._setup, self._engines, self._search, step, hparams)
         last, self.session = self.session, EditSession(self._setup, BatchWriter(self._setup, self._retries))
         if last is not None:
             self.session.earlier, self.session.flops = last.applied(), last.flops
@@ -285,34 +277,6 @@ class RomeModule(LanguageModelModule):
         session = self._session
         resumed = any(edit.resumed and edit.steps for edit in session.edits)
         return session.flops.counting(skip=self.hparams["compile"] or resumed)
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """The state of a training step, for a search outside of one."""
-        with (
-            self.trainer.precision_plugin.train_step_context(),
-            torch.enable_grad(),
-            frozen(self._session.language_model.model),
-        ):
-            yield
-
-    def _search(self, objective: ValueObjective, edits: Sequence[Edit], options: SearchOptions) -> None:
-        search = ValueSearch(
-            objective, [edit.search.position for edit in edits], [edit.name for edit in edits], options
-        )
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
-        while (loss := search.evaluate()) is not None:
-            optimizer.optimizer.param_groups = [
-                {**self._group, "params": [parameter], "loss": loss_of_edit, "scale": scale}
-                for parameter, loss_of_edit, scale in zip(search.parameters, search.losses, search.scales, strict=True)
-            ]
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-            search.project()
-        for edit, found in zip(edits, search.found(), strict=True):
-            take_result(edit, found, objective.base_output)
 
     def _encode(self, request: EditRequest) -> EncodedEdit:
         session = self._session
