@@ -9,11 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from rome_pl.files.whole_files import write_json, write_lines, write_text
+from rome_pl.reports.console_tables import score_table
 from rome_pl.reports.evaluation_results import evaluation_manifest, evaluation_record, evaluation_results
 from rome_pl.reports.html_report import html_report
 from rome_pl.reports.run_figures import relation_bars, write_figures
 from rome_pl.reports.run_results import invalid_record, settings_of
-from rome_pl.reports.run_tables import score_table
 from rome_pl.reports.score_tables import csv_table, score_markdown
 from rome_pl.requests.record_forms import InvalidRecord
 from rome_pl.utils.console import console

@@ -13,11 +13,11 @@ from rome_pl.editing.session import EditSession, session_of
 from rome_pl.files.checksums import sealed
 from rome_pl.files.whole_files import plain, write_json, write_lines, write_text
 from rome_pl.interop.case_files import CASE_FORMS, FormatName
+from rome_pl.reports.console_tables import edit_table, score_table
 from rome_pl.reports.continuations import Sample, compared, note_continuations
 from rome_pl.reports.html_report import html_report
 from rome_pl.reports.run_figures import draw_figures, write_figures
 from rome_pl.reports.run_results import detailed_records, note_change, run_manifest, run_results, settings_of
-from rome_pl.reports.run_tables import edit_table, score_table
 from rome_pl.reports.score_tables import csv_table, outcome_counts, score_markdown
 from rome_pl.utils.console import console
 

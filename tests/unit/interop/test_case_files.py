@@ -9,8 +9,8 @@ from rich.console import Console
 from rome_pl.files.whole_files import plain, write_lines
 from rome_pl.interop.case_files import easyedit_cases, kmeng01_cases
 from rome_pl.metrics import EditScores
+from rome_pl.reports.console_tables import score_table
 from rome_pl.reports.run_results import detailed_records, run_results
-from rome_pl.reports.run_tables import score_table
 from rome_pl.reports.score_tables import COUNTERFACT, MEANINGS, csv_table, interval_text, score_markdown
 from rome_pl.requests.record_forms import InvalidRecord, parse_records
 from tests.made_run import NASTY, made_request, made_scores, made_session
