@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rome_pl.model.loading
-from rome_pl.callbacks import Verification
+from rome_pl.callbacks import Verification, default_callbacks
 from rome_pl.metrics import text
 from rome_pl.model.loading import DEFAULT_SOURCE
 from tests.documents import blocks_of, commands_of, missing, run
@@ -57,6 +57,7 @@ def put_in_place(monkeypatch, instead):
 def test_every_block_runs(page, saved, stand_in, monkeypatch):
     put_in_place(monkeypatch, lambda source: str(stand_in))
     monkeypatch.setattr(Verification.__init__, "__defaults__", (0.0, None, None))
+    monkeypatch.setitem(default_callbacks.__kwdefaults__, "least_probability", 0.0)
     windows = text._windows
     monkeypatch.setattr(text, "_windows", lambda *arguments: islice(windows(*arguments), 2))  # all take it long
     session = {}
