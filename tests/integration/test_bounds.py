@@ -9,6 +9,7 @@ from rome_pl.errors import OptionError
 from rome_pl.ledger.status import EditStatus
 from tests.integration.helpers import REQUESTS, run_edits
 from tests.tiny import tiny_language_model
+from tests.variants import slow
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
 
@@ -24,8 +25,8 @@ def typical_norm(weight, moment):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
-@pytest.mark.parametrize("preset", ["r_rome", "memit", "lifelong"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # without bias, and with
+@pytest.mark.parametrize("preset", ["r_rome", slow("memit"), "lifelong"])
+@pytest.mark.parametrize("family", [slow("llama"), "gpt2"])  # without bias, and with
 def test_every_value_gets_the_norm_that_was_asked_for(family, preset, layers, batch_size, tmp_path):
     options = {**JOINT, "preset": preset, "layers": layers}
     session = run_edits(tiny_language_model(family), tmp_path / "a", batch_size=batch_size, anchor_norm=1.5, **options)

@@ -191,7 +191,7 @@ def test_list_shows_what_is_kept_without_a_model(command, capsys, monkeypatch, t
     (unfinished_folder(statistics_folder()) / "job" / "process-0-of-1.safetensors").touch()
     capsys.readouterr()
     monkeypatch.setattr(
-        "rome_pl.modules.covariance_module.load_language_model", lambda *_: pytest.fail("needs no model")
+        "rome_pl.modules.language_model_module.load_language_model", lambda *_: pytest.fail("needs no model")
     )
     assert main(["covariance", "--list", "--trainer.default_root_dir", str(tmp_path / "list")]) == 0
     out = capsys.readouterr().out

@@ -21,6 +21,7 @@ from rome_pl.model.architecture import UnsupportedModelError
 from rome_pl.modules.rome_module import RomeModule
 from tests.integration.helpers import FAST, REQUESTS, about, changed, lenient_callbacks, run_edits, snapshot
 from tests.tiny import tiny_language_model
+from tests.variants import slow
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
 
@@ -56,7 +57,7 @@ def one_elsewhere(language_model, folder, resume=False, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", slow("gptj")])
 @pytest.mark.parametrize("sequential", [True, False])
 def test_an_edit_made_elsewhere_is_what_a_run_there_makes(family, sequential, tmp_path):
     options = {**JOINT, "sequential_edit": sequential, "v_lr": 0.5}

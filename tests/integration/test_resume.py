@@ -22,6 +22,7 @@ from rome_pl.ledger.edit_log import Ledger, LedgerError, read_lines
 from rome_pl.requests.edit_request import EditRequest
 from tests.integration.helpers import FACTS, FAST, OTHERWISE, SURE, lighthouses, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
+from tests.variants import slow
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
 
@@ -114,7 +115,7 @@ def test_nothing_is_optimised_twice(tmp_path, monkeypatch):
     assert searched == ["4", "5"]
 
 
-@pytest.mark.parametrize("on_failure", ["rollback", "stop"])
+@pytest.mark.parametrize("on_failure", ["rollback", slow("stop")])
 def test_what_was_rolled_back_is_rolled_back_again(on_failure, tmp_path):
     check = {"every_n_edits": 2, "on_failure": on_failure}
     probe, _ = run(tmp_path / "probe", state_check={"every_n_edits": 2})
@@ -131,7 +132,7 @@ def test_what_was_rolled_back_is_rolled_back_again(on_failure, tmp_path):
         assert [edit.status for edit in resumed.edits] == [edit.status for edit in whole.edits]
 
 
-@pytest.mark.parametrize(("batch_size", "without"), [(1, ()), (2, ()), (1, (Verification,))])
+@pytest.mark.parametrize(("batch_size", "without"), [slow(1, ()), (2, ()), slow(1, (Verification,))])
 def test_edits_after_which_others_were_lost_are_dropped_again(batch_size, without, tmp_path):
     check = {"every_n_edits": 4, "on_failure": "recover", "least_retained": 1.0, "least_canary_agreement": 0.0}
     check["largest_change"] = 1e9  # lost edits alone decide

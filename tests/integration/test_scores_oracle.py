@@ -12,6 +12,7 @@ from rome_pl.metrics import probe_scores, summarise
 from rome_pl.requests.edit_request import RequestError
 from rome_pl.requests.record_forms import parse_records, read_records
 from tests.tiny import tiny_language_model
+from tests.variants import slow
 
 RECORDS = 100
 FILES = {"counterfact": "counterfact.json", "zsre": "zsre.json", "knowedit": "knowedit_zsre.json"}
@@ -84,7 +85,7 @@ def slow_scores(language_model, base_model, requests):
     return {name: (sum(values) / len(values), len(values)) for name, values in rows.items()}
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", slow("llama")])
 def models(request):
     """A model and the one it was edited from: here one with other weights."""
     return tiny_language_model(request.param), tiny_language_model(request.param, seed=7)

@@ -24,6 +24,7 @@ from tests.integration.helpers import (
     sure_model,
 )
 from tests.tiny import tiny_language_model
+from tests.variants import slow
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
 
@@ -76,7 +77,7 @@ def test_retries_with_unknown_settings_are_refused(language_model):
         RomeModule.from_language_model(language_model, **FAST, retries=[{"v_num_grad_steps": 0}])
 
 
-@pytest.mark.parametrize("layers", [{}, {"layers": [0, 1]}, {"layers": [0, 1, 2]}])
+@pytest.mark.parametrize("layers", [{}, slow({"layers": [0, 1]}), {"layers": [0, 1, 2]}])
 @pytest.mark.parametrize(("sequential", "batch_size"), [(True, 1), (True, 4), (False, 1), (False, 4)])
 def test_what_does_not_pass_verification_is_searched_again(sequential, batch_size, layers, tmp_path):
     options = {**OPTIONS, "sequential_edit": sequential}
@@ -199,7 +200,7 @@ def test_a_second_search_that_blows_up_ends_the_edit(sequential, tmp_path, monke
     assert not session.layers.pending
 
 
-@pytest.mark.parametrize("layers", [{}, {"layers": [2]}, {"layers": [1, 2]}])
+@pytest.mark.parametrize("layers", [{}, slow({"layers": [2]}), {"layers": [1, 2]}])
 @pytest.mark.parametrize("why", ["too little is found", "it does not pass"])
 def test_a_second_search_under_autocast_has_the_keys_of_the_model(why, layers, tmp_path):
     sessions = []
