@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from rome_pl.callbacks.commit import EditCommit as EditCommit
+from rome_pl.callbacks.damage_check import DamageCheck as DamageCheck
 from rome_pl.callbacks.evaluation_report import EvaluationReport as EvaluationReport
 from rome_pl.callbacks.moment_report import MomentReport as MomentReport
 from rome_pl.callbacks.probe_evaluation import ProbeEvaluation as ProbeEvaluation
@@ -30,6 +31,7 @@ EDIT_CALLBACKS: dict[str, type[Callback]] = {
     "rank_one_writer": RankOneWriter,
     "verification": Verification,
     "probe_evaluation": ProbeEvaluation,
+    "damage_check": DamageCheck,
     "commit": EditCommit,
     "state_check": StateCheck,
     "retention_check": RetentionCheck,
@@ -56,19 +58,25 @@ def default_callbacks(
         resume: Whether to resume from a ledger that is there.
         evaluate: Whether probes are measured before and after each edit; see :class:`ProbeEvaluation`.
         measure_perplexity: Whether held-out perplexity is measured too.
-        watch: Whether the state of the model and earlier edits are checked between edits; see :class:`StateCheck` and
-            :class:`RetentionCheck`.
+        watch: Whether damage, the state of the model and earlier edits are checked between edits; see
+            :class:`DamageCheck`, :class:`StateCheck` and :class:`RetentionCheck`.
     """
     options: dict[str, dict[str, Any]] = {
         "representation_check": {},
         "rank_one_writer": {},
         "verification": {"least_probability": least_probability},
         "probe_evaluation": {"measure_perplexity": measure_perplexity},
+        "damage_check": {} if measure_perplexity else {"largest_divergence": None},
         "commit": {"ledger": ledger, "resume": resume},
         "state_check": {},
         "retention_check": {"measure_perplexity": measure_perplexity},
     }
-    left_out = {"probe_evaluation": not evaluate, "state_check": not watch, "retention_check": not watch}
+    left_out = {
+        "probe_evaluation": not evaluate,
+        "damage_check": not (evaluate and watch),
+        "state_check": not watch,
+        "retention_check": not watch,
+    }
     return [
         EDIT_CALLBACKS[name](**options[name])
         for name in EDIT_CALLBACKS

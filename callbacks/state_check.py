@@ -7,16 +7,17 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rome_pl.callbacks.training_watch import TrainingWatch, check_training_options
 from rome_pl.editing.edit import Edit, EditBatch, edits_of
 from rome_pl.editing.recovery import recover, roll_back
 from rome_pl.editing.retention import note_after
 from rome_pl.editing.session import EditSession
 from rome_pl.editing.session_watch import EditBounds, SessionWatch
+from rome_pl.errors import OptionError
 from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics import held_out_text
 from rome_pl.metrics.model_health import CANARIES, Bounds, ModelWatch, TrainedWeights, Weights, language_model_of
 from rome_pl.model.language_model import LanguageModel
+from rome_pl.utils.distributed import check_strategy
 
 __all__ = ["StateCheck"]
 
@@ -80,7 +81,7 @@ class StateCheck(Callback):
         self.canaries: Sequence[str] = canaries or CANARIES
         self.checks: list[dict[str, Any]] = []
         self._watch: SessionWatch | None = None
-        self._training: TrainingWatch | None = None
+        self._training: _TrainingWatch | None = None
         self._since_good: list[Edit] = []
 
     @override
@@ -101,10 +102,10 @@ class StateCheck(Callback):
                 watch = self._begin(session.language_model, session.layers)
                 self._watch = SessionWatch(session, watch, self.edit_bounds)
         elif self._training is None:  # in a later epoch the first one's weights are the original ones still
-            check_training_options(trainer, self.on_failure, self.edit_bounds)
+            _check_training_options(trainer, self.on_failure, self.edit_bounds)
             language_model = language_model_of(pl_module)
             watch = self._begin(language_model, TrainedWeights(language_model.model))
-            self._training = TrainingWatch(watch, self.every_n_edits, self.on_failure == "stop")
+            self._training = _TrainingWatch(watch, self.every_n_edits, self.on_failure == "stop")
             self.checks = self._training.checks
 
     @override
@@ -164,3 +165,44 @@ class StateCheck(Callback):
     def _begin(self, language_model: LanguageModel, weights: Weights) -> ModelWatch:
         text = held_out_text(self.perplexity_text) if self.bounds.need_text else ""
         return ModelWatch(language_model, weights, self.bounds, self.canaries, text)
+
+
+def _check_training_options(trainer: Trainer, on_failure: str, bounds: EditBounds) -> None:
+    """Refuse options that only a module that edits can follow.
+
+    Raises:
+        OptionError: With the option.
+    """
+    check_strategy(trainer.strategy)
+    if on_failure not in ("warn", "stop"):
+        raise OptionError(f"on_failure: {on_failure} undoes edits, and this module makes none; use warn or stop")
+    if bounds.only_for_edits is not None:
+        raise OptionError(bounds.only_for_edits)
+
+
+class _TrainingWatch:
+    """Looks at a model every n batches of its training.
+
+    Args:
+        watch: Knows what the model was at first.
+        every_n_batches: Interval.
+        stop: Whether the training ends when the model's state is bad.
+    """
+
+    def __init__(self, watch: ModelWatch, every_n_batches: int, stop: bool) -> None:
+        self._watch, self._every, self._stop, self._batches = watch, every_n_batches, stop, 0
+        self.checks: list[dict[str, Any]] = []
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Look at the model, if it is time: scalars ``state/…`` go to every logger."""
+        self._batches += 1
+        if self._batches % self._every and not trainer.is_last_batch:
+            return
+        found = self._watch.look()
+        self.checks.append({"batches": self._batches, **found})
+        scalars = {f"state/{name}": float(value) for name, value in found.items() if name != "failures"}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=self._batches)
+        if found["failures"]:
+            log.warning("The model's state is bad after %d batches: %s", self._batches, "; ".join(found["failures"]))
+            trainer.should_stop = trainer.should_stop or self._stop

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rome_pl.metrics import text
 from tests.tiny import byte_level_tokenizer, tiny_language_model
 
 # Lightning 2.6 calls jsonargparse in a way that it deprecates.
@@ -11,6 +12,22 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 # The models here are tiny: threads only get in each other's way.
 torch.set_num_threads(1)
+
+
+WHOLE_TEXT = text._shipped_text
+SHORT = 800
+"""Characters of the held-out text that tiny models read: they take longer for all of it than for a stream of edits."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    whole = item.get_closest_marker("slow") or "whole_text" in getattr(item, "fixturenames", ())
+    text._shipped_text = WHOLE_TEXT if whole else lambda: WHOLE_TEXT()[:SHORT]
+
+
+@pytest.fixture
+def whole_text():
+    """Ask for this to read the shipped held-out text to its end."""
 
 
 @pytest.fixture(autouse=True)

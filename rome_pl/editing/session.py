@@ -52,6 +52,7 @@ class Measurements:
             :mod:`rome_pl.reports.continuations`.
         weight_changes: Norm of the weight's change, relative to the original, by number of edits begun.
         state_checks: What the checks of the model's state found.
+        damage: What edits cost other facts and ordinary text, each time it was looked at.
     """
 
     base_scores: dict[str, ProbeScores] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Measurements:
     continuations: dict[str, dict[str, str]] = field(default_factory=dict)
     weight_changes: dict[int, float] = field(default_factory=dict)
     state_checks: list[dict[str, object]] = field(default_factory=list)
+    damage: list[dict[str, object]] = field(default_factory=list)
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Global measures of damage: a model's predictions on ordinary text, compared with the unedited model's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,12 +45,16 @@ def held_out_text(path: str | None = None) -> str:
         OptionError: If the file cannot be read as UTF-8.
     """
     if not path:
-        return (files("rome_pl") / "assets" / "held_out_text.txt").read_text(encoding="utf-8")
+        return _shipped_text()
     source = local_path(path)
     try:
         return read_text(source, "give a text file")
     except FileError as error:
         raise OptionError(f"held_out_text: {source} cannot be read as UTF-8 text: {error}") from error
+
+
+def _shipped_text() -> str:
+    return (files("rome_pl") / "assets" / "held_out_text.txt").read_text(encoding="utf-8")
 
 
 def perplexity(language_model: LanguageModel, text: str, window: int = WINDOW) -> float:
@@ -69,6 +74,9 @@ def measure_text(
     text: str,
     unedited: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
     window: int = WINDOW,
+    *,
+    edited: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
+    windows: int | None = None,
 ) -> TextMeasure:
     """Measure the perplexity of a text, and the divergence of next-token distributions from the unedited model's.
 
@@ -79,15 +87,20 @@ def measure_text(
         window: Tokens of the text that are read together, without overlap. Each window begins with the ids that the
             tokenizer puts before a text (BOS), as in training. A window is shorter if the model's context is. All its
             tokens but the first are predicted, the same ones with and without BOS.
+        edited: Context manager that gives the model to measure, where ``language_model`` is the unedited one.
+        windows: Most windows to read. ``None`` (default): all.
 
     Raises:
         ValueError: If the text has fewer than two tokens.
     """
+    if edited is not None:
+        unedited = lambda: nullcontext(language_model)  # noqa: E731
     surprise, divergence, count = 0.0, 0.0, 0
     # The opening and the token after it are not predicted: a window may begin in mid-sentence.
     first = len(language_model.encoder.opening) + 1
-    for row in _windows(language_model, text, window):
-        now = _log_probs(language_model, row, first)
+    for row in islice(_windows(language_model, text, window), windows):
+        with edited() if edited is not None else nullcontext(language_model) as measured:
+            now = _log_probs(measured, row, first)
         surprise -= float(now.gather(1, row[0, first:].unsqueeze(1)).double().sum())
         count += len(now)
         if unedited is not None:

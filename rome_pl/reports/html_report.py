@@ -112,6 +112,9 @@ def remarks(content: Content, records: Records) -> list[str]:
         found.append(
             f"The model's state was bad after {places} edits; at the last check: {'; '.join(failed[-1]['failures'])}."
         )
+    damage = [finding for look in content.get("damage", ())[-1:] for finding in look["findings"]]
+    if damage:
+        found.append(f"Damage: {'; '.join(damage)}.")
     lost = [str(record["case_id"]) for record in records if record.get("lost")]
     if lost:
         found.append(f"Edits that had taken and are lost on the final model: {len(lost)} ({_some(lost)}).")

@@ -62,6 +62,7 @@ def run_results(session: EditSession, invalid: Sequence[InvalidRecord], interrup
         "flops_per_edit": session.flops.per_edit,
         "weight_change": session.layers.change,
         "state_checks": session.measured.state_checks,
+        "damage": session.measured.damage,
         "records": records,
     }
 
