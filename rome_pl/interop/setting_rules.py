@@ -123,6 +123,16 @@ def _steps(settings: Settings, key: str) -> Fate:
     return Fate("converted", "counts evaluations of the loss in both", {"model.v_num_grad_steps": settings.whole(key)})
 
 
+def _published_search(settings: Settings, key: str) -> Fate:
+    options = {
+        "model.optimizer": "torch.optim.Adam",
+        f"model.{key}": settings.number(key),
+        "model.stop_probability": 1.0,
+        "model.contexts_per_step": None,
+    }
+    return Fate("converted", "Adam over all contexts at every step, in both", options)
+
+
 def _loss_layer(settings: Settings, key: str) -> Fate:
     layer = settings.whole(key)
     return Fate("not needed", f"the loss is read at the model's last layer: the same, if {layer} is its number")
@@ -243,7 +253,7 @@ RULES: Mapping[str, Rule] = {
     "layer_selection": _not_needed("their code does not read it: all layers are edited"),
     "fact_token": _fact_token,
     "v_num_grad_steps": _steps,
-    "v_lr": _number("Adam in both"),
+    "v_lr": _published_search,
     "v_loss_layer": _loss_layer,
     "v_weight_decay": _number(shared=_HIDDEN.replace("try a larger one", "it weighs more")),
     "clamp_norm_factor": _number(shared=_HIDDEN),

@@ -15,6 +15,7 @@ from rome_pl.editing.edit import Edit
 from rome_pl.editing.retries import take_result
 from rome_pl.errors import OptionError
 from rome_pl.search.objective import ValueObjective
+from rome_pl.search.polyak_step import PolyakStep
 from rome_pl.search.value_search import SearchOptions, ValueSearch
 from rome_pl.utils.restored_state import frozen
 
@@ -32,13 +33,16 @@ class ManualSearch:
         self._module = module
         self._group: dict[str, Any] = {}
 
-    def configure(self, optimizer_class: OptimizerCallable, parameter: nn.Parameter, learning_rate: float) -> Optimizer:
+    def configure(
+        self, optimizer_class: OptimizerCallable, parameter: nn.Parameter, learning_rate: float | None
+    ) -> Optimizer:
         """Make the optimiser; every search gives it parameters of its own.
 
         Args:
             optimizer_class: Class and arguments.
             parameter: Stands for them before the first search.
-            learning_rate: Of every group.
+            learning_rate: Of every group. ``None``: 1 for :class:`PolyakStep`, which needs no other, else 0.5, as
+                published for Adam.
 
         Raises:
             OptionError: If it cannot search edits apart.
@@ -46,6 +50,8 @@ class ManualSearch:
         optimizer = optimizer_class(cast(Iterable[Any], [parameter]))
         if isinstance(optimizer, torch.optim.LBFGS):
             raise OptionError("optimizer: LBFGS searches all edits of a batch along one line; use rome_pl.PolyakStep")
+        if learning_rate is None:
+            learning_rate = 1.0 if isinstance(optimizer, PolyakStep) else 0.5
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         self._group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}

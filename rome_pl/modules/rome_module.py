@@ -42,6 +42,7 @@ from rome_pl.requests.conflicts import SUBJECT_S_KEY, earlier_facts
 from rome_pl.requests.edit_request import EditRequest, RequestError
 from rome_pl.search.attempts import Attempt, attempts_of, engines_of
 from rome_pl.search.context_templates import DEFAULT_LENGTH_PARAMS
+from rome_pl.search.polyak_step import PolyakStep
 from rome_pl.utils.distributed import independent_gradients, leave_to_each_process, one_after_the_other
 from rome_pl.utils.restored_state import differentiable, frozen
 from rome_pl.write.presets import PresetName
@@ -78,7 +79,7 @@ class RomeModule(LanguageModelModule):
         sequential_edit: Whether edits accumulate. If not, each edit is made on the original model and reverted.
         fact_token: Token to look up.
         v_num_grad_steps: Most evaluations of the loss per edit, with an optimiser step between two.
-        v_lr: Learning rate.
+        v_lr: Learning rate. ``None`` (default): 1 for :class:`rome_pl.PolyakStep`, else 0.5, as published.
         v_weight_decay: Weight of the penalty on the offset's norm.
         clamp_norm_factor: Largest norm of the offset, in norms of the original output at the lookup token.
         anchor_norm: Norm that every value is given before the write, in norms of an ordinary token's value (norm
@@ -98,9 +99,10 @@ class RomeModule(LanguageModelModule):
             ``v_num_grad_steps`` or ``clamp_norm_factor``) to values, or ``layers`` to other rewrite layers.
         retry_below: A search has failed if the target's probability under its value is below this. 0: none fails.
         optimizer: Class and arguments of the optimiser; ``v_lr`` sets its learning rate. Each edit is a parameter
-            group of its own. :class:`rome_pl.PolyakStep` needs about half the steps of Adam.
+            group of its own. :class:`rome_pl.PolyakStep` (default) needs about half the steps of Adam, which papers
+            use.
         contexts_per_step: Contexts, beside the bare prompt, that each evaluation of the loss draws anew, seeded by
-            record and step. Keys are always means over all contexts. ``None`` (default): all, as published.
+            record and step. Keys are always means over all contexts. ``None``: all, as published.
         context_template_length_params: Pairs [tokens, number] of contexts that the model writes.
         contexts: Your own contexts, in any language. ``None`` (default): the model writes them.
         compile: Whether steps use ``torch.compile``, which pays after some hundred edits.
@@ -116,7 +118,7 @@ class RomeModule(LanguageModelModule):
         allow_pickle: bool = False,
         chat: ChatForm | None = None,
         layers: list[int] | None = None,
-        preset: PresetName = "r_rome",
+        preset: PresetName = "balanced",
         mom2_adjustment: bool | None = None,
         mom2_update_weight: float | None = None,
         nullspace_threshold: float = 2e-2,
@@ -127,21 +129,21 @@ class RomeModule(LanguageModelModule):
         sequential_edit: bool = False,
         fact_token: FactToken = "subject_last",
         v_num_grad_steps: int = 25,
-        v_lr: float = 0.5,
+        v_lr: float | None = None,
         v_weight_decay: float = 1e-3,
-        clamp_norm_factor: float = 4.0,
+        clamp_norm_factor: float = 10.0,
         anchor_norm: float | None = None,
         largest_update: float | None = None,
         keep_subject_facts: bool = True,
         kl_factor: float = 0.0625,
         kl_position: Literal["subject", "last"] = "subject",
         stop_loss: float = 0.05,
-        stop_probability: float = 1.0,
+        stop_probability: float = 0.98,
         stop_greedy: bool = False,
-        contexts_per_step: int | None = None,
+        contexts_per_step: int | None = 3,
         retries: list[dict[str, Any]] = NO_RETRIES,
         retry_below: float = 0.1,
-        optimizer: OptimizerCallable = torch.optim.Adam,
+        optimizer: OptimizerCallable = PolyakStep,
         context_template_length_params: list[list[int]] = DEFAULT_LENGTH_PARAMS,
         contexts: list[str] | None = None,
         compile: bool = False,

@@ -49,7 +49,7 @@ class PolyakStep(Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1.0,
-        target_probability: float = 0.95,
+        target_probability: float = 0.99,
         radius: float = 1.0,
         shorten: float = 0.0,
     ) -> None:

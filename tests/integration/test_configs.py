@@ -13,7 +13,7 @@ import yaml
 
 import rome_pl.configs
 from rome_pl.cli.app import main
-from rome_pl.cli.verbs import RomeCLI
+from rome_pl.cli.verbs import VERBS, RomeCLI
 from rome_pl.model.architecture import find_site
 from rome_pl.model.rewrite_layers import default_layer
 from rome_pl.modules.rome_module import RomeModule
@@ -21,6 +21,7 @@ from tests.tiny import LAYERS, tiny_language_model
 
 FOLDER = Path(rome_pl.configs.__file__).parent
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+PUBLISHED = sorted(path.stem for path in (FOLDER / "published").glob("*.yaml"))
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 # What the hub's config.json of each model says: model_type of its text model, number of layers, hidden size.
@@ -100,6 +101,10 @@ def folders(tmp_path_factory):
     return folder
 
 
+def verb_of(config):
+    return config.parent.name if config.parent.name in VERBS else "edit"
+
+
 def written(name):
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
@@ -113,12 +118,12 @@ def header(path):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_parses(config, parser):
-    verb = config.parent.name if config.parent != FOLDER else "edit"
+    verb = verb_of(config)
     resolved = yaml.safe_load(parser.dump(parser.parse_args([verb, "--config", str(config)]), skip_none=False))[verb]
     for section, values in yaml.safe_load(config.read_text(encoding="utf-8")).items():
         for name, value in values.items():
             if name == "optimizer":  # the resolved one names every argument
-                assert resolved[section][name]["class_path"] == value["class_path"]
+                assert resolved[section][name]["class_path"] == (value if isinstance(value, str) else value["class_path"])
             elif isinstance(value, dict):  # so does a group of options
                 assert value.items() <= resolved[section][name].items()
             else:
@@ -128,7 +133,7 @@ def test_every_config_parses(config, parser):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_headers_say_what_a_config_is_for_needs_and_how_to_run_it(config):
     text = header(config)
-    verb = config.parent.name if config.parent != FOLDER else "edit"
+    verb = verb_of(config)
     name = config.relative_to(FOLDER).with_suffix("").as_posix()
     assert "Needs: " in text
     assert f"Run: rome-pl {verb} --config {name}" in re.sub(r" +", " ", text)
@@ -154,6 +159,25 @@ def test_layers_exist_and_agree_with_the_defaults(name, caplog):
     if caplog.records:
         assert f"layer {layer} is a {'third' if depth // 3 == layer else 'sixth'} of the depth" in text
         assert "Run rome-pl locate before you rely on it" in text
+
+
+SEARCH = {"preset", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
+SEARCH |= {"optimizer", "stop_probability", "contexts_per_step"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configs_of_models_search_by_the_defaults(name):
+    assert not SEARCH & written(name)["model"].keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_are_written_out_for_the_same_model_and_layer(name):
+    here, model = written(f"published/{name}")["model"], written(name)["model"]
+    assert here.keys() >= SEARCH
+    assert here["optimizer"] == "torch.optim.Adam"
+    assert (here["stop_probability"], here["contexts_per_step"]) == (1.0, None)
+    assert {option: value for option, value in here.items() if option not in SEARCH} == model
+    assert f"published/{name}" in header(FOLDER / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -209,8 +233,10 @@ def rows():
     return {name: (model, int(layer), source) for name, model, layer, source in lines}
 
 
-def test_the_table_of_the_docs_lists_all_configs():
+def test_the_docs_list_all_configs():
     assert list(rows()) == list(MODELS)
+    section = DOCS.read_text(encoding="utf-8").partition("## Settings of papers")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`([\w.-]+)`", section)) >= set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -220,5 +246,7 @@ def test_the_table_of_the_docs_agrees_with_the_config(name):
     assert model == (options["pretrained"] if name != "smollm2" else "SmolLM2-135M-Instruct")
     assert [layer] == options["layers"]
     assert source.startswith("untuned") == ("Untuned" in text)
+    if name in PUBLISHED:
+        text = header(FOLDER / "published" / f"{name}.yaml")
     for cited in re.findall(r"`([^`]+)`", source):
         assert cited in text
