@@ -11,13 +11,14 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from rome_pl.callbacks import EditCommit, RunReport, TraceReport
 from rome_pl.cli.dry_run import print_dry_run
+from rome_pl.cli.npz_transfer import export_moments, import_moment
+from rome_pl.cli.tuning import TuningPlan, run_tuning
 from rome_pl.data_modules import CorpusDataModule, RequestDataModule
 from rome_pl.editing.edit import EditError
 from rome_pl.editing.resume import check_model, check_records, check_settings
 from rome_pl.errors import OptionError
 from rome_pl.export.checkpoint import difference, model_bytes, save_model
 from rome_pl.files.whole_files import check_room, local_path
-from rome_pl.interop.npz_statistics import export_npz, import_npz
 from rome_pl.ledger.edit_log import read_lines
 from rome_pl.ledger.replay import replay
 from rome_pl.ledger.run import run_folder
@@ -32,7 +33,6 @@ from rome_pl.ledger.run_folder import (
     read_config,
 )
 from rome_pl.ledger.status import EditStatus
-from rome_pl.model.architecture import RewriteSite
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.model.loading import load_encoder
 from rome_pl.model.supported import check_saves_whole
@@ -45,7 +45,6 @@ from rome_pl.modules.trainer_checks import check_limits, check_pass_trainer
 from rome_pl.reports.statistics_table import show_statistics
 from rome_pl.requests.sampling import sample_requests
 from rome_pl.second_moments.moment_store import statistics_folder
-from rome_pl.second_moments.second_moment import SecondMoment
 
 __all__ = ["APPLIED", "BAD_CONFIGURATION", "INTERRUPTED", "SOME_FAILED", "UNEXPECTED", "RomeTrainer", "RunFolderError"]
 
@@ -219,7 +218,7 @@ class RomeTrainer(Trainer):
             show_statistics(folder)
             return
         if import_npz is not None:
-            _import(model, local_path(import_npz), folder)
+            import_moment(model, local_path(import_npz), folder)
             return
         if self.is_global_zero:
             # Whatever may be wrong comes to light before an earlier report is replaced.
@@ -232,7 +231,7 @@ class RomeTrainer(Trainer):
         if not self._ran_to_its_end(model, datamodule):
             return
         if export_npz is not None and self.is_global_zero:
-            _export(model, local_path(export_npz))
+            export_moments(model, local_path(export_npz))
 
     def evaluate(self, model: LightningModule, datamodule: RequestDataModule, overwrite: bool = False) -> None:
         """Measure requests on a model: an unedited one, one with a ledger's edits, or a saved one.
@@ -294,6 +293,37 @@ class RomeTrainer(Trainer):
                 report.report_trial(self, model)
         self.exit_code = SOME_FAILED if model.refused or datamodule.invalid else APPLIED
 
+    def tune(
+        self,
+        model: LightningModule,
+        datamodule: RequestDataModule,
+        minutes: float = 30.0,
+        edits: int = 20,
+        layers: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Find layers and search settings for a model by trial edits, and write a configuration.
+
+        Args:
+            model: The module.
+            datamodule: Facts with a true and a new target, paraphrases and neighbourhood prompts.
+            minutes: How long it may take. What does not fit is left out, and said.
+            edits: Facts that are edited with each setting.
+            layers: Layers to try: ``all``, a range such as ``4-8``, or a list ``0,3,6``. ``None`` (default): six from
+                the lowest one to the middle of the model.
+            overwrite: Whether a run folder that holds an earlier run may be replaced.
+
+        Raises:
+            OptionError: If there are too few facts, or a layer does not exist.
+            RunFolderError: If the run folder holds an earlier run.
+        """
+        if not isinstance(model, RomeModule):
+            raise TypeError(f"expected a RomeModule, got {type(model).__name__}")
+        datamodule.setup()
+        folder, plan = Path(self.default_root_dir), TuningPlan(minutes, edits, layers, overwrite)
+        if not run_tuning(model, datamodule.requests, folder, self.strategy.root_device, plan):
+            self.exit_code = INTERRUPTED
+
     def _ran_to_its_end(self, model: LightningModule, datamodule: LightningDataModule) -> bool:
         """Run ``predict``; whether it was not interrupted."""
         try:
@@ -315,31 +345,3 @@ class RomeTrainer(Trainer):
         now, then = self._callback(SaveConfigCallback), read_config(folder)
         if now is not None and then is not None:
             check_settings(folder, then, yaml.safe_load(now.parser.dump(now.config, skip_none=False)))
-
-
-def _loaded_sites(model: CovarianceModule) -> list[RewriteSite]:
-    model.load()
-    return model.sites()
-
-
-def _import(model: CovarianceModule, path: Path, folder: Path) -> None:
-    sites = _loaded_sites(model)
-    if len(sites) != 1:
-        raise OptionError(f"import_npz: one file is of one layer; give model.layers one layer, not {len(sites)}")
-    moment = import_npz(path, model.load(), sites[0])
-    target = folder / f"{path.stem}.layer{sites[0].layer}.{moment.info.weights[:12]}.safetensors"
-    moment.save(target)
-    log.warning(
-        "%s: taken for layer %d of %s, which the file itself does not say. Kept as %s; edits of this model find it",
-        path,
-        sites[0].layer,
-        model.load().source,
-        target,
-    )
-
-
-def _export(model: CovarianceModule, folder: Path) -> None:
-    sites = {site.layer: site for site in model.sites()}
-    for done in model.finished:
-        path = export_npz(SecondMoment.load(done.path), folder, sites[done.layer])
-        log.info("Layer %d: %s", done.layer, path)

@@ -112,6 +112,14 @@ VERBS = {
         (MomentProgressBar, "blocks of text"),
         _TRAINER | {"default_root_dir": "runs/covariance"},
     ),
+    "tune": _Verb(
+        RomeModule,
+        RequestDataModule,
+        tuple((callback, section) for section, callback in EDIT_CALLBACKS.items()),
+        (EditProgressBar, "edits"),
+        _TRAINER | {"default_root_dir": "runs/tune"},
+        links=(("model.on_error", "data.on_error"),),
+    ),
     "locate": _Verb(
         TraceModule,
         FactDataModule,
@@ -190,7 +198,7 @@ class RomeCLI(LightningCLI):
             # Lightning's own choice includes Apple's MPS, which lacks the float64 that edits are solved in.
             kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
         made = super().instantiate_trainer(**kwargs)
-        if self.subcommand != "edit":  # which may be a dry run
+        if self.subcommand not in ("edit", "tune"):  # which may be a dry run, or runs Trainers of its own
             check_limits(made, "predict")
         return made
 

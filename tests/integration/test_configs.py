@@ -123,7 +123,9 @@ def test_every_config_parses(config, parser):
     for section, values in yaml.safe_load(config.read_text(encoding="utf-8")).items():
         for name, value in values.items():
             if name == "optimizer":  # the resolved one names every argument
-                assert resolved[section][name]["class_path"] == (value if isinstance(value, str) else value["class_path"])
+                assert resolved[section][name]["class_path"] == (
+                    value if isinstance(value, str) else value["class_path"]
+                )
             elif isinstance(value, dict):  # so does a group of options
                 assert value.items() <= resolved[section][name].items()
             else:
