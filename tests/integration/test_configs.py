@@ -160,7 +160,7 @@ def test_layers_exist_and_agree_with_the_defaults(name, caplog):
     assert ("Untuned" in text) == bool(caplog.records)
     if caplog.records:
         assert f"layer {layer} is a {'third' if depth // 3 == layer else 'sixth'} of the depth" in text
-        assert "Run rome-pl locate before you rely on it" in text
+        assert "Run rome-pl tune before you rely on it" in text
 
 
 SEARCH = {"preset", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
