@@ -1,0 +1,272 @@
+"""A tiny random model of every type that transformers can build as a decoder, and one edit of each.
+
+Configs are shrunk by the names of their fields, so a new type mostly needs nothing here.
+"""
+
+import contextlib
+import inspect
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from rome_pl.editor import KnowledgeEditor
+from rome_pl.encoding.encoded_rows import EncodedRow
+from rome_pl.forward.hooks import add_at_column, capture_columns
+from rome_pl.forward.suffix_engine import SuffixEngine
+from rome_pl.model.architecture import RewriteSite, UnsupportedModelError, decoder_layers, find_site
+from rome_pl.model.language_model import LanguageModel
+from tests import tiny
+from tests.tiny import LAYERS
+
+TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+"""Every type of the two mappings."""
+
+LARGEST = 3_000_000
+"""Most parameters of a tiny model. A larger one has a size that :data:`SIZES` does not know, and is not built."""
+
+SECONDS = 60
+"""Longest time that one model may take."""
+
+SIZES = tiny._SIZES | {
+    "is_decoder": True,
+    # names of widths and depths
+    **dict.fromkeys(("d_model", "dim", "dim_model", "embed_dim", "emb_dim"), 32),
+    **dict.fromkeys(("d_ff", "dim_ff", "feed_forward_size", "shared_intermediate_size"), 48),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_dim"), 48),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "n_layers", "depth"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), 2),  # a decoder's layers are not to be counted by them
+    **dict.fromkeys(("n_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    "kv_heads": 2,
+    # heads
+    **dict.fromkeys(("head_dim", "dim_head", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim"), 8),
+    **dict.fromkeys(("kv_channels", "swa_head_dim", "global_head_dim", "index_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("index_n_heads", "o_groups"), 2),
+    "index_topk": 64,
+    "max_target_positions": 128,
+    "max_source_positions": 128,
+    # experts: no more are picked than there are
+    **dict.fromkeys(("n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("shared_expert_intermediate_size", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16),
+    "first_k_dense_replace": 1,
+    # other mixers
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_d_head", "mamba_head_dim", "n_mamba_heads"), 8),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_ssm"), 8),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    # pictures and sound
+    **dict.fromkeys(("image_size",), 28),
+    **dict.fromkeys(("patch_size",), 14),
+}
+
+SPECIAL: dict[str, dict[str, Any]] = {}
+"""Fields of single types that the names alone do not make fit."""
+
+
+class NotBuiltError(Exception):
+    """A type of which no tiny model can be built here. The message gives the reason."""
+
+
+def tiny_config(model_type: str) -> Any:
+    """A tiny config of a type."""
+    return _shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}))
+
+
+def _shrunk(kind: Any, special: dict[str, Any]) -> Any:
+    known = kind()
+    values = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    for name in getattr(kind, "sub_configs", {}):
+        part = getattr(known, name, None)
+        if part is not None and not isinstance(part, dict):
+            values[name] = _shrunk(type(part), special.get(name, {})).to_dict()
+    kinds = getattr(known, "layer_types", None)
+    if isinstance(kinds, list | tuple) and "layer_types" not in special:
+        kinds = sorted(set(kinds), key=list(kinds).index)
+        values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
+    rope = getattr(known, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        values["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}
+    values |= {name: value for name, value in special.items() if not isinstance(value, dict) or name not in values}
+    return kind(**values)
+
+
+def tiny_decoder(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny random model of a type, in evaluation mode.
+
+    Raises:
+        NotBuiltError: If there is none.
+    """
+    try:
+        config = tiny_config(model_type)
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        made = mapping[type(config)]
+        kind = made[0] if isinstance(made, tuple) else made
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in kind(config).parameters())
+        if size > LARGEST:
+            raise NotBuiltError(f"{size:,} parameters")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = kind._from_config(tiny_config(model_type), dtype=dtype)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.is_floating_point():
+                        parameter.add_(torch.randn_like(parameter) * 0.08)
+    except NotBuiltError:
+        raise
+    except Exception as error:
+        raise NotBuiltError(f"{type(error).__name__}: {error}") from error
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a type.
+
+    Args:
+        kind: ``edited``, ``refused``, ``not built`` or ``wrong``.
+        reason: Why it was not edited.
+        layers: Layers that can be edited, of how many.
+        whole_rows: Whether every step runs whole rows.
+    """
+
+    kind: str
+    reason: str = ""
+    layers: tuple[int, ...] = ()
+    of: int = 0
+    whole_rows: bool = False
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise ``TimeoutError`` in the main thread after so many seconds."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+PROMPT, SUBJECT, TARGET = "We all left for Korrin", "Korrin", "the"
+"""The subject ends the prompt: windows of attention are short here."""
+
+ROWS = (
+    EncodedRow((40, 41, 42, 43, 44, 45, 46), 2, (47,), 6),
+    EncodedRow((50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60), 9, (61,), 10),
+    EncodedRow((62, 63, 64, 65, 66), 4, (), 4),
+    EncodedRow((67, 68, 69, 70), 0, (71,), 3),
+)
+OPTIONS = {
+    "preset": "easyedit", "v_num_grad_steps": 3, "v_lr": 0.1, "clamp_norm_factor": 20.0, "contexts": [],
+    "kl_factor": 0.0,
+}  # fmt: skip
+
+
+def edit_decoder(model_type: str) -> Verdict:
+    """Build a type, edit it and check the edit."""
+    try:
+        with time_limit(SECONDS):
+            model = tiny_decoder(model_type)
+            return edit_model(model)
+    except NotBuiltError as error:
+        return Verdict("not built", str(error))
+
+
+def edit_model(model: Any) -> Verdict:
+    try:
+        language_model = LanguageModel(model, tiny.byte_level_tokenizer())
+    except UnsupportedModelError as error:
+        return Verdict("refused", str(error))
+    count = len(decoder_layers(model)[1])
+    reasons, sites = {}, {}
+    for layer in range(count):
+        try:
+            sites[layer] = find_site(model, layer)
+        except UnsupportedModelError as error:
+            reasons[layer] = str(error)
+    if not sites:
+        return Verdict("refused", reasons[min(1, count - 1)])
+    layer = min(sites, key=lambda layer: (layer != 1, layer))
+    try:
+        whole = check_edit(language_model, sites[layer])
+    except UnsupportedModelError as error:
+        return Verdict("refused", str(error), tuple(sites), count)
+    except AssertionError as error:
+        return Verdict("wrong", str(error), tuple(sites), count)
+    return Verdict("edited", reasons.get(min(reasons, default=-1), ""), tuple(sites), count, whole)
+
+
+def check_edit(language_model: LanguageModel, site: RewriteSite) -> bool:
+    model, layer = language_model.model, site.layer
+    # Suffixes: logits of a plain forward.
+    engine = SuffixEngine(model, site, pad_id=0)
+    run = engine.run(ROWS)
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(len(ROWS), site.d_value, generator=generator)
+    pairs = [(i, run.rows.prefix + step) for i, row in enumerate(ROWS) for step in range(len(row.ids) - row.lookup)]
+    index, column = torch.tensor(pairs).T
+    with torch.no_grad():
+        logits = run.logits(delta, (index, column))
+        plain, still = [], []
+        for number, row in enumerate(ROWS):
+            ids = torch.tensor([row.ids])
+            still.append(model(input_ids=ids, use_cache=False).logits[0, row.lookup :])
+            with add_at_column(site.projection, delta[number : number + 1], row.lookup):
+                plain.append(model(input_ids=ids, use_cache=False).logits[0, row.lookup :])
+    expected = torch.cat(plain)
+    spread = expected.std()
+    assert (expected - torch.cat(still)).abs().max() > 1e-3 * spread, "the offset changes no logits"
+    off = float((logits - expected).abs().max() / spread)
+    assert off < 1e-3, f"suffix logits are off by {off:.1g} of their spread"
+
+    # The edit
+    encoded = language_model.encoder.continuation(PROMPT, TARGET, None) if False else None
+    del encoded
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    editor = KnowledgeEditor(language_model, layers=[layer], **OPTIONS)
+    outcome = editor.edit(PROMPT, SUBJECT, TARGET, verify=False)
+    after = model.state_dict()
+    changed = {
+        (tensor.data_ptr(), tensor.shape): name for name, tensor in after.items() if not torch.equal(tensor, before[name])
+    }
+    assert list(changed.values()) == [site.name], f"changed: {list(changed.values())}"
+    search = outcome.edit.search
+    row = search.encoded.rows[0]
+    ids, here = torch.tensor([row.ids]), slice(row.lookup, row.lookup + 1)
+    with torch.no_grad():
+        with capture_columns(site.projection, 1, here) as now:
+            model(input_ids=ids, use_cache=False)
+        now_weight = site.weight.detach().clone()
+        site.weight.copy_(before[site.name])
+        with capture_columns(site.projection, 1, here) as then:
+            model(input_ids=ids, use_cache=False)
+        site.weight.copy_(now_weight)
+    value = then["output"][0, 0].double() + search.delta.double()
+    key, bias = now["input"][0, 0].double(), 0 if site.bias is None else site.bias.detach().double()
+    given = site.matrix(now_weight).double() @ key + bias
+    assert search.delta.norm() > 1e-3, "no offset"
+    for name, found in (("W k + b", given), ("the output", now["output"][0, 0].double())):
+        error = float((found - value).norm() / value.norm())
+        assert error < 1e-4, f"{name} is off the value by {error:.1g}"
+    return bool(engine.whole_rows)
