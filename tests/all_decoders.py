@@ -4,14 +4,13 @@ Configs are shrunk by the names of their fields, so a new type mostly needs noth
 """
 
 import contextlib
-import inspect
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -29,7 +28,7 @@ from tests.tiny import LAYERS
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 """Every type of the two mappings."""
 
-LARGEST = 3_000_000
+LARGEST = 30_000_000
 """Most parameters of a tiny model. A larger one has a size that :data:`SIZES` does not know, and is not built."""
 
 SECONDS = 60
@@ -68,12 +67,69 @@ SIZES = tiny._SIZES | {
     **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     # pictures and sound
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "text_hidden_size", "vision_hidden_size"), 32),
+    **dict.fromkeys(("projector_hidden_size", "vision_output_dim"), 32),
     **dict.fromkeys(("image_size",), 28),
     **dict.fromkeys(("patch_size",), 14),
 }
 
-SPECIAL: dict[str, dict[str, Any]] = {}
-"""Fields of single types that the names alone do not make fit."""
+_HYBRID = {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4, "layer_types": ...}
+_SHARED_KEYS = {
+    "num_kv_shared_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": tiny.VOCABULARY,
+    "global_head_dim": 8,
+    "intermediate_size": 48,
+}
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGBZ": 6, "IMGIMGBA": 7}},
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPES}},
+    "cohere_compass_text": {"rope_parameters": _ROPES},
+    "ctrl": {"dff": 48},
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    },
+    "gemma3n_text": _SHARED_KEYS,
+    "gemma4": {"text_config": _SHARED_KEYS},
+    "gemma4_text": _SHARED_KEYS,
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "florence2": {"vision_config": {"depths": (1, 1), "embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2),
+        "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True)}},
+    "gemma4_unified": {"text_config": {"global_head_dim": 8}},
+    "gemma4_unified_text": {"global_head_dim": 8},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
+    "janus": {"vq_config": {"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1]}},
+    "kimi_linear": {"linear_head_dim": 8},
+    "musicgen": {"decoder": {}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 2},
+    "mamba2": {"num_heads": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "muse_spark": {"vision_config": {"num_hidden_layers": 4, "layer_types": ...}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "prophetnet": {"num_hidden_layers": ...},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
+        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 500, "split_ngram_parts": 2,
+    },
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
+    "xlnet": {"max_position_embeddings": ..., "d_inner": 48},
+    "zamba": _HYBRID,
+    "zamba2": _HYBRID,
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+SPECIAL["qwen4_exp"] = {"text_config": SPECIAL["qwen4_exp_text"]}
+"""Fields of single types that the names alone do not make fit; ``...`` leaves a field as it is by default."""
 
 
 class NotBuiltError(Exception):
@@ -87,20 +143,34 @@ def tiny_config(model_type: str) -> Any:
 
 def _shrunk(kind: Any, special: dict[str, Any]) -> Any:
     known = kind()
-    values = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    values = {name: size for name, size in SIZES.items() if _takes(known, name, size)}
     for name in getattr(kind, "sub_configs", {}):
         part = getattr(known, name, None)
         if part is not None and not isinstance(part, dict):
             values[name] = _shrunk(type(part), special.get(name, {})).to_dict()
     kinds = getattr(known, "layer_types", None)
-    if isinstance(kinds, list | tuple) and "layer_types" not in special:
+    if _takes(known, "layer_types", []) and isinstance(kinds, list | tuple):
         kinds = sorted(set(kinds), key=list(kinds).index)
         values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
     rope = getattr(known, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}
-    values |= {name: value for name, value in special.items() if not isinstance(value, dict) or name not in values}
-    return kind(**values)
+    values |= {name: value for name, value in special.items() if name not in getattr(kind, "sub_configs", {})}
+    return kind(**{name: value for name, value in values.items() if value is not ...})
+
+
+def _takes(known: Any, name: str, size: Any) -> bool:
+    """Whether a config has a field that may have this size."""
+    owner = getattr(type(known), known.attribute_map.get(name, name), None)
+    if isinstance(owner, property) and owner.fset is None:
+        return False
+    try:
+        value = getattr(known, name)
+    except AttributeError:
+        return False
+    except Exception:  # a field of which some layers have values of their own
+        return True
+    return isinstance(size, list) or not isinstance(value, list | tuple | dict)
 
 
 def tiny_decoder(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -111,18 +181,16 @@ def tiny_decoder(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
     """
     try:
         config = tiny_config(model_type)
-        mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = AutoModelForCausalLM
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        made = mapping[type(config)]
-        kind = made[0] if isinstance(made, tuple) else made
+            kind = AutoModelForImageTextToText
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in kind(config).parameters())
+            size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
         if size > LARGEST:
             raise NotBuiltError(f"{size:,} parameters")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = kind._from_config(tiny_config(model_type), dtype=dtype)
+            model = kind.from_config(tiny_config(model_type), dtype=dtype)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.is_floating_point():

@@ -100,7 +100,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
-    return lists[0]  # named_modules lists outer modules first
+    text = _text_parts(model)
+    # named_modules lists outer modules first. A vision tower may be as deep as the text model and stand before it.
+    return next((found for found in lists if found[0].startswith(text)), lists[0])
 
 
 def find_site(model: nn.Module, layer: int) -> RewriteSite:
@@ -177,6 +179,13 @@ def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
         )
     last = ends[-1]  # keys, values and queries are registered earlier
     return block.get_submodule(_adapted(block, last) or last)
+
+
+def _text_parts(model: nn.Module) -> tuple[str, ...]:
+    """Openings of the names of the modules inside those that have the text model's own configuration."""
+    config = _text_config(model)
+    parts = [name for name, module in model.named_modules() if getattr(module, "config", None) is config]
+    return tuple(f"{name}." if name else "" for name in parts)
 
 
 def _text_config(model: nn.Module) -> Any:
