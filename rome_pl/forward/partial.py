@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rome_pl.model.architecture import decoder_layers
+from rome_pl.model.supported import first_position
 
 __all__ = [
     "PassThrough",
@@ -128,10 +129,17 @@ def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
 
 
 def forward_masks(model: Any, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-    """Return mask and positions in the form that the model takes. BLOOM derives positions from the mask."""
+    """Return mask and positions in the form that the model takes. BLOOM derives positions from the mask.
+
+    Args:
+        model: The language model.
+        attention_mask: Its attention mask.
+        position_ids: Positions, counted from 0.
+    """
     masks = {"attention_mask": attention_mask}
     # A PEFT model passes on arguments that its own forward does not name.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" in inspect.signature(inner.forward).parameters:
-        masks["position_ids"] = position_ids
+    first = first_position(model)
+    if "position_ids" in inspect.signature(inner.forward).parameters and first is not None:
+        masks["position_ids"] = position_ids + first if first else position_ids
     return masks

@@ -100,9 +100,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
-    text = _text_parts(model)
     # named_modules lists outer modules first. A vision tower may be as deep as the text model and stand before it.
-    return next((found for found in lists if found[0].startswith(text)), lists[0])
+    text = _text_config(model)
+    return next((found for found in lists if _config_around(model, found[0]) is text), lists[0])
 
 
 def find_site(model: nn.Module, layer: int) -> RewriteSite:
@@ -181,11 +181,13 @@ def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
     return block.get_submodule(_adapted(block, last) or last)
 
 
-def _text_parts(model: nn.Module) -> tuple[str, ...]:
-    """Openings of the names of the modules inside those that have the text model's own configuration."""
-    config = _text_config(model)
-    parts = [name for name, module in model.named_modules() if getattr(module, "config", None) is config]
-    return tuple(f"{name}." if name else "" for name in parts)
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around a module that has one."""
+    config, module = getattr(model, "config", None), model
+    for part in name.split(".")[:-1]:
+        module = module.get_submodule(part)
+        config = getattr(module, "config", config)
+    return config
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -228,7 +230,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _is_expert_part(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     # Fused experts keep one 3-d parameter per projection, [experts, out, in].
-    fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    fused = any(parameter.ndim == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
     return fused or "expert" in kind or "router" in kind or "experts" in name.split(".")
 
 
