@@ -51,6 +51,7 @@ SIZES = tiny._SIZES | {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("index_n_heads", "o_groups"), 2),
     "index_topk": 64,
+    "laurel_rank": 8,
     "max_target_positions": 128,
     "max_source_positions": 128,
     # experts: no more are picked than there are
@@ -85,6 +86,11 @@ _SHARED_KEYS = {
 _PICTURES = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}}
 _DENSE = {"num_experts": 1, "num_experts_per_tok": 1}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_NOTE = {
+    "num_key_value_heads": 4, "head_dim": 16, "per_layer_config": {}, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 8,
+    "swa_v_head_dim": 8, "swa_kv_lora_rank": 16, "swa_q_lora_rank": 16,
+}  # fmt: skip
 _ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -97,13 +103,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "jamba": _DENSE | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 8, "expert_layer_offset": 7},
     "ernie4_5_vl_moe": _PICTURES,
-    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _PICTURES),
-    **dict.fromkeys(("qwen2_5_omni_thinker",), _PICTURES),
+    **dict.fromkeys(("glm4v", "glm46v", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _PICTURES),
+    "glmga": {
+        "text_config": {"rope_parameters": _PICTURES["text_config"]["rope_parameters"] | {"partial_rotary_factor": 1.0}}
+    },
+    **dict.fromkeys(("glm_ocr",), {"text_config": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}}}),
+    "qwen2_5_omni_thinker": _PICTURES | {"vision_start_token_id": 5},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "xlstm": {"chunk_size": ..., "mlstm_round_up_to_multiple_of": 8},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8, "num_hidden_layers": 6},
+    "mistral4": {"head_dim": 16},
+    "hunyuan_vl": _PICTURES,
     "glm4v_moe": {"text_config": _PICTURES["text_config"] | {"head_dim": 16}},
     "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
-    "dots3_note_text": {"num_key_value_heads": 4},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention"]},
+    "dots3_note_text": _NOTE,
+    "dots3_note": {"text_config": _NOTE},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48}},
     "gemma3n_text": _SHARED_KEYS,
     "gemma4": {"text_config": _SHARED_KEYS},
@@ -114,7 +129,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True)}},
     "gemma4_unified": {"text_config": {"global_head_dim": 8}},
     "gemma4_unified_text": {"global_head_dim": 8},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "linear_head_dim": 8}},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64},
@@ -125,7 +140,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 2},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
-    "muse_spark": {"vision_config": {"num_hidden_layers": 4, "layer_types": ...}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": (8, 8, 16, 32)}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "prophetnet": {"num_hidden_layers": ...},
     "qwen4_exp_text": {

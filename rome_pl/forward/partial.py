@@ -13,6 +13,7 @@ from rome_pl.model.supported import first_position
 
 __all__ = [
     "PassThrough",
+    "StandIn",
     "cache_of",
     "forward_masks",
     "layer_answer",
@@ -22,11 +23,29 @@ __all__ = [
 ]
 
 
-class PassThrough(nn.Module):
+class StandIn(nn.Module):
+    """Replaces a decoder layer. What it has not itself, such as the kind of the layer, is read from the layer.
+
+    Args:
+        layer: The layer, which is no part of this module.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        vars(self)["replaced"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["replaced"], name)
+
+
+class PassThrough(StandIn):
     """Replaces a decoder layer that need not run. Returns hidden states in the form of the family's layers."""
 
-    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__(layer)
         self.answer = answer
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -62,7 +81,7 @@ def run_from_layer(
     handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         for index in range(layer):
-            layers[index] = PassThrough(answer)
+            layers[index] = PassThrough(originals[index], answer)
         for index, module in (stand_ins or {}).items():
             layers[index] = module
         yield

@@ -40,6 +40,10 @@ _WAYS = (
 """How suffixes may run, the fastest first: whether as whole rows, whether without padding on the left; and a warning."""
 
 
+class _RunsAgainError(UnsupportedModelError):
+    """A layer that runs more than once in a forward."""
+
+
 class SuffixEngine:
     """Runs prefix passes of one model and site.
 
@@ -91,7 +95,7 @@ class SuffixEngine:
         for whole, unpadded, slower in _WAYS:
             try:
                 error, largest = self._error(two, whole, unpadded)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _RunsAgainError):
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
                 reasons.append(f"{type(failure).__name__}: {failure}")  # another kind of cache may raise this
@@ -170,6 +174,16 @@ class SuffixEngine:
     def _plain(self, row: EncodedRow, delta: Tensor) -> Tensor:
         """Logits after one row's last token, from a forward of that row alone."""
         input_ids = torch.tensor([row.ids], device=delta.device)
+        runs: list[None] = []
         with frozen(self.model), add_at_column(self.site.projection, delta, row.lookup):
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+            handle = self.site.projection.register_forward_hook(lambda *_: runs.append(None))
+            try:
+                logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+            finally:
+                handle.remove()
+        if len(runs) > 1:
+            raise _RunsAgainError(
+                f"{type(self.model).__name__} runs layer {self.site.layer} {len(runs)} times for each token: one value "
+                "cannot be asserted for all of them"
+            )
         return logits

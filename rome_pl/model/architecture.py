@@ -1,7 +1,8 @@
 """Finding a decoder's layers and the second projections of their MLPs by inspecting the modules.
 
 No family is recognised by name. The MLP of a decoder layer is everything outside attention or another mixer of tokens.
-The projection that ROME rewrites is its last dense map back to the hidden size.
+The projection that ROME rewrites is its widest dense map back to the hidden size, and the last of these. Narrower ones are
+adapters, gates of a norm, or embeddings of a layer's own.
 """
 
 from collections.abc import Sequence
@@ -113,8 +114,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         layer: Index of the decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP,
-            or if an adapter of PEFT is on the projection.
+        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, has no dense MLP,
+            or shares it with other layers, or if an adapter of PEFT is on the projection.
     """
     list_name, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
@@ -141,16 +142,21 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
             )
         transposed = isinstance(module, Conv1D)
         if module.weight.shape[1 if transposed else 0] == width:
-            found, adapted = (
-                RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed),
-                _adapted(block, name, ("base_layer", "original_module")),
-            )
+            site = RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed)
+            if found is None or site.d_key >= found.d_key:
+                found, adapted = site, _adapted(block, name, ("base_layer", "original_module"))
     if found is None:
         raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
     if adapted is not None:  # an adapter's own maps come after the projection and would be taken for it
         raise UnsupportedModelError(
             f"{where} has an adapter of PEFT on '{adapted}', the projection that an edit writes into: merge it first "
             "(model = model.merge_and_unload())"
+        )
+    users = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is found.weight]
+    if len(users) > 1:
+        raise UnsupportedModelError(
+            f"{where} shares its MLP with other layers ('{users[0]}' is '{users[1]}'): an edit would change what all of "
+            "them do; choose a layer with an MLP of its own"
         )
     return found
 
@@ -224,7 +230,8 @@ def _adapted(block: nn.Module, name: str, marks: Sequence[str] = ("base_layer",)
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
+    kind = type(module).__name__.lower()
+    return "attention" in kind and "decoderlayer" not in kind  # a whole layer around attention holds an MLP too
 
 
 def _is_expert_part(name: str, module: nn.Module) -> bool:

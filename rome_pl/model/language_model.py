@@ -153,4 +153,6 @@ class LanguageModel:
 
 def max_length(config: Any) -> int:
     """Largest number of tokens that a model reads at once."""
-    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)
+    text = config.get_text_config(decoder=True)
+    fields = ("max_position_embeddings", "max_target_positions")
+    return int(next((size for name in fields if (size := getattr(text, name, None))), 2**20))
