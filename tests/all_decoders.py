@@ -1,16 +1,21 @@
 """A tiny random model of every type that transformers can build as a decoder, and one edit of each.
 
-Configs are shrunk by the names of their fields, so a new type mostly needs nothing here.
+Configs are shrunk by the names of their fields, so a new type mostly needs nothing here. Run as a module, it pins the
+verdicts.
 """
 
 import contextlib
+import json
+import re
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -27,6 +32,9 @@ from tests.tiny import LAYERS
 
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 """Every type of the two mappings."""
+
+VERDICTS = Path(__file__).with_name("decoders.json")
+"""The expected verdict of every type. ``python -m tests.all_decoders`` writes it."""
 
 LARGEST = 30_000_000
 """Most parameters of a tiny model. A larger one has a size that :data:`SIZES` does not know, and is not built."""
@@ -58,7 +66,9 @@ SIZES = tiny._SIZES | {
     **dict.fromkeys(("n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts"), 1),
-    **dict.fromkeys(("shared_expert_intermediate_size", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(
+        ("shared_expert_intermediate_size", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16
+    ),
     "first_k_dense_replace": 1,
     # other mixers
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_d_head", "mamba_head_dim", "n_mamba_heads"), 8),
@@ -74,7 +84,11 @@ SIZES = tiny._SIZES | {
     **dict.fromkeys(("patch_size",), 14),
 }
 
-_HYBRID = {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4, "layer_types": ...}
+_HYBRID = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "num_hidden_layers": 4,
+    "layer_types": ...,
+}
 _SHARED_KEYS = {
     "num_kv_shared_layers": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -83,7 +97,9 @@ _SHARED_KEYS = {
     "global_head_dim": 8,
     "intermediate_size": 48,
 }
-_PICTURES = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}}
+_PICTURES = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+}
 _DENSE = {"num_experts": 1, "num_experts_per_tok": 1}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _NOTE = {
@@ -101,16 +117,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 48},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
-    "jamba": _DENSE | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 8, "expert_layer_offset": 7},
+    "jamba": _DENSE
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 8, "expert_layer_offset": 7},
     "ernie4_5_vl_moe": _PICTURES,
     **dict.fromkeys(("glm4v", "glm46v", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _PICTURES),
     "glmga": {
         "text_config": {"rope_parameters": _PICTURES["text_config"]["rope_parameters"] | {"partial_rotary_factor": 1.0}}
     },
-    **dict.fromkeys(("glm_ocr",), {"text_config": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}}}),
+    "glm_ocr": {
+        "text_config": {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]},
+        }
+    },
     "qwen2_5_omni_thinker": _PICTURES | {"vision_start_token_id": 5},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
-    "xlstm": {"chunk_size": ..., "mlstm_round_up_to_multiple_of": 8},
+    "xlstm": {"chunk_size": ..., "hidden_size": 128, "embedding_dim": 128},
     "longcat_flash": {"qk_head_dim": 16, "head_dim": 8, "num_hidden_layers": 6},
     "mistral4": {"head_dim": 16},
     "hunyuan_vl": _PICTURES,
@@ -136,12 +158,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "janus": {"vq_config": {"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1]}},
     "kimi_linear": {"linear_head_dim": 8},
-    "musicgen": {"decoder": {}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 2},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": (8, 8, 16, 32)}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {
+        "text_config": {"layer_types": ["linear_attention", "mlp", "full_attention"]},
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     "prophetnet": {"num_hidden_layers": ...},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
@@ -235,16 +259,41 @@ class Verdict:
 
     Args:
         kind: ``edited``, ``refused``, ``not built`` or ``wrong``.
-        reason: Why it was not edited.
-        layers: Layers that can be edited, of how many.
-        whole_rows: Whether every step runs whole rows.
+        notes: For an edited one what is special about it, else the reason, a key of :data:`REASONS`.
+        message: What was raised.
     """
 
     kind: str
-    reason: str = ""
-    layers: tuple[int, ...] = ()
-    of: int = 0
-    whole_rows: bool = False
+    notes: tuple[str, ...] = ()
+    message: str = ""
+
+    @property
+    def pinned(self) -> list[str]:
+        """The verdict as the table holds it."""
+        return [self.kind, *self.notes]
+
+
+REASONS = {
+    "experts": "is a mixture of experts",
+    "encoder-decoder": "is an encoder-decoder",
+    "both directions": "reads in both directions",
+    "no MLP": "has no dense MLP projection",
+    "shared MLP": "shares its MLP with other layers",
+    "needs an image": "pixel_values",
+    "no list of layers": "has no list of|is no decoder with a list of layers",
+    "no row for each token": "not a row for each",
+    "no length": "says max_position_embeddings",
+    "layers of another form": "has no attribute 'attn_output'",
+    "timm": "requires the timm library",
+    "its default config is not valid": "Class validation error|set of layer types|per_layer_config",
+    "its auto class does not take its config": "Unrecognized configuration class|Config' object has no attribute",
+}
+"""Reasons by the words that name them in a message."""
+
+
+def _without(kind: str, message: str) -> Verdict:
+    reasons = [reason for reason, words in REASONS.items() if re.search(words, message)]
+    return Verdict(kind, tuple(reasons[:1]) or ("other",), message)
 
 
 @contextlib.contextmanager
@@ -272,6 +321,7 @@ ROWS = (
     EncodedRow((62, 63, 64, 65, 66), 4, (), 4),
     EncodedRow((67, 68, 69, 70), 0, (71,), 3),
 )
+
 OPTIONS = {
     "preset": "easyedit", "v_num_grad_steps": 3, "v_lr": 0.1, "clamp_norm_factor": 20.0, "contexts": [],
     "kl_factor": 0.0,
@@ -280,89 +330,129 @@ OPTIONS = {
 
 def edit_decoder(model_type: str) -> Verdict:
     """Build a type, edit it and check the edit."""
-    try:
-        with time_limit(SECONDS):
+    with time_limit(SECONDS):
+        try:
             model = tiny_decoder(model_type)
-            return edit_model(model)
-    except NotBuiltError as error:
-        return Verdict("not built", str(error))
+        except NotBuiltError as error:
+            return _without("not built", str(error))
+        verdict = _edit(model)
+        if verdict.notes[:1] == ("needs an image",):
+            for part in model.modules():  # its text model may be a causal language model by itself
+                if part is not model and isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+                    alone = _edit(part)
+                    return (
+                        replace(alone, notes=("its text model alone", *alone.notes))
+                        if alone.kind == "edited"
+                        else verdict
+                    )
+        return verdict
 
 
-def edit_model(model: Any) -> Verdict:
+def _edit(model: Any) -> Verdict:
     try:
         language_model = LanguageModel(model, tiny.byte_level_tokenizer())
+        count = len(decoder_layers(model)[1])
+        sites, messages = {}, {}
+        for layer in range(count):
+            try:
+                sites[layer] = find_site(model, layer)
+            except UnsupportedModelError as error:
+                messages[layer] = str(error)
+        if not sites:
+            return _without("refused", messages[count // 2])
+        layer = 1 if 1 in sites else min(sites)  # layers below it and above, where there are
+        slower = check_edit(language_model, sites[layer])
     except UnsupportedModelError as error:
-        return Verdict("refused", str(error))
-    count = len(decoder_layers(model)[1])
-    reasons, sites = {}, {}
-    for layer in range(count):
-        try:
-            sites[layer] = find_site(model, layer)
-        except UnsupportedModelError as error:
-            reasons[layer] = str(error)
-    if not sites:
-        return Verdict("refused", reasons[min(1, count - 1)])
-    layer = min(sites, key=lambda layer: (layer != 1, layer))
-    try:
-        whole = check_edit(language_model, sites[layer])
-    except UnsupportedModelError as error:
-        return Verdict("refused", str(error), tuple(sites), count)
+        return _without("refused", str(error))
     except AssertionError as error:
-        return Verdict("wrong", str(error), tuple(sites), count)
-    return Verdict("edited", reasons.get(min(reasons, default=-1), ""), tuple(sites), count, whole)
+        return Verdict("wrong", (str(error),))
+    others = {"no others": not messages, "experts": any(REASONS["experts"] in text for text in messages.values())}
+    kinds = () if others["no others"] else ("its dense layers",) if others["experts"] else ("its layers with an MLP",)
+    return Verdict("edited", (*kinds, *(("whole rows",) if slower else ())))
 
 
 def check_edit(language_model: LanguageModel, site: RewriteSite) -> bool:
-    model, layer = language_model.model, site.layer
-    # Suffixes: logits of a plain forward.
-    engine = SuffixEngine(model, site, pad_id=0)
+    """Edit a model and check the edit; whether steps have to run whole rows.
+
+    Raises:
+        AssertionError: If suffixes give other logits than a plain forward, if another matrix than the site's changes or
+            none, or if the edited projection does not give the value at the key.
+        UnsupportedModelError: If the model is refused.
+    """
+    slower = _check_suffixes(language_model, site)
+    model = language_model.model
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    editor = KnowledgeEditor(language_model, layers=[site.layer], **OPTIONS)
+    search = editor.edit(PROMPT, SUBJECT, TARGET, verify=False).edit.search
+    after = model.state_dict()
+    changed = {tensor.data_ptr(): name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert list(changed.values()) == [site.name], f"changed: {sorted(changed.values())}"
+
+    row, written = search.encoded.rows[0], site.weight.detach().clone()
+    key, output = _at_lookup(model, site, row)
+    with torch.no_grad():
+        site.weight.copy_(before[site.name])
+        value = _at_lookup(model, site, row)[1] + search.delta.double()
+        site.weight.copy_(written)
+    given = site.matrix(written).double() @ key + (0 if site.bias is None else site.bias.detach().double())
+    assert search.delta.norm() > 1e-3, "no offset was found"
+    for name, found in (("W k + b", given), ("the projection's output", output)):
+        error = float((found - value).norm() / value.norm())
+        assert error < 1e-4, f"{name} is off the value by {error:.1g}"
+    return slower
+
+
+def _check_suffixes(language_model: LanguageModel, site: RewriteSite) -> bool:
+    """Compare suffix logits under a random offset with plain forwards of each row alone."""
+    model, engine = language_model.model, SuffixEngine(language_model.model, site, pad_id=0)
     run = engine.run(ROWS)
-    generator = torch.Generator().manual_seed(1)
-    delta = torch.randn(len(ROWS), site.d_value, generator=generator)
+    delta = torch.randn(len(ROWS), site.d_value, generator=torch.Generator().manual_seed(1))
     pairs = [(i, run.rows.prefix + step) for i, row in enumerate(ROWS) for step in range(len(row.ids) - row.lookup)]
     index, column = torch.tensor(pairs).T
+    moved, still = [], []
     with torch.no_grad():
         logits = run.logits(delta, (index, column))
-        plain, still = [], []
         for number, row in enumerate(ROWS):
             ids = torch.tensor([row.ids])
             still.append(model(input_ids=ids, use_cache=False).logits[0, row.lookup :])
             with add_at_column(site.projection, delta[number : number + 1], row.lookup):
-                plain.append(model(input_ids=ids, use_cache=False).logits[0, row.lookup :])
-    expected = torch.cat(plain)
+                moved.append(model(input_ids=ids, use_cache=False).logits[0, row.lookup :])
+    expected = torch.cat(moved)
     seen = expected > torch.finfo(expected.dtype).min / 2  # some models mask tokens that they never write
-    spread = expected[seen].std()
-    assert (expected - torch.cat(still))[seen].abs().max() > 1e-3 * spread, "the offset changes no logits"
-    off = float((logits - expected)[seen].abs().max() / spread)
-    assert off < 1e-3, f"suffix logits are off by {off:.1g} of their spread"
-
-    # The edit
-    encoded = language_model.encoder.continuation(PROMPT, TARGET, None) if False else None
-    del encoded
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    editor = KnowledgeEditor(language_model, layers=[layer], **OPTIONS)
-    outcome = editor.edit(PROMPT, SUBJECT, TARGET, verify=False)
-    after = model.state_dict()
-    changed = {
-        (tensor.data_ptr(), tensor.shape): name for name, tensor in after.items() if not torch.equal(tensor, before[name])
-    }
-    assert list(changed.values()) == [site.name], f"changed: {list(changed.values())}"
-    search = outcome.edit.search
-    row = search.encoded.rows[0]
-    ids, here = torch.tensor([row.ids]), slice(row.lookup, row.lookup + 1)
-    with torch.no_grad():
-        with capture_columns(site.projection, 1, here) as now:
-            model(input_ids=ids, use_cache=False)
-        now_weight = site.weight.detach().clone()
-        site.weight.copy_(before[site.name])
-        with capture_columns(site.projection, 1, here) as then:
-            model(input_ids=ids, use_cache=False)
-        site.weight.copy_(now_weight)
-    value = then["output"][0, 0].double() + search.delta.double()
-    key, bias = now["input"][0, 0].double(), 0 if site.bias is None else site.bias.detach().double()
-    given = site.matrix(now_weight).double() @ key + bias
-    assert search.delta.norm() > 1e-3, "no offset"
-    for name, found in (("W k + b", given), ("the output", now["output"][0, 0].double())):
-        error = float((found - value).norm() / value.norm())
-        assert error < 1e-4, f"{name} is off the value by {error:.1g}"
+    spread = float(expected[seen].std())
+    change = float((expected - torch.cat(still))[seen].abs().max())
+    error = float((logits - expected)[seen].abs().max())
+    assert change > 1e-3 * spread, "an offset changes no logits"
+    assert error < 1e-3 * spread, f"suffix logits are off by {error / spread:.1g} of their spread"
     return bool(engine.whole_rows)
+
+
+@torch.no_grad()
+def _at_lookup(model: Any, site: RewriteSite, row: EncodedRow) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection's input and output at a row's lookup token in a plain forward."""
+    with capture_columns(site.projection, 1, slice(row.lookup, row.lookup + 1)) as seen:
+        model(input_ids=torch.tensor([row.ids]), use_cache=False)
+    return seen["input"][0, 0].double(), seen["output"][0, 0].double()
+
+
+def pinned() -> dict[str, Any]:
+    """The verdicts that are expected, and the version of transformers that they are of."""
+    verdicts: dict[str, Any] = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    return verdicts
+
+
+def main() -> None:
+    """Edit all types and pin the verdicts. A wrong edit is not pinned: it raises."""
+    types = {}
+    for model_type in TYPES:
+        verdict = edit_decoder(model_type)
+        print(model_type, *verdict.pinned, verdict.message, sep=" | ")
+        assert verdict.kind != "wrong", model_type
+        types[model_type] = verdict.pinned
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(notes)}" for name, notes in types.items())
+    text = f'{{\n  "transformers": "{transformers.__version__}",\n  "types": {{\n{lines}\n  }}\n}}\n'
+    VERDICTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ _WAYS = (
         "length at a time, which is slower",
     ),
 )
-"""How suffixes may run, the fastest first: whether as whole rows, whether without padding on the left; and a warning."""
+"""How suffixes may run, the fastest first: whether as whole rows, whether without padding on the left; a warning."""
 
 
 class _RunsAgainError(UnsupportedModelError):

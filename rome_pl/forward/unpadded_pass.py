@@ -1,7 +1,7 @@
 """A prefix pass without padding on the left, for models that it disturbs.
 
-Some models count a token's position by its column, others let padding into a recurrence. Their rows run as a whole, those
-with the lookup token in one column together.
+Some models count a token's position by its column, others let padding into a recurrence. Their rows run as a whole,
+those with the lookup token in one column together.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +63,9 @@ class UnpaddedPass(PrefixPass):
             index = _index(numbers, self.keys.device)
             seen.append(part.through(sites, [(left[index], right[index]) for left, right in changes]))
         return [
-            Lookup(*(self._whole([getattr(one[place], name) for one in seen]) for name in ("keys", "outputs", "hidden")))
+            Lookup(
+                *(self._whole([getattr(one[place], name) for one in seen]) for name in ("keys", "outputs", "hidden"))
+            )
             for place in range(len(sites))
         ]
 

@@ -1,7 +1,7 @@
 """Finding a decoder's layers and the second projections of their MLPs by inspecting the modules.
 
 No family is recognised by name. The MLP of a decoder layer is everything outside attention or another mixer of tokens.
-The projection that ROME rewrites is its widest dense map back to the hidden size, and the last of these. Narrower ones are
+The projection that ROME rewrites is its widest dense map back to the hidden size, the last of these. Narrower ones are
 adapters, gates of a norm, or embeddings of a layer's own.
 """
 
@@ -155,8 +155,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
     users = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is found.weight]
     if len(users) > 1:
         raise UnsupportedModelError(
-            f"{where} shares its MLP with other layers ('{users[0]}' is '{users[1]}'): an edit would change what all of "
-            "them do; choose a layer with an MLP of its own"
+            f"{where} shares its MLP with other layers ('{users[0]}' is '{users[1]}'): an edit would change what all "
+            "of them do; choose a layer with an MLP of its own"
         )
     return found
 
