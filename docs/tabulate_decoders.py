@@ -23,7 +23,7 @@ EDITED = {
 """What is special about a type that is edited."""
 
 REFUSED = {
-    "experts": ("every layer is a mixture of experts", False),
+    "experts": ("its layers are mixtures of experts", False),
     "encoder-decoder": ("it is an encoder-decoder", False),
     "both directions": ("it reads in both directions", False),
     "no length": ("it reads in both directions, and its config gives no length", False),
@@ -31,6 +31,7 @@ REFUSED = {
     "no row for each token": ("it writes blocks of tokens, not one after the other", False),
     "shared MLP": ("its layers share one MLP", True),
     "needs an image": ("it reads no text without an image", True),
+    "no head": ("it names no head", True),
     "no list of layers": ("its config does not give the length of its list of layers", True),
     "layers of another form": ("its layers do not return hidden states alone", True),
 }

@@ -280,6 +280,7 @@ REASONS = {
     "no MLP": "has no dense MLP projection",
     "shared MLP": "shares its MLP with other layers",
     "needs an image": "pixel_values",
+    "no head": "names no output embeddings",
     "no list of layers": "has no list of|is no decoder with a list of layers",
     "no row for each token": "not a row for each",
     "no length": "says max_position_embeddings",
@@ -336,7 +337,7 @@ def edit_decoder(model_type: str) -> Verdict:
         except NotBuiltError as error:
             return _without("not built", str(error))
         verdict = _edit(model)
-        if verdict.notes[:1] == ("needs an image",):
+        if verdict.notes[:1] in (("needs an image",), ("no head",)):
             for part in model.modules():  # its text model may be a causal language model by itself
                 if part is not model and isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
                     alone = _edit(part)
@@ -359,7 +360,7 @@ def _edit(model: Any) -> Verdict:
             except UnsupportedModelError as error:
                 messages[layer] = str(error)
         if not sites:
-            return _without("refused", messages[count // 2])
+            return _without("refused", messages[min(1, count - 1)])
         layer = 1 if 1 in sites else min(sites)  # layers below it and above, where there are
         slower = check_edit(language_model, sites[layer])
     except UnsupportedModelError as error:

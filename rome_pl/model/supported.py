@@ -51,6 +51,7 @@ def check_supported(model: Any, source: str) -> None:
     decoder_layers(model)
     if model not in _tried:
         _try(model, source)
+        _check_head(model, source)
         _try_positions(model)
         _tried.add(model)
         if _has_adapter(model):
@@ -157,6 +158,16 @@ def _check_weights(model: nn.Module, source: str) -> None:
         raise UnsupportedModelError(
             f"{source}: the weights were made inside torch.inference_mode(), where nothing can be optimised: load the "
             "model outside of it"
+        )
+
+
+def _check_head(model: nn.Module, source: str) -> None:
+    """Refuse a model that does not say which module gives its logits: a forward has to run it on few positions."""
+    head: Any = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise UnsupportedModelError(
+            f"{source}: {type(model).__name__} names no output embeddings: if it holds a causal language model "
+            "(such as model.language_model), give that"
         )
 
 
