@@ -53,20 +53,25 @@ def tables() -> str:
     edited = kinds["edited"]
     refused = Counter(notes[0] for kind, *notes in types.values() if kind == "refused")
     missing = Counter(notes[0] for kind, *notes in types.values() if kind == "not built")
-    dense = edited + sum(count for reason, count in refused.items() if REFUSED[reason][1])
+    partly = sum("its dense layers" in notes for notes in types.values())
+    right = edited - partly
+    dense = right + sum(count for reason, count in refused.items() if REFUSED[reason][1])
+    counts = [
+        ("edited", "", edited),
+        *(("refused", REFUSED[reason][0], count) for reason, count in refused.most_common()),
+        *(("cannot be built small", NOT_BUILT[reason], count) for reason, count in missing.most_common()),
+    ]
     lines = [
-        f"With transformers {pinned['transformers']}, of {len(types)} types:",
+        f"With transformers {pinned['transformers']}, of {len(types)} types {edited} are edited.",
+        f"{kinds['refused']} are refused. {kinds['not built']} cannot be built small.",
         "",
-        f"* **Edited: {edited}.**",
-        f"* **Refused: {kinds['refused']}.** "
-        + "; ".join(f"{REFUSED[reason][0]}: {count}" for reason, count in refused.most_common())
-        + ".",
-        f"* **Cannot be built small: {kinds['not built']}.** "
-        + "; ".join(f"{NOT_BUILT[reason]}: {count}" for reason, count in missing.most_common())
-        + ".",
+        "| verdict | because | types |",
+        "|---|---|---|",
+        *(f"| {verdict} | {reason} | {count} |" for verdict, reason, count in counts),
         "",
-        f"{dense} of them are dense decoders: causal, with an MLP outside of experts. "
-        f"{edited} of these are edited right, which is {edited / dense:.1%}.",
+        f"Of {dense} dense decoders, {right} are edited right: {right / dense:.1%}.",
+        "A dense decoder is causal and has MLPs, not experts.",
+        f"The other {partly} that are edited are mixtures of experts with a dense layer.",
         "",
         "| type | verdict | remark |",
         "|---|---|---|",
