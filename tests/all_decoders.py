@@ -39,7 +39,7 @@ VERDICTS = Path(__file__).with_name("decoders.json")
 LARGEST = 30_000_000
 """Most parameters of a tiny model. A larger one has a size that :data:`SIZES` does not know, and is not built."""
 
-SECONDS = 60
+SECONDS = 180
 """Longest time that one model may take."""
 
 SIZES = tiny._SIZES | {
