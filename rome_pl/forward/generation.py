@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from rome_pl.encoding.aligned_rows import align
 from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.forward.hooks import clean_padding
+from rome_pl.forward.left_padding import padded_together
 from rome_pl.model.architecture import embedded_tokens
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.utils.hashing import hash_seed
@@ -68,6 +69,18 @@ def write_ids(
         sampling: How tokens are drawn. ``None`` (default): always the likeliest one.
         full_length: Whether to write exactly ``tokens`` tokens, without ending a text earlier.
     """
+    groups = padded_together(language_model, [len(row) for row in rows])
+    if len(groups) > 1:
+        parts = [
+            write_ids(language_model, [rows[number] for number in numbers], tokens, sampling, full_length)
+            for numbers in groups
+        ]
+        found = {
+            number: row
+            for numbers, part in zip(groups, parts, strict=True)
+            for number, row in zip(numbers, part.rows, strict=True)
+        }
+        return Continuation([found[number] for number in range(len(rows))], max(part.steps for part in parts))
     model: Any = language_model.model
     encoder = language_model.encoder
     ends = end_ids(language_model)
@@ -96,7 +109,11 @@ def write_ids(
         _without_own_settings(model),
     ):
         out = model.generate(
-            input_ids=aligned.input_ids, attention_mask=aligned.attention_mask, generation_config=config
+            input_ids=aligned.input_ids,
+            attention_mask=aligned.attention_mask,
+            generation_config=config,
+            # The library counts positions from 0 in every model.
+            **({"position_ids": aligned.position_ids + first} if (first := language_model.first_position) else {}),
         )
     written = out[:, aligned.input_ids.shape[1] :]
     return Continuation([_until(row, ends) for row in written.tolist()], written.shape[1])

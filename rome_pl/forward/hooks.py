@@ -95,7 +95,8 @@ def clean_padding(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != padding.shape[1]:
             return args, kwargs  # a later step of generation has no padding
-        hidden = hidden.masked_fill(padding, 0.0)
+        # Some models carry several streams of hidden states, [rows, length, streams, d].
+        hidden = hidden.masked_fill(padding.reshape(*padding.shape[:2], *(1 for _ in hidden.shape[2:])), 0.0)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in decoder_layers(model)[1]]

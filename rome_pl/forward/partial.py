@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rome_pl.model.architecture import decoder_layers
+from rome_pl.model.supported import first_position
 
 __all__ = [
     "PassThrough",
+    "StandIn",
     "cache_of",
     "forward_masks",
     "layer_answer",
@@ -21,11 +23,29 @@ __all__ = [
 ]
 
 
-class PassThrough(nn.Module):
+class StandIn(nn.Module):
+    """Replaces a decoder layer. What it has not itself, such as the kind of the layer, is read from the layer.
+
+    Args:
+        layer: The layer, which is no part of this module.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        vars(self)["replaced"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["replaced"], name)
+
+
+class PassThrough(StandIn):
     """Replaces a decoder layer that need not run. Returns hidden states in the form of the family's layers."""
 
-    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__(layer)
         self.answer = answer
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -61,7 +81,7 @@ def run_from_layer(
     handle = layers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         for index in range(layer):
-            layers[index] = PassThrough(answer)
+            layers[index] = PassThrough(originals[index], answer)
         for index, module in (stand_ins or {}).items():
             layers[index] = module
         yield
@@ -128,10 +148,17 @@ def cache_of(kept: Sequence[tuple[Tensor, Tensor]], first: int) -> DynamicCache:
 
 
 def forward_masks(model: Any, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-    """Return mask and positions in the form that the model takes. BLOOM derives positions from the mask."""
+    """Return mask and positions in the form that the model takes. BLOOM derives positions from the mask.
+
+    Args:
+        model: The language model.
+        attention_mask: Its attention mask.
+        position_ids: Positions, counted from 0.
+    """
     masks = {"attention_mask": attention_mask}
     # A PEFT model passes on arguments that its own forward does not name.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" in inspect.signature(inner.forward).parameters:
-        masks["position_ids"] = position_ids
+    first = first_position(model)
+    if "position_ids" in inspect.signature(inner.forward).parameters and first is not None:
+        masks["position_ids"] = position_ids + first if first else position_ids
     return masks

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome_pl.forward.partial import PassThrough
+from rome_pl.forward.partial import PassThrough, StandIn
 from rome_pl.model.architecture import decoder_layers
 
 __all__ = ["join_layers"]
@@ -33,7 +33,7 @@ def join_layers(
     try:
         for index, layer in enumerate(originals):
             if index < first:
-                layers[index] = PassThrough(answer)
+                layers[index] = PassThrough(layer, answer)
             else:
                 layers[index] = _Joined(layer, running[index], answer, hidden if index == first else None)
         yield
@@ -42,11 +42,11 @@ def join_layers(
             layers[index] = layer
 
 
-class _Joined(nn.Module):
+class _Joined(StandIn):
     """Replaces a decoder layer and runs it on the first rows only."""
 
     def __init__(self, layer: nn.Module, rows: int, answer: Callable[[Tensor], Any], start: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.layer, self.rows, self.answer, self.start = layer, rows, answer, start
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

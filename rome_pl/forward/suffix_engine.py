@@ -1,4 +1,4 @@
-"""Running suffixes with a cached prefix if the model's cache allows it, else with whole rows."""
+"""Running suffixes with a cached prefix if the model's cache allows it, else with whole rows, else without padding."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.forward.hooks import add_at_column
 from rome_pl.forward.prefix_pass import PrefixPass, run_prefix
+from rome_pl.forward.unpadded_pass import run_unpadded
 from rome_pl.model.architecture import RewriteSite, UnsupportedModelError, decoder_layers, dtype_of_delta
 from rome_pl.utils.restored_state import frozen
 
@@ -26,12 +27,29 @@ LARGEST_SHARE_ERROR = 0.2
 """Largest relative difference between an offset and the change of the hidden state, including rounding to bfloat16."""
 
 
+_WAYS = (
+    (False, False, ""),
+    (True, False, "%s cannot continue from a cached prefix (%s): every step runs whole rows, which is slower"),
+    (
+        True,
+        True,
+        "%s gives other results for rows that are padded on the left (%s): every step runs whole rows, those of one "
+        "length at a time, which is slower",
+    ),
+)
+"""How suffixes may run, the fastest first: whether as whole rows, whether without padding on the left; a warning."""
+
+
+class _RunsAgainError(UnsupportedModelError):
+    """A layer that runs more than once in a forward."""
+
+
 class SuffixEngine:
     """Runs prefix passes of one model and site.
 
     Before its first pass it compares two rows, with an offset added, with plain forwards of each. This finds a cache
     that cannot be cut before the lookup token, or a layer that padding disturbs, before the first edit. Such a model
-    runs whole rows in every step, with a warning.
+    runs whole rows in every step, or whole rows without padding on the left, with a warning.
 
     Args:
         model: The language model.
@@ -46,6 +64,7 @@ class SuffixEngine:
     ) -> None:
         self.model, self.site, self.pad_id, self.below = model, site, pad_id, tuple(below)
         self.whole_rows: bool | None = None
+        self.unpadded = False
         self._shared = False
         self._stand_ins: Mapping[int, nn.Module] = {}
         if compiled:
@@ -73,10 +92,10 @@ class SuffixEngine:
         shorter = replace(longest, ids=longest.ids[cut:], lookup=longest.lookup - cut, first=longest.first - cut)
         two = [longest, shorter]
         reasons = []
-        for whole in (False, True):
+        for whole, unpadded, slower in _WAYS:
             try:
-                error, largest = self._error(two, whole)
-            except torch.OutOfMemoryError:
+                error, largest = self._error(two, whole, unpadded)
+            except (torch.OutOfMemoryError, _RunsAgainError):
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
                 reasons.append(f"{type(failure).__name__}: {failure}")  # another kind of cache may raise this
@@ -84,13 +103,9 @@ class SuffixEngine:
             if error is None:  # these rows overflow in a plain forward too: check with later rows
                 return
             if error <= largest:
-                if whole:
-                    log.warning(
-                        "%s cannot continue from a cached prefix (%s): every step runs whole rows, which is slower",
-                        type(self.model).__name__,
-                        reasons[0],
-                    )
-                self.whole_rows = whole
+                if slower:
+                    log.warning(slower, type(self.model).__name__, reasons[-1])
+                self.whole_rows, self.unpadded = whole, unpadded
                 return
             reasons.append(f"logits are off by {error:.1g} of their spread")
         raise UnsupportedModelError(
@@ -101,16 +116,23 @@ class SuffixEngine:
     def run(self, rows: Sequence[EncodedRow]) -> PrefixPass:
         """Run the prefix pass over rows; see :func:`run_prefix` and :meth:`check`."""
         self.check(rows)
-        made = run_prefix(self.model, self.site, rows, self.pad_id, bool(self.whole_rows), self.below)
+        made = self._run(rows, bool(self.whole_rows), self.unpadded, self.below)
         return replace(made, stand_ins=self._stand_ins)
 
+    def _run(
+        self, rows: Sequence[EncodedRow], whole: bool, unpadded: bool, below: Sequence[RewriteSite] = ()
+    ) -> PrefixPass:
+        if unpadded:
+            return run_unpadded(self.model, self.site, rows, self.pad_id, below)
+        return run_prefix(self.model, self.site, rows, self.pad_id, whole, below)
+
     @torch.no_grad()
-    def _error(self, rows: Sequence[EncodedRow], whole: bool) -> tuple[float | None, float]:
+    def _error(self, rows: Sequence[EncodedRow], whole: bool, unpadded: bool) -> tuple[float | None, float]:
         """Largest difference to plain forwards, and the tolerance, in standard deviations of the logits.
 
         The difference is ``None`` if plain forwards are not finite either.
         """
-        made = run_prefix(self.model, self.site, rows, self.pad_id, whole)
+        made = self._run(rows, whole, unpadded)
         delta = self._random_delta(made)
         last = torch.tensor([made.rows.prefix + len(row.ids) - 1 - row.lookup for row in rows], device=delta.device)
         logits = made.logits(delta, (torch.arange(len(rows), device=delta.device), last)).double()
@@ -118,7 +140,8 @@ class SuffixEngine:
         largest = LARGEST_ERROR.get(self.site.weight.dtype, 0.2)
         if not bool(plain.isfinite().all()):
             return None, largest
-        return float((logits - plain).abs().max() / plain.std()), largest
+        seen = plain > torch.finfo(self.site.weight.dtype).min / 2  # some models mask tokens that they never write
+        return float((logits - plain)[seen].abs().max() / plain[seen].std()), largest
 
     @torch.no_grad()
     def _check_shares(self, rows: Sequence[EncodedRow]) -> None:
@@ -151,6 +174,16 @@ class SuffixEngine:
     def _plain(self, row: EncodedRow, delta: Tensor) -> Tensor:
         """Logits after one row's last token, from a forward of that row alone."""
         input_ids = torch.tensor([row.ids], device=delta.device)
+        runs: list[None] = []
         with frozen(self.model), add_at_column(self.site.projection, delta, row.lookup):
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+            handle = self.site.projection.register_forward_hook(lambda *_: runs.append(None))
+            try:
+                logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+            finally:
+                handle.remove()
+        if len(runs) > 1:
+            raise _RunsAgainError(
+                f"{type(self.model).__name__} runs layer {self.site.layer} {len(runs)} times for each token: one value "
+                "cannot be asserted for all of them"
+            )
         return logits

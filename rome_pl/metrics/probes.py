@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rome_pl.encoding.aligned_rows import align
 from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.forward.hooks import add_rank_one, clean_padding, head_on
+from rome_pl.forward.left_padding import padded_together
 from rome_pl.forward.partial import forward_masks
 from rome_pl.forward.token_trees import Pack, forwards, pack_texts, stack_packs, takes_branches
 from rome_pl.model.language_model import LanguageModel
@@ -265,6 +266,16 @@ def next_tokens(language_model: LanguageModel, prompts: Sequence[str]) -> list[i
     """Return the likeliest next token after each prompt."""
     model: Any = language_model.model
     rows = [language_model.encoder.prompt(prompt) for prompt in prompts]
+    groups = padded_together(language_model, [len(row.ids) for row in rows])
+    if len(groups) > 1:
+        found = {
+            number: token
+            for numbers in groups
+            for number, token in zip(
+                numbers, next_tokens(language_model, [prompts[number] for number in numbers]), strict=True
+            )
+        }
+        return [found[number] for number in range(len(prompts))]
     aligned = align(rows, language_model.encoder.pad_id, language_model.device)
     last = torch.full_like(aligned.input_ids[:, 0], aligned.prefix)  # the lookup token is each prompt's last
     with (

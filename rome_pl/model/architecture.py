@@ -1,7 +1,8 @@
 """Finding a decoder's layers and the second projections of their MLPs by inspecting the modules.
 
 No family is recognised by name. The MLP of a decoder layer is everything outside attention or another mixer of tokens.
-The projection that ROME rewrites is its last dense map back to the hidden size.
+The projection that ROME rewrites is its widest dense map back to the hidden size, the last of these. Narrower ones are
+adapters, gates of a norm, or embeddings of a layer's own.
 """
 
 from collections.abc import Sequence
@@ -100,7 +101,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {expected} decoder layers")
-    return lists[0]  # named_modules lists outer modules first
+    # named_modules lists outer modules first. A vision tower may be as deep as the text model and stand before it.
+    text = _text_config(model)
+    return next((found for found in lists if _config_around(model, found[0]) is text), lists[0])
 
 
 def find_site(model: nn.Module, layer: int) -> RewriteSite:
@@ -111,8 +114,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         layer: Index of the decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, or has no dense MLP,
-            or if an adapter of PEFT is on the projection.
+        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, has no dense MLP,
+            or shares it with other layers, or if an adapter of PEFT is on the projection.
     """
     list_name, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
@@ -139,16 +142,21 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
             )
         transposed = isinstance(module, Conv1D)
         if module.weight.shape[1 if transposed else 0] == width:
-            found, adapted = (
-                RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed),
-                _adapted(block, name, ("base_layer", "original_module")),
-            )
+            site = RewriteSite(layer, f"{list_name}.{layer}.{name}.weight", module, transposed)
+            if found is None or site.d_key >= found.d_key:
+                found, adapted = site, _adapted(block, name, ("base_layer", "original_module"))
     if found is None:
         raise UnsupportedModelError(f"{where} has no dense MLP projection back to the hidden size {width}")
     if adapted is not None:  # an adapter's own maps come after the projection and would be taken for it
         raise UnsupportedModelError(
             f"{where} has an adapter of PEFT on '{adapted}', the projection that an edit writes into: merge it first "
             "(model = model.merge_and_unload())"
+        )
+    users = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is found.weight]
+    if len(users) > 1:
+        raise UnsupportedModelError(
+            f"{where} shares its MLP with other layers ('{users[0]}' is '{users[1]}'): an edit would change what all "
+            "of them do; choose a layer with an MLP of its own"
         )
     return found
 
@@ -177,6 +185,15 @@ def find_attention_output(model: nn.Module, layer: int) -> nn.Module:
         )
     last = ends[-1]  # keys, values and queries are registered earlier
     return block.get_submodule(_adapted(block, last) or last)
+
+
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around a module that has one."""
+    config, module = getattr(model, "config", None), model
+    for part in name.split(".")[:-1]:
+        module = module.get_submodule(part)
+        config = getattr(module, "config", config)
+    return config
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -213,13 +230,14 @@ def _adapted(block: nn.Module, name: str, marks: Sequence[str] = ("base_layer",)
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
+    kind = type(module).__name__.lower()
+    return "attention" in kind and "decoderlayer" not in kind  # a whole layer around attention holds an MLP too
 
 
 def _is_expert_part(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     # Fused experts keep one 3-d parameter per projection, [experts, out, in].
-    fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    fused = any(parameter.ndim == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
     return fused or "expert" in kind or "router" in kind or "experts" in name.split(".")
 
 

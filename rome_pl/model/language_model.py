@@ -11,7 +11,7 @@ from rome_pl.encoding.chat_template import ChatForm, frame_for
 from rome_pl.encoding.text_encoder import ENCODING_VERSION, TextEncoder
 from rome_pl.model.architecture import RewriteSite, decoder_layers, embedded_tokens
 from rome_pl.model.fingerprints import combined, config_fingerprint, quick_sum, tokenizer_fingerprint, weight_digest
-from rome_pl.model.supported import check_supported
+from rome_pl.model.supported import check_supported, first_position
 from rome_pl.utils.hashing import content_key
 
 __all__ = ["LanguageModel", "max_length"]
@@ -38,7 +38,8 @@ class LanguageModel:
         check_supported(self.model, self.source)
         frame = frame_for(self.tokenizer, self.chat)
         embedded = embedded_tokens(self.model)
-        self.encoder = TextEncoder(self.tokenizer, max_length(self.model.config), frame, embedded)
+        longest = max_length(self.model.config) - (self.first_position or 0)  # a table of positions begins at 0
+        self.encoder = TextEncoder(self.tokenizer, longest, frame, embedded)
         if self.encoder.pad_id >= embedded:
             self.encoder.pad_id = 0  # the pad token has no embedding; padding is masked, so any id will do
 
@@ -56,6 +57,11 @@ class LanguageModel:
             if name in vars(self):
                 vars(other)[name] = vars(self)[name]
         return other
+
+    @property
+    def first_position(self) -> int | None:
+        """Position of a text's first token. ``None``: the model takes no positions."""
+        return first_position(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -147,4 +153,6 @@ class LanguageModel:
 
 def max_length(config: Any) -> int:
     """Largest number of tokens that a model reads at once."""
-    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20)
+    text = config.get_text_config(decoder=True)
+    fields = ("max_position_embeddings", "max_target_positions")
+    return int(next((size for name in fields if (size := getattr(text, name, None))), 2**20))

@@ -4,8 +4,9 @@ No family is recognised by name. Properties that the modules do not show are tes
 """
 
 import logging
+from contextlib import ExitStack
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -15,12 +16,15 @@ from rome_pl.errors import first_line
 from rome_pl.model.architecture import UnsupportedModelError, decoder_layers
 from rome_pl.utils.restored_state import frozen
 
-__all__ = ["check_saves_whole", "check_supported"]
+__all__ = ["check_saves_whole", "check_supported", "first_position"]
 
 log = logging.getLogger(__name__)
 
 TOKENS = 4
 """Length of the rows in the test forward, in tokens."""
+
+_first: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+"""See :func:`first_position`."""
 
 _tried: WeakSet[nn.Module] = WeakSet()
 """Models that passed the test forward, which takes seconds for a large one."""
@@ -47,6 +51,8 @@ def check_supported(model: Any, source: str) -> None:
     decoder_layers(model)
     if model not in _tried:
         _try(model, source)
+        _check_head(model, source)
+        _try_positions(model)
         _tried.add(model)
         if _has_adapter(model):
             log.warning(
@@ -155,6 +161,16 @@ def _check_weights(model: nn.Module, source: str) -> None:
         )
 
 
+def _check_head(model: nn.Module, source: str) -> None:
+    """Refuse a model that does not say which module gives its logits: a forward has to run it on few positions."""
+    head: Any = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise UnsupportedModelError(
+            f"{source}: {type(model).__name__} names no output embeddings: if it holds a causal language model "
+            "(such as model.language_model), give that"
+        )
+
+
 def _try(model: nn.Module, source: str) -> None:
     """Run two texts that differ only in their last token: earlier positions must not depend on it."""
     rows = _rows(model)
@@ -190,6 +206,45 @@ def _try(model: nn.Module, source: str) -> None:
         )
 
 
+def _try_positions(model: nn.Module) -> None:
+    """Find out with which positions a forward is the same as a plain one. RoBERTa's begin behind the pad token's id."""
+    row = _rows(model)[:1]
+    steps = torch.arange(TOKENS, device=row.device).unsqueeze(0)
+    looked_up: list[int] = []
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        ids = inputs[0] if inputs else None
+        if isinstance(ids, torch.Tensor) and ids.numel() == TOKENS and torch.equal(ids - ids.min(), steps.view_as(ids)):
+            looked_up.append(int(ids.min()))
+
+    with frozen(model), torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        plain = model(input_ids=row, use_cache=False).logits.double()
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        largest = (0.1 if half else 1e-3) * float(plain.std())
+        for first in (0, *looked_up):
+            try:
+                given = model(input_ids=row, position_ids=steps + first, use_cache=False).logits.double()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # takes no positions, or of another shape
+                continue
+            if float((given - plain).abs().max()) <= largest:
+                _first[model] = first
+                return
+    _first[model] = None
+
+
+def first_position(model: nn.Module) -> int | None:
+    """Position of a text's first token in a plain forward. ``None``: the model takes no positions.
+
+    It is 0 for a model that :func:`check_supported` has not seen.
+    """
+    return _first.get(model, 0)
+
+
 def _depends(model: nn.Module, row: torch.Tensor) -> bool:
     """Whether earlier logits depend on the last token. Rounding, such as from other batches of experts, does not count.
 
@@ -218,7 +273,10 @@ def _rows(model: nn.Module) -> torch.Tensor:
     config: Any = model.config
     embedding: Any = get() if get is not None else None
     size = int(getattr(embedding, "num_embeddings", 0) or getattr(config, "vocab_size", 0))
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "mask")}
+    special = set()
+    for kind in ("pad", "bos", "eos", "mask"):
+        ids = getattr(config, f"{kind}_token_id", None)
+        special |= set(ids) if isinstance(ids, list | tuple) else {ids}  # a model may have several ends of text
     plain = [token for token in range(min(size, 64)) if token not in special] or [0]
     ids = [plain[-1 - place % len(plain)] for place in range(TOKENS + 1)]
     device = next(model.parameters()).device

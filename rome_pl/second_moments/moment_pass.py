@@ -233,8 +233,8 @@ class MomentPass:
         def take(layer: int, keys: Tensor) -> None:
             finite.append((layer, sums.add(layer, half, keys if chosen is None else keys[chosen])))
 
-        positions = {"position_ids": block.position_ids} if self.apart else {}
-        model = self.language_model.model
+        model, ids, first = self.language_model.model, block.position_ids, self.language_model.first_position or 0
+        positions = {"position_ids": ids + first} if self.apart and ids is not None else {}
         with frozen(model), keys_of(self.groups[block.group], take):
             model(input_ids=block.input_ids, use_cache=False, **positions)
         if not bool(torch.stack([flag for _, flag in finite]).all()):

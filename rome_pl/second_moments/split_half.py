@@ -162,9 +162,11 @@ def keeps_documents_apart(language_model: LanguageModel, site: RewriteSite) -> b
         language_model: The model.
         site: The deepest projection whose keys are wanted.
     """
-    lead = language_model.encoder.opening
+    lead, first = language_model.encoder.opening, language_model.first_position
+    if first is None:
+        return False
     pieces = [[*lead, *language_model.tokenizer(text, add_special_tokens=False)["input_ids"]] for text in DOCUMENTS]
-    alone = [list(range(len(piece))) for piece in pieces]
+    alone = [list(range(first, first + len(piece))) for piece in pieces]
     rows = [(pieces[1], alone[1]), (pieces[0] + pieces[1], alone[0] + alone[1])]
     kept: list[Tensor] = []
     try:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rome_pl.encoding.encoded_rows import EncodedRow
 from rome_pl.forward.hooks import add_at_column
+from rome_pl.forward.prefix_pass import run_prefix
 from rome_pl.forward.suffix_engine import SuffixEngine
+from rome_pl.forward.unpadded_pass import run_unpadded
 from rome_pl.model.architecture import UnsupportedModelError, decoder_layers, find_site
 from rome_pl.model.language_model import LanguageModel
 from tests import tiny
@@ -181,12 +184,46 @@ def test_other_families_run_whole_rows_with_a_warning(family, caplog):
     assert warning.endswith("every step runs whole rows, which is slower")
 
 
-def test_a_layer_that_padding_disturbs_is_refused():
+def test_a_layer_that_padding_disturbs_runs_rows_of_one_length_at_a_time(caplog):
     """RecurrentGemma's convolution reads what its projection's bias makes of padding."""
-    with pytest.raises(
-        UnsupportedModelError, match="RecurrentGemmaForCausalLM gives other results for rows in a batch"
-    ):
-        engine_of(hybrid("recurrent_gemma", **RECURRENT_GEMMA)).run(ROWS)
+    engine = engine_of(hybrid("recurrent_gemma", **RECURRENT_GEMMA))
+    with KeepFloat64():
+        run = engine.run(ROWS)
+        assert engine.unpadded
+        assert_right(engine, tolerance=1e-6)
+        assert_right(engine, ROWS[2:], tolerance=1e-6)
+        whole, _ = answers(run)
+        part, _ = answers(run.select([0, 1, 2, 3]))
+        torch.testing.assert_close(part, whole)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("RecurrentGemmaForCausalLM gives other results for rows that are padded on the left (")
+
+
+@pytest.mark.parametrize("rows", [[2, 0], [3], [1, 3, 2, 0], [0, 0, 2]])
+def test_rows_without_padding_are_selected_in_any_order(rows):
+    model = tiny_model("llama")
+    passes = [
+        run(model, find_site(model, 1), ROWS, 0, below=[find_site(model, 0)])
+        for run in (run_unpadded, partial(run_prefix, whole_rows=True))
+    ]
+    unpadded, padded = (made.select(rows) for made in passes)
+    for got, expected in zip(answers(unpadded), answers(padded), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(unpadded.keys, padded.keys)
+    torch.testing.assert_close(unpadded.outputs, padded.outputs)
+    sites = [find_site(model, layer) for layer in (0, 1)]
+    for got, expected in zip(*(made.below[0].select(rows).through(sites) for made in passes), strict=True):
+        for name in ("keys", "outputs", "hidden"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_that_runs_twice_for_a_token_is_refused():
+    model = tiny_model("llama")
+    layers = decoder_layers(model)[1]
+    once = layers[1].mlp.forward
+    layers[1].mlp.forward = lambda hidden: once(once(hidden))
+    with pytest.raises(UnsupportedModelError, match="runs layer 1 2 times for each token"):
+        engine_of(model).run(ROWS)
 
 
 def test_a_cache_that_is_not_used_is_found_out(caplog):
@@ -218,22 +255,38 @@ def test_edits_on_whole_rows_are_those_on_a_cache(tmp_path, caplog):
     assert len(whole.edits) == len(REQUESTS)
 
 
-def test_a_model_that_neither_way_serves_is_refused():
+def test_a_model_that_no_way_serves_is_refused(monkeypatch):
+    # Its layers know whether they run for a batch.
+    model = tiny_model("llama")
+    forward = decoder_layers(model)[1][2].forward
+    monkeypatch.setattr(
+        decoder_layers(model)[1][2], "forward", lambda hidden, **kwargs: forward(hidden * (1 + len(runs)), **kwargs)
+    )
+    runs: list[None] = []
+    monkeypatch.setattr(SuffixEngine, "_plain", _counted(SuffixEngine._plain, runs))
     with pytest.raises(UnsupportedModelError) as caught:
-        engine_of(ForgetfulCache(heedless_of_padding=True)).run(ROWS)
+        engine_of(model).run(ROWS)
     message = str(caught.value)
-    assert message.startswith("ForgetfulCache gives other results for rows in a batch than for single rows (")
-    assert message.count("logits are off by") == 2
+    assert message.startswith("LlamaForCausalLM gives other results for rows in a batch than for single rows (")
+    assert message.count("logits are off by") == 3
 
 
-def test_a_model_that_raises_both_ways_is_refused_with_what_it_raised(monkeypatch):
+def _counted(plain, runs):
+    def counted(self, row, delta):
+        runs.append(None)
+        return plain(self, row, delta)
+
+    return counted
+
+
+def test_a_model_that_raises_every_way_is_refused_with_what_it_raised(monkeypatch):
     model = tiny_model("llama")
 
     def fail(*_, **__):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(decoder_layers(model)[1][2], "forward", fail)
-    with pytest.raises(UnsupportedModelError, match="RuntimeError: no such kernel; RuntimeError: no such kernel"):
+    with pytest.raises(UnsupportedModelError, match=r"(RuntimeError: no such kernel; ){2}RuntimeError: no such kernel"):
         engine_of(model).run(ROWS)
 
 
@@ -281,8 +334,8 @@ def test_whole_rows_without_a_prefix_need_no_cache():
 
 def test_padding_is_tried_even_if_the_first_rows_need_none():
     engine = engine_of(hybrid("recurrent_gemma", **RECURRENT_GEMMA))
-    with pytest.raises(UnsupportedModelError):
-        engine.run(ROWS[:1])
+    engine.run(ROWS[:1])
+    assert engine.unpadded
 
 
 @pytest.mark.parametrize(
