@@ -46,7 +46,8 @@ def default_layer(config: Any) -> int:
         return known
     guess = depth // (3 if config.model_type in _THIRD else 6)
     log.warning(
-        "No published rewrite layer for this %s model of %d layers: taking layer %d, a guess. Set 'layers', or let rome-pl tune find out",
+        "No published rewrite layer for this %s model of %d layers: taking layer %d, a guess. Set 'layers', or let "
+        "rome-pl tune find out",
         config.model_type,
         depth,
         guess,

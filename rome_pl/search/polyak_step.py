@@ -33,9 +33,9 @@ class PolyakStep(Optimizer):
     set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the log-odds are not
     linear, this costs some progress: after a step that covered less than 0.05 of the distance, nothing is removed.
 
-    Once the module's ``stop_probability`` is reached, there is nothing to lose any more: a search takes ``finish_steps``
-    further steps, each of which removes ``finish_shorten`` of the orthogonal component and goes to :math:`z^*` from
-    either side. The shortest offset with which the search might have ended is the result.
+    Once the module's ``stop_probability`` is reached, nothing can be lost any more. The search takes ``finish_steps``
+    further steps. Each removes ``finish_shorten`` of the orthogonal component and goes to :math:`z^*` from either side.
+    The shortest offset with which the search might have ended is the result.
 
     Args:
         params: Offsets, one parameter group each; :class:`rome_pl.RomeModule` adds to each group the current ``loss``

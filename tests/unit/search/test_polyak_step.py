@@ -23,8 +23,8 @@ def stepped(optimizer, loss, scale):
 def test_a_step_by_hand():
     """L = 2 and ∇L = (3, 4) of norm 5: p = e⁻², z = ln(p / (1 - p)), and the step has length (z* - z)(1 - p) / 5."""
     p = math.exp(-2)
-    length = (math.log(0.95 / 0.05) - math.log(p / (1 - p))) * (1 - p) / 5
-    assert length == pytest.approx(0.82991, rel=1e-6)
+    length = (math.log(0.99 / 0.01) - math.log(p / (1 - p))) * (1 - p) / 5
+    assert length == pytest.approx(1.11536, rel=1e-4)
     moved = stepped(PolyakStep([parameter_with_gradient(3.0, 4.0)]), loss=2.0, scale=100.0)
     torch.testing.assert_close(moved, torch.tensor([-0.6, -0.8], dtype=torch.float64) * length, rtol=1e-12, atol=0)
 
@@ -44,10 +44,10 @@ def test_a_long_step_is_capped_at_the_radius(radius, scale):
 
 
 def test_nothing_moves_beyond_the_target_probability():
-    for probability in (0.951, 0.9999, 1.0):
+    for probability in (0.991, 0.9999, 1.0):
         loss = -math.log(probability)
         assert stepped(PolyakStep([parameter_with_gradient(3.0, 4.0)]), loss, 1.0).norm() == 0
-    assert stepped(PolyakStep([parameter_with_gradient(3.0, 4.0)]), -math.log(0.949), 1.0).norm() > 0
+    assert stepped(PolyakStep([parameter_with_gradient(3.0, 4.0)]), -math.log(0.989), 1.0).norm() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -98,7 +98,7 @@ def test_half_the_rate_halves_the_distance_in_log_odds():
     loss = logistic(weight, -3.0, x)
     loss.backward()
     moved = stepped(PolyakStep([x], lr=0.5, radius=1e6), loss.item(), 1.0)
-    wanted = math.log(0.95 / 0.05)
+    wanted = math.log(0.99 / 0.01)
     assert (weight @ moved - 3.0).item() == pytest.approx((wanted - 3.0) / 2, rel=1e-9)
 
 
@@ -129,7 +129,7 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned():
         return loss.item()
 
     assert optimizer.step(closure) == pytest.approx(math.log(2))
-    assert torch.sigmoid(weight @ x).item() == pytest.approx(0.95, rel=1e-6)
+    assert torch.sigmoid(weight @ x).item() == pytest.approx(0.99, rel=1e-6)
 
 
 @pytest.mark.parametrize("missing", ["loss", "scale"])
@@ -199,3 +199,28 @@ def test_nothing_is_taken_off_before_a_step_has_brought_the_target_nearer():
 def test_a_fraction_that_is_none_is_refused(shorten):
     with pytest.raises(ValueError, match=r"shorten: expected a number in \[0, 1\]"):
         PolyakStep([parameter_with_gradient(1.0)], shorten=shorten)
+
+
+@pytest.mark.parametrize("options", [{"finish_shorten": 2.0}, {"finish_steps": -1}])
+def test_how_a_search_finishes_has_to_be_in_range(options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
+        PolyakStep([parameter_with_gradient(1.0)], **options)
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.999])
+def test_once_an_end_is_reached_a_step_goes_to_the_target_from_either_side_and_shortens(probability):
+    x = torch.nn.Parameter(torch.tensor([0.0, 4.0], dtype=torch.float64))
+    x.grad = torch.tensor([-1.0, 0.0], dtype=torch.float64)
+    optimizer = PolyakStep([x], finish_shorten=0.25, radius=1e9)
+    optimizer.param_groups[0]["reached"] = torch.tensor(True)
+    moved = stepped(optimizer, -math.log(probability), 1.0)
+    gap = math.log(0.99 / 0.01) - math.log(probability / (1 - probability))
+    assert moved.tolist() == pytest.approx([gap * (1 - probability), 3.0])
+
+
+def test_before_that_nothing_of_it_happens():
+    x = torch.nn.Parameter(torch.tensor([0.0, 4.0], dtype=torch.float64))
+    x.grad = torch.tensor([-1.0, 0.0], dtype=torch.float64)
+    optimizer = PolyakStep([x], finish_shorten=0.25, radius=1e9)
+    optimizer.param_groups[0]["reached"] = torch.tensor(False)
+    assert stepped(optimizer, -math.log(0.999), 1.0).tolist() == [0.0, 4.0]
