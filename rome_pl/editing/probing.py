@@ -85,4 +85,4 @@ def _changes(session: EditSession, edits: Sequence[Edit]) -> Changes | None:
         layers = edit.written.layers if in_force(edit) and edit.written else {}
         changed = [layers[number].update if number in layers else None for number in numbers]
         updates.append(changed if layers else None)
-    return Changes([weight.site.projection for weight in session.layers.weights], updates)
+    return Changes([weight.site for weight in session.layers.weights], updates)
