@@ -146,8 +146,9 @@ def rank_one_update(
     lost = shape.any(1) & ~directions.any(1)
     if bool(lost.any()):
         raise DisablingEditError(
-            "the router picks only experts there that got too little text for a second moment: nothing can be written "
-            "into them. Compute it from more text (mom2_n_samples)",
+            "the router picks only experts there that nothing can be written into: they got too little text for a "
+            "second moment (compute it from more: mom2_n_samples), or have no null space (give a larger "
+            "nullspace_threshold)",
             row=int(lost.nonzero()[0]),
         )
     inner = directions @ at.T

@@ -255,8 +255,7 @@ def make_metric(
     elif moment.tokens is None:
         metric = _of_one(name, moment, weight, ridge, threshold)
     else:
-        each = [None if one is None else _of_one(name, one, weight, ridge, threshold) for one in moment.known]
-        metric = ExpertMetric(each)
+        metric = ExpertMetric(_of_experts(name, moment, weight, ridge, threshold))
     metric.settings = {"name": name, "weight": weight, "ridge": ridge, "threshold": threshold}
     return metric
 
@@ -267,3 +266,19 @@ def _of_one(name: MetricName, moment: SecondMoment, weight: float, ridge: float,
     if name == "past_keys":
         return PastKeys(moment, weight)
     return PlainMetric(moment.solve if weight == 1 else lambda keys: moment.solve(keys) / weight)
+
+
+def _of_experts(
+    name: MetricName, moment: SecondMoment, weight: float, ridge: float, threshold: float
+) -> list[KeyMetric | None]:
+    """Metrics of the experts that have one. An expert with too little text, or without a null space, has none."""
+    each, refused = list[KeyMetric | None](), None
+    for one in moment.known:
+        try:
+            each.append(None if one is None else _of_one(name, one, weight, ridge, threshold))
+        except OptionError as error:
+            each.append(None)
+            refused = error
+    if refused is not None and each.count(None) == len(each):
+        raise refused
+    return each
