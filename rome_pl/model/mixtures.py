@@ -294,9 +294,12 @@ def _check_sum(site: MixtureSite, width: int) -> None:
     """Refuse experts that do not give the sum of their products, weighted by the router's weights."""
     routed = _made_up(site.weight, width)
     given = _own_code(site.projection)(site.projection, *routed)
-    keys, values = site.lookup(routed, {}, given, lambda tensor: tensor)
-    error = (keys.double() @ site.matrix(site.weight).double().T - values.double()).norm() / given.double().norm()
-    if not bool(error <= LARGEST_ERROR.get(site.weight.dtype, 0.05)):
+    try:
+        keys, values = site.lookup(routed, {}, given, lambda tensor: tensor)
+    except Exception as error:  # code of any family
+        raise _OtherFormError(f"their keys cannot be read ({first_line(error)})") from error
+    off = (keys.double() @ site.matrix(site.weight).double().T - values.double()).norm() / given.double().norm()
+    if not bool(off <= LARGEST_ERROR.get(site.weight.dtype, 0.05)):
         raise _OtherFormError(
-            f"what they give is not the sum of their last products by the router's weights ({float(error):.0%} off)"
+            f"what they give is not the sum of their last products by the router's weights ({float(off):.0%} off)"
         )

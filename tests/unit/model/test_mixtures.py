@@ -142,6 +142,12 @@ def without_picks(self, hidden):
     return torch.bmm(hidden.view(4, -1, 32), self.second).view_as(hidden)
 
 
+def for_pairs_only(self, hidden, picked, gates):
+    if picked.shape[1] == 1:
+        raise ValueError("one expert is too few")
+    return Square.forward(self, hidden, picked, gates)
+
+
 def unused(self, hidden, picked, gates):
     return hidden * gates.sum(1, keepdim=True)
 
@@ -151,6 +157,7 @@ def unused(self, hidden, picked, gates):
     [
         (normed, "not the sum of their last products by the router's weights"),
         (without_picks, "does not run with hidden states, picked experts and their weights"),
+        (for_pairs_only, r"their keys cannot be read \(one expert is too few\)"),
         (unused, "none of its parameters is multiplied expert by expert"),
     ],
 )
