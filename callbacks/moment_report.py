@@ -109,6 +109,6 @@ class MomentReport(Callback):
         spectra = {}
         for done in finished:
             moment = SecondMoment.load(done.path)
-            if len(moment.matrix) <= self.largest_spectrum:
+            if moment.matrix.shape[-1] <= self.largest_spectrum:
                 spectra[done.layer] = moment.spectrum()
         return spectra

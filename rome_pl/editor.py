@@ -115,7 +115,7 @@ class KnowledgeEditor:
             OptionError: If a loaded model is given without its tokenizer, or together with a precision or device, or
                 the device is not here.
             SourceError: If the source cannot be loaded.
-            UnsupportedModelError: If the model has no dense MLP at the rewrite layer.
+            UnsupportedModelError: If the MLP at the rewrite layer cannot be edited.
         """
         if isinstance(source, tuple):
             if dtype != "auto" or device is not None:

@@ -34,7 +34,8 @@ FAMILIES = [
     "starcoder2",
     "stablelm",
 ]
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen2_moe", "granitemoe")
+"""Families whose layers are mixtures of experts; in deepseek's, the first layer is dense."""
 
 VOCABULARY = 400
 LAYERS = 3
@@ -71,6 +72,23 @@ _SIZES = {
 }
 
 
+_MIXTURE_SIZES = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
 class KeepFloat64(TorchFunctionMode):
     """Some families compute attention in float32 whatever the model's dtype; here that would hide small mistakes."""
 
@@ -92,7 +110,11 @@ def _config(family: str, layers: int = LAYERS):
     known = AutoConfig.for_model(family)
     sizes = _SIZES | dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), layers)
     values = {name: value for name, value in sizes.items() if hasattr(known, name)}
-    if family in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+    if family in MIXTURES:
+        values |= {name: value for name, value in _MIXTURE_SIZES.items() if hasattr(known, name)}
+    if family.startswith("deepseek"):
+        values["num_key_value_heads"] = 4
+    if family in ("gemma", "gemma2", "gemma3_text", "qwen3"):
         values["head_dim"] = 8
     if family == "falcon":
         values.pop("num_key_value_heads", None)
@@ -105,11 +127,22 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, l
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if family in MIXTURES and dtype is torch.float64:  # torch's grouped products know no float64
+            model.set_experts_implementation("eager")
         # Weights larger than their usual start, biases not zero: nothing may look right by being small.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.08)
     return model.eval()
+
+
+def with_unreadable_experts(model, layers=range(LAYERS)):
+    """The model with experts of an unknown form in some layers; its forward stays what it was."""
+    for layer in layers:
+        block = model.model.layers[layer].mlp
+        block.banks = torch.nn.Module()
+        block.banks.weight = torch.nn.Parameter(torch.zeros(4, 32, 48))
+    return model
 
 
 def tiny_language_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:

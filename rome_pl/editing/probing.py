@@ -94,9 +94,9 @@ def written_alone(session: EditSession, edit: Edit) -> Iterator[None]:
     assert changes is not None  # single mode
     assert changes.updates[0] is not None  # the edit is in force
     with ExitStack() as stack:
-        for projection, update in zip(changes.projections, changes.updates[0], strict=True):
+        for site, update in zip(changes.sites, changes.updates[0], strict=True):
             if update is not None:
-                stack.enter_context(add_rank_one(projection, update.left, update.right))
+                stack.enter_context(add_rank_one(site, update.left, update.right))
         yield
 
 
@@ -169,4 +169,4 @@ def _changes(session: EditSession, edits: Sequence[Edit]) -> Changes | None:
         layers = edit.written.layers if in_force(edit) and edit.written else {}
         changed = [layers[number].update if number in layers else None for number in numbers]
         updates.append(changed if layers else None)
-    return Changes([weight.site.projection for weight in session.layers.weights], updates)
+    return Changes([weight.site for weight in session.layers.weights], updates)

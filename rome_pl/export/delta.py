@@ -175,7 +175,7 @@ def _edited(site: RewriteSite, updates: Sequence[Update]) -> Tensor:
                 f"those of the weight {site.d_value} and {site.d_key}: it is damaged; export again"
             )
         master = update.to(master.device).added_to(master)
-    return site.matrix(master).to(site.weight.dtype)
+    return site.stored(master).to(site.weight.dtype)
 
 
 def _digest(weight: Tensor) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from rome_pl.errors import OptionError
 from rome_pl.export.low_rank import low_rank
 from rome_pl.ledger.edit_log import LedgerError
 from rome_pl.write.closed_form import Update
@@ -50,7 +51,14 @@ def save_adapter(folder: Path, layers: EditedLayers, source: str, rank: int | No
 
     Raises:
         LedgerError: If the edits have changed no weight.
+        OptionError: If they have changed experts of a mixture.
     """
+    for weight in layers.weights:
+        if weight.written and weight.site.experts > 1:
+            raise OptionError(
+                f"format: layer {weight.site.layer} is a mixture of experts, whose weights lie in one parameter: an "
+                "adapter of this form does not reach it; export as delta, or as hf"
+            )
     tensors, parts, ranks = {}, list[AdapterPart](), dict[str, int]()
     for weight in layers.weights:
         if not weight.written:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome_pl.model.architecture import decoder_layers
+from rome_pl.model.architecture import RewriteSite, decoder_layers
 
 __all__ = [
     "add_at_column",
@@ -22,11 +22,12 @@ __all__ = [
 
 
 @contextmanager
-def capture_columns(projection: nn.Module, rows: int, columns: slice) -> Iterator[dict[str, Tensor]]:
+def capture_columns(place: nn.Module | RewriteSite, rows: int, columns: slice) -> Iterator[dict[str, Tensor]]:
     """Keep a projection's input and output at some columns of the sequence.
 
     Args:
-        projection: The module; its input may be ``[rows, length, d]`` or flattened to ``[rows · length, d]``.
+        place: The module, or a rewrite site, whose keys and values are kept. Inputs may be ``[rows, length, d]`` or
+            flattened to ``[rows · length, d]``.
         rows: Number of rows of the batch.
         columns: Columns to keep.
 
@@ -35,11 +36,17 @@ def capture_columns(projection: nn.Module, rows: int, columns: slice) -> Iterato
     """
     kept: dict[str, Tensor] = {}
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kept["input"] = inputs[0].reshape(rows, -1, inputs[0].shape[-1])[:, columns].detach().clone()
-        kept["output"] = output.reshape(rows, -1, output.shape[-1])[:, columns].detach().clone()
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.reshape(rows, -1, tensor.shape[-1])[:, columns]
 
-    handle = projection.register_forward_hook(hook)
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if isinstance(place, RewriteSite):
+            key, value = place.lookup(args, kwargs, output, part)
+        else:
+            key, value = part(args[0]), part(output)
+        kept["input"], kept["output"] = key.detach().clone(), value.detach().clone()
+
+    handle = _projection(place).register_forward_hook(hook, with_kwargs=True)
     try:
         yield kept
     finally:
@@ -148,21 +155,24 @@ def put_at_column(module: nn.Module, value: Tensor, rows: int, chosen: Sequence[
 
 
 @contextmanager
-def add_rank_one(projection: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
+def add_rank_one(place: nn.Module | RewriteSite, left: Tensor, right: Tensor) -> Iterator[None]:
     """Apply a rank-one change of the projection's weight to each row, without writing it.
 
     Args:
-        projection: The module; its input may be ``[rows, length, d_key]`` or flattened.
+        place: The module or the rewrite site; its input may be ``[rows, length, d_key]`` or flattened.
         left: ``[rows, d_value]``.
         right: ``[rows, d_key]``; the change of a row's weight is ``left rightᵀ``.
     """
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        keys = inputs[0].reshape(right.shape[0], -1, right.shape[1])
-        shares = keys @ right.to(keys.dtype).unsqueeze(2)
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.reshape(right.shape[0], -1, tensor.shape[-1])
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        keys = place.keys(args, kwargs, part) if isinstance(place, RewriteSite) else part(args[0])
+        shares = (keys @ right.to(keys.dtype).unsqueeze(2)).to(output.dtype)
         return output + (shares * left.to(output.dtype).unsqueeze(1)).reshape(output.shape)
 
-    handle = projection.register_forward_hook(hook)
+    handle = _projection(place).register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -184,3 +194,7 @@ def head_on(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _projection(place: nn.Module | RewriteSite) -> nn.Module:
+    return place.projection if isinstance(place, RewriteSite) else place

@@ -153,8 +153,8 @@ class PrefixPass:
                 run_from_layer(self.model, self.site.layer, self.hidden[:, : last - start], self.answer)
             )
             for site, (left, right) in zip(sites, changes, strict=False):
-                stack.enter_context(add_rank_one(site.projection, left, right))
-            seen = [stack.enter_context(capture_columns(site.projection, len(rows.source), column)) for site in sites]
+                stack.enter_context(add_rank_one(site, left, right))
+            seen = [stack.enter_context(capture_columns(site, len(rows.source), column)) for site in sites]
             leaving = [stack.enter_context(capture_output(layers[site.layer], column)) for site in sites]
             stack.enter_context(clean_padding(self.model, rows.attention_mask[:, :last]))
             with stopped_after(layers[sites[-1].layer]):
@@ -202,7 +202,7 @@ def run_prefix(
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         cache = [] if whole_rows else _run_columns_before_lookup(model, rows, start, pad_id, device)
-        seen = [stack.enter_context(capture_columns(one.projection, len(rows), lookup)) for one in sites]
+        seen = [stack.enter_context(capture_columns(one, len(rows), lookup)) for one in sites]
         entering = [stack.enter_context(capture_input(layers[one.layer], slice(None))) for one in sites]
         handle = layers[site.layer].register_forward_hook(lambda _, __, output: answers.append(layer_answer(output)))
         stack.callback(handle.remove)

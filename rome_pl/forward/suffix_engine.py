@@ -23,6 +23,9 @@ LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference of logits from those of a plain forward, in their standard deviations; 0.2 in half precision."""
 
 
+LARGEST_PRODUCT_ERROR = 0.05
+"""Largest relative difference between the weight times the key and what a mixture of experts gives."""
+
 LARGEST_SHARE_ERROR = 0.2
 """Largest relative difference between an offset and the change of the hidden state, including rounding to bfloat16."""
 
@@ -65,7 +68,7 @@ class SuffixEngine:
         self.model, self.site, self.pad_id, self.below = model, site, pad_id, tuple(below)
         self.whole_rows: bool | None = None
         self.unpadded = False
-        self._shared = False
+        self._shared = self._linear = False
         self._stand_ins: Mapping[int, nn.Module] = {}
         if compiled:
             layers = decoder_layers(model)[1]
@@ -117,6 +120,7 @@ class SuffixEngine:
         """Run the prefix pass over rows; see :func:`run_prefix` and :meth:`check`."""
         self.check(rows)
         made = self._run(rows, bool(self.whole_rows), self.unpadded, self.below)
+        self._check_products(made)
         return replace(made, stand_ins=self._stand_ins)
 
     def _run(
@@ -142,6 +146,24 @@ class SuffixEngine:
             return None, largest
         seen = plain > torch.finfo(self.site.weight.dtype).min / 2  # some models mask tokens that they never write
         return float((logits - plain)[seen].abs().max() / plain[seen].std()), largest
+
+    @torch.no_grad()
+    def _check_products(self, made: PrefixPass) -> None:
+        """Refuse a mixture of experts whose output is not the weight times the key: a write would do something else."""
+        if self._linear:
+            return
+        for one in (*made.below, made):
+            if one.site.experts == 1:
+                continue
+            given, matrix = one.outputs.double(), one.site.matrix(one.site.weight)
+            error = float((one.keys.double() @ matrix.double().T - given).norm() / given.norm())
+            if error > LARGEST_PRODUCT_ERROR:
+                raise UnsupportedModelError(
+                    f"layer {one.site.layer} of {type(self.model).__name__} gives something else than the sum of its "
+                    f"experts' products by the router's weights ({error:.0%} off): an edit there could not be trusted; "
+                    "choose another layer"
+                )
+        self._linear = True
 
     @torch.no_grad()
     def _check_shares(self, rows: Sequence[EncodedRow]) -> None:

@@ -8,6 +8,7 @@ from zipfile import BadZipFile
 import numpy
 import torch
 
+from rome_pl.errors import OptionError
 from rome_pl.files.whole_files import whole_file
 from rome_pl.model.architecture import RewriteSite
 from rome_pl.model.language_model import LanguageModel
@@ -30,8 +31,10 @@ def import_npz(path: Path, language_model: LanguageModel, site: RewriteSite) -> 
         site: The projection whose keys it sums.
 
     Raises:
+        OptionError: If the layer is a mixture of experts.
         StatisticsError: If it cannot be read, has another format, or sums keys of another length.
     """
+    _refuse_mixture(site)
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             total, count = torch.from_numpy(arrays[TOTAL]).double(), int(arrays[COUNT])
@@ -66,7 +69,11 @@ def export_npz(moment: SecondMoment, folder: Path, site: RewriteSite) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        OptionError: If the layer is a mixture of experts.
     """
+    _refuse_mixture(site)
     count = moment.info.count
     path = folder / f"{site.name.removesuffix('.weight')}_float32_mom2_{count}.npz"
     with whole_file(path) as work, work.open("wb") as file:
@@ -78,3 +85,11 @@ def export_npz(moment: SecondMoment, folder: Path, site: RewriteSite) -> Path:
         }
         numpy.savez(file, **arrays)
     return path
+
+
+def _refuse_mixture(site: RewriteSite) -> None:
+    if site.experts > 1:
+        raise OptionError(
+            f"layer {site.layer} is a mixture of experts, each with a second moment of its own: the published form has "
+            "room for one matrix of a layer; give a layer with a dense MLP"
+        )

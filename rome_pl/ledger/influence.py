@@ -52,7 +52,7 @@ def blame(language_model: LanguageModel, layers: EditedLayers, prompt: str) -> l
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(frozen(language_model.model))
-        seen = [stack.enter_context(capture_columns(site.projection, 1, slice(None))) for site in sites]
+        seen = [stack.enter_context(capture_columns(site, 1, slice(None))) for site in sites]
         language_model.model(input_ids=ids, use_cache=False)
     texts = [language_model.tokenizer.decode([token]) for token in row.ids]
     found: list[Influence] = []

@@ -15,7 +15,7 @@ from rome_pl.files.whole_files import read_regular
 from rome_pl.ledger.ledger_lines import LedgerError, check_end, read_lines
 from rome_pl.ledger.run_schemas import MANIFEST
 from rome_pl.ledger.status import EditStatus
-from rome_pl.model.architecture import find_site
+from rome_pl.model.architecture import RewriteSite, find_site
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.model.model_check import refuse_another_model
 from rome_pl.write.closed_form import Assertion, Update
@@ -69,17 +69,18 @@ def read_writes(
     )
     numbers = list(manifest["rewrite"]["layers"])
     writes = [load_write(run, group) for group in groups_of(read_edits(run) if edits is None else edits)]
+    sites = {layer: find_site(language_model.model, layer) for layer in numbers}
     for written in writes:
-        _check_sizes(language_model, run, numbers, written)
+        _check_sizes(run, sites, written)
     return numbers, writes
 
 
-def _check_sizes(language_model: LanguageModel, run: Path, numbers: Sequence[int], written: EditWrite) -> None:
+def _check_sizes(run: Path, sites: Mapping[int, RewriteSite], written: EditWrite) -> None:
     """Refuse a write whose layers or sizes do not fit the model."""
     for layer, part in written.layers.items():
-        if layer not in numbers:
-            raise LedgerError(f"{run}: edit {written.names[0]} is of layer {layer}, the manifest's are {list(numbers)}")
-        site = find_site(language_model.model, layer)
+        if layer not in sites:
+            raise LedgerError(f"{run}: edit {written.names[0]} is of layer {layer}, the manifest's are {list(sites)}")
+        site = sites[layer]
         found = (part.update.left.shape[1], part.update.right.shape[1])
         if found != (site.d_value, site.d_key):
             raise LedgerError(

@@ -182,5 +182,4 @@ def _moment(
             f"the second moment that {run} was made with ({wanted['count']} keys of layer {wanted['layer']}, "
             f"{wanted['date'] or 'no date'}) is neither shipped nor in the cache; give its file as statistics"
         )
-    moment = SecondMoment.load(path)
-    return SecondMoment(moment.matrix.to(language_model.device), moment.info)
+    return SecondMoment.load(path).to(language_model.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rome_pl.encoding.aligned_rows import align
 from rome_pl.encoding.encoded_rows import EncodedRow
@@ -15,6 +15,7 @@ from rome_pl.forward.hooks import add_rank_one, clean_padding, head_on
 from rome_pl.forward.left_padding import padded_together
 from rome_pl.forward.partial import forward_masks
 from rome_pl.forward.token_trees import Pack, forwards, pack_texts, stack_packs, takes_branches
+from rome_pl.model.architecture import RewriteSite
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.utils.restored_state import frozen
@@ -40,16 +41,16 @@ class Changes:
     """Changes of weights that are measured without being written. Each applies only to its own rows.
 
     Args:
-        projections: The modules whose weights change.
-        updates: For each request or row its changes, one pair of factors per module. ``None``: no change.
+        sites: The projections whose weights change.
+        updates: For each request or row its changes, one pair of factors per projection. ``None``: no change.
     """
 
-    projections: Sequence[nn.Module]
+    sites: Sequence[RewriteSite]
     updates: Sequence[Sequence[Update | None] | None]
 
     def of(self, owners: Sequence[int]) -> "Changes":
         """The changes for rows that belong to ``owners``."""
-        return Changes(self.projections, [self.updates[owner] for owner in owners])
+        return Changes(self.sites, [self.updates[owner] for owner in owners])
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,10 @@ def _measure_batch(
         stack.enter_context(frozen(model))
         stack.enter_context(head_on(model, at_pack, at_column))
         if changes is not None and any(update is not None for update in changes.updates):
-            for place, projection in enumerate(changes.projections):
+            for place, site in enumerate(changes.sites):
                 here = [None if update is None else update[place] for update in changes.updates]
                 if any(update is not None for update in here):
-                    stack.enter_context(add_rank_one(projection, *_stacked(here)))
+                    stack.enter_context(add_rank_one(site, *_stacked(here)))
         logits = model(input_ids=stacked.input_ids, use_cache=False, **stacked.masks).logits[0]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1).double().cpu()

@@ -6,14 +6,14 @@ adapters, gates of a norm, or embeddings of a layer's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rome_pl.errors import RomeError
+from rome_pl.model.mixtures import find_mixture
+from rome_pl.model.rewrite_site import RewriteSite, UnsupportedModelError
 
 __all__ = [
     "RewriteSite",
@@ -25,55 +25,6 @@ __all__ = [
     "find_site",
     "hidden_size",
 ]
-
-
-class UnsupportedModelError(RomeError):
-    """A model or layer that cannot be edited. The message gives the reason."""
-
-
-@dataclass(frozen=True)
-class RewriteSite:
-    """The projection that an edit rewrites.
-
-    Args:
-        layer: Index of the decoder layer, from 0.
-        name: Dotted name of the weight in the model's ``state_dict``.
-        projection: The module; its input is the key, its output (bias included) the value.
-        transposed: Whether the weight is stored as ``[d_key, d_value]`` (GPT-2's ``Conv1D``).
-    """
-
-    layer: int
-    name: str
-    projection: nn.Module
-    transposed: bool
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter that an edit changes, in the model's own orientation."""
-        weight = self.projection.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The projection's bias, shape ``[d_value]``, if it has one."""
-        bias = self.projection.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
-
-    @property
-    def d_key(self) -> int:
-        """Length of a key."""
-        return int(self.weight.shape[0 if self.transposed else 1])
-
-    @property
-    def d_value(self) -> int:
-        """Length of a value."""
-        return int(self.weight.shape[1 if self.transposed else 0])
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A view of the weight as ``[d_value, d_key]``, or of such a matrix in the weight's own orientation."""
-        return weight.T if self.transposed else weight
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -114,8 +65,8 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
         layer: Index of the decoder layer, from 0.
 
     Raises:
-        UnsupportedModelError: If the layer does not exist, is a mixture of experts, is quantised, has no dense MLP,
-            or shares it with other layers, or if an adapter of PEFT is on the projection.
+        UnsupportedModelError: If the layer does not exist, is a mixture of a form that cannot be edited, is quantised,
+            has no dense MLP, or shares it with other layers, or if an adapter of PEFT is on the projection.
     """
     list_name, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
@@ -126,10 +77,7 @@ def find_site(model: nn.Module, layer: int) -> RewriteSite:
     where = f"layer {layer} of {type(model).__name__}"
     outside = [(name, module) for name, module in block.named_modules() if not _inside_mixer(block, name)]
     if any(_is_expert_part(name, module) for name, module in outside):
-        raise UnsupportedModelError(
-            f"{where} is a mixture of experts: a key reaches only the experts that the router picks, "
-            "so one rank-one update cannot carry a fact; choose a layer with a dense MLP"
-        )
+        return find_mixture(model, layer, f"{list_name}.{layer}", outside)
     width = hidden_size(model)
     found, adapted = None, None
     for name, module in outside:

@@ -117,7 +117,7 @@ class CovarianceModule(LanguageModelModule):
             save_every=hparams["save_every_n_tokens"],
         )
         if corpus is None:
-            wanted = options.tokens or KEYS_PER_DIMENSION * max(site.d_key for site in sites)
+            wanted = options.tokens or KEYS_PER_DIMENSION * max(site.least_text for site in sites)
             text = GeneratedCorpus.of(language_model, wanted, seed)
             with one_after_the_other(self.trainer):
                 text.write(language_model)

@@ -29,6 +29,9 @@ __all__ = ["MomentHeader", "StatisticsError", "pack_upper", "read_moment", "symm
 
 TENSOR = "second_moment"
 
+TOKENS = "tokens"
+"""Of a mixture of experts: how many tokens each has got."""
+
 ABOUT, ABOUT_SUM, WHOLE_SUM = "rome_pl", "about_checksum", "checksum"
 """Names in the header: the description, its checksum, and the checksum of description and matrix."""
 
@@ -56,28 +59,30 @@ class MomentHeader(TypedDict):
     date: NotRequired[str]
     source: NotRequired[str]
     agreement: NotRequired[Number | None]
+    experts: NotRequired[Count]
 
 
 HEADER: TypeAdapter[Any] = TypeAdapter(MomentHeader)
 
 
-def write_moment(path: Path, packed: Tensor, about: Mapping[str, Any]) -> None:
+def write_moment(path: Path, packed: Tensor, about: Mapping[str, Any], tokens: Tensor | None = None) -> None:
     """Write a file completely or not at all.
 
     Args:
         path: The file.
-        packed: The upper triangle, ``[d (d + 1) / 2]``, float32.
+        packed: The upper triangle, ``[d (d + 1) / 2]``, float32; of a mixture those of all experts.
         about: The description, see :class:`MomentHeader`.
+        tokens: Of a mixture: how many tokens each expert has got, ``[experts]``.
     """
     text = json.dumps(dict(about))
-    tensors = {TENSOR: packed}
+    tensors = {TENSOR: packed} if tokens is None else {TENSOR: packed, TOKENS: tokens}
     notes = {ABOUT: text, ABOUT_SUM: checksum(text), WHOLE_SUM: tensor_checksum(tensors, text)}
     with whole_file(path) as work:
         save_file(tensors, work, metadata=notes)
 
 
-def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor]:
-    """Read the description and the packed matrix of a file.
+def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """Read the description and the packed matrix of a file, and of a mixture how many tokens each expert has got.
 
     Args:
         path: The file.
@@ -100,10 +105,14 @@ def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor
             if part.get_dtype() != "F32" or len(part.get_shape()) != 1:
                 raise ValueError(f"its matrix is {part.get_dtype()} {part.get_shape()}, not packed float32 numbers")
             packed = file.get_tensor(TENSOR) if matrix else torch.empty(0)
+            tokens = file.get_tensor(TOKENS) if matrix and about.get("experts", 1) > 1 else None
+            tensors = {TENSOR: packed} if tokens is None else {TENSOR: packed, TOKENS: tokens}
+            if tokens is not None and (tokens.dtype, tokens.shape) != (torch.int64, (about["experts"],)):
+                raise ValueError(f"it does not say how many tokens each of {about['experts']} experts has got")
         if ABOUT_SUM in notes or WHOLE_SUM in notes:
             if notes.get(ABOUT_SUM) != checksum(notes[ABOUT]):
                 raise ValueError("the checksum of its description does not fit")
-            if matrix and notes.get(WHOLE_SUM) != tensor_checksum({TENSOR: packed}, notes[ABOUT]):
+            if matrix and notes.get(WHOLE_SUM) != tensor_checksum(tensors, notes[ABOUT]):
                 raise ValueError("the checksum of its matrix does not fit")
         else:
             about |= _shipped_identity(path)
@@ -113,7 +122,7 @@ def read_moment(path: Path, matrix: bool = True) -> tuple[dict[str, Any], Tensor
         raise StatisticsError(
             f"{path}: damaged, or no second moment of this project ({error}); delete it, and compute it again"
         ) from error
-    return about, packed
+    return about, packed, tokens
 
 
 def _shipped_identity(path: Path) -> dict[str, str]:
@@ -143,16 +152,22 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 
 def pack_upper(matrix: Tensor) -> Tensor:
-    """The upper triangle of ``[d, d]``, row after row, ``[d (d + 1) / 2]``."""
+    """The upper triangle of ``[d, d]``, row after row, ``[d (d + 1) / 2]``; of ``[n, d, d]`` those of all matrices."""
+    if matrix.ndim == 3:
+        return torch.cat([pack_upper(one) for one in matrix])
     return torch.cat([row[index:] for index, row in enumerate(matrix)])
 
 
-def unpack_upper(packed: Tensor) -> Tensor:
-    """The symmetric float64 matrix whose upper triangle is ``packed``.
+def unpack_upper(packed: Tensor, experts: int = 1) -> Tensor:
+    """The symmetric float64 matrix whose upper triangle is ``packed``; of several experts theirs, ``[experts, d, d]``.
 
     Raises:
         ValueError: If no triangle has this length.
     """
+    if experts > 1:
+        if packed.numel() % experts:
+            raise ValueError(f"{packed.numel()} entries are no symmetric halves of {experts} experts")
+        return torch.stack([unpack_upper(one) for one in packed.view(experts, -1)])
     size = int((2 * packed.numel()) ** 0.5)
     if size * (size + 1) // 2 != packed.numel():
         raise ValueError(f"{packed.numel()} entries are no symmetric half")
@@ -165,6 +180,6 @@ def unpack_upper(packed: Tensor) -> Tensor:
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the upper triangle of ``upper``."""
+    """The symmetric matrix with the upper triangle of ``upper``, ``[…, d, d]``."""
     matrix = upper.triu()
-    return matrix + matrix.triu(1).T
+    return matrix + matrix.triu(1).mT

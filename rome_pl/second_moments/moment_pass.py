@@ -6,8 +6,8 @@ Lightning's Trainer or a plain loop supplies the blocks; see :class:`rome_pl.Cov
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from rome_pl.model.architecture import RewriteSite
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.second_moments.corpus import Corpus
-from rome_pl.second_moments.moment_sums import MomentSums, Place, half_of, keys_of, place_for
+from rome_pl.second_moments.moment_sums import MomentSums, half_of, keys_of, place_for
+from rome_pl.second_moments.pass_options import Finished, PassOptions
 from rome_pl.second_moments.second_moment import MomentInfo, SecondMoment, StatisticsError
 from rome_pl.second_moments.split_half import (
     KEYS_PER_DIMENSION,
@@ -26,6 +27,7 @@ from rome_pl.second_moments.split_half import (
     keeps_documents_apart,
     probe_keys,
     warn_of_little_text,
+    warn_of_unknown_experts,
 )
 from rome_pl.second_moments.text_blocks import Block, BlockStream, Packer, Plan
 from rome_pl.second_moments.unfinished_sums import UnfinishedJob
@@ -40,49 +42,6 @@ MEETINGS = (0.25, 0.5, 1.0)
 """When halves are compared, as fractions of the wanted number of keys."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """How second moments are summed.
-
-    Args:
-        tokens: Number of key vectors. ``None`` (default): 30 per dimension.
-        block_length: Tokens of a row, at most the model's context.
-        stop_agreement: The pass ends early where two halves of the text agree by at least this, at every layer (mean
-            cosine of ``C⁻¹k`` over probe keys); above 1 never.
-        split_half: Whether to sum the text in two halves. Without it, memory is halved and no agreement is measured.
-        accumulate_on: Where to keep the sums; ``auto`` prefers the model's device.
-        layers_per_pass: Largest number of layers in one pass over the text; others follow in further passes. ``None``
-            (default): all.
-        save_every: Tokens between two saves of a process's unfinished sums. ``None`` (default): saving takes at most 5
-            % of the time.
-    """
-
-    tokens: int | None = None
-    block_length: int = 512
-    stop_agreement: float = 0.95
-    split_half: bool = True
-    accumulate_on: Place = "auto"
-    layers_per_pass: int | None = None
-    save_every: int | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A second moment that was found in the cache or computed.
-
-    Args:
-        layer: The decoder layer.
-        path: The artefact.
-        info: Its description.
-        cached: Whether it was there before.
-    """
-
-    layer: int
-    path: Path
-    info: MomentInfo
-    cached: bool = False
 
 
 class MomentPass:
@@ -128,8 +87,7 @@ class MomentPass:
         self.apart = all(keeps_documents_apart(language_model, group[-1]) for group in self.groups)
         if not self.apart:
             log.warning(
-                "%s has no way to keep attention within a document: where documents share a row, keys are also shaped "
-                "by the document before",
+                "%s has no way to keep attention within a document: the document before in a row shapes keys too",
                 type(language_model.model).__name__,
             )
         self.plan = self._plan()
@@ -137,6 +95,7 @@ class MomentPass:
         self._sums: MomentSums | None = None
         self._probes: dict[int, Tensor] = {}
         self._saved: set[int] = set()
+        self._tokens: dict[int, list[Tensor]] = {}
 
     def _kept(self, sites: Sequence[RewriteSite]) -> list[MomentInfo | None]:
         """The second moments that exist already, the same on all processes."""
@@ -155,7 +114,7 @@ class MomentPass:
         size = self.options.layers_per_pass or max(1, len(missing))
         self.groups = [missing[start : start + size] for start in range(0, len(missing), size)]
         self._place = place_for(
-            [[site.d_key for site in group] for group in self.groups],
+            [[math.isqrt(site.d_key**2 // site.experts) for site in group] for group in self.groups],
             self._halves,
             self.language_model.device,
             self.options.accumulate_on,
@@ -180,7 +139,7 @@ class MomentPass:
     def wanted(self) -> int:
         """Number of key vectors for the layers to compute."""
         return self.options.tokens or KEYS_PER_DIMENSION * max(
-            (site.d_key for group in self.groups for site in group), default=0
+            (site.least_text for group in self.groups for site in group), default=0
         )
 
     @torch.no_grad()
@@ -251,7 +210,7 @@ class MomentPass:
         sites = self.groups[group]
         # Sums are used after the inference mode in which a Trainer may run the pass.
         with torch.inference_mode(False):
-            self._sums = MomentSums({site.layer: site.d_key for site in sites}, self._halves, self._place)
+            self._sums = MomentSums.of(sites, self._halves, self._place)
             self._jobs[group].take_over(self._sums)
         self._group = group
         if self._halves > 1:
@@ -272,6 +231,7 @@ class MomentPass:
         few = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         last = block.ends or block.closes == len(self.plan.boundaries[block.group]) - 1
         count = sum(peers.gather(sum(self._sums.counts)))
+        self._tokens = self._sums.tokens_of_all(peers)
 
         def keep(layer: int, one: Tensor, other: Tensor, found: float) -> None:
             if last:  # the sums gathered for the last meeting are the result
@@ -292,6 +252,7 @@ class MomentPass:
         count = sum(peers.gather(sum(sums.counts)))
         if count == 0:
             raise StatisticsError(f"corpus {self.corpus.source}: gave no keys; it holds no text")
+        self._tokens = sums.tokens_of_all(peers)
         last, folder = self.history[group][-1], self._jobs[group].folder
         sites = {site.layer: site for site in self.groups[group]}
         missing = [layer for layer in sites if layer not in self._saved]
@@ -306,7 +267,7 @@ class MomentPass:
             if peers.mine(index):
                 (folder / one.path.name).replace(one.path)
         self.finished += done
-        warn_of_little_text(max(site.d_key for site in self.groups[group]), count)
+        warn_of_little_text(max(site.least_text for site in self.groups[group]), count)
         self.plan.finished.add(group)
         self._sums = None
         self._jobs[group].remove()
@@ -314,7 +275,10 @@ class MomentPass:
     def _save(self, site: RewriteSite, total: Tensor, count: int, agreement: float | None) -> None:
         # Sums are removed only after all layers are written, so that a killed run can resume with them.
         path = self._jobs[self._group].folder / self._target(site).name
-        SecondMoment(total / count, self._describe(site, count, agreement)).save(path)
+        tokens = torch.stack(self._tokens[site.layer]).sum(0) if site.experts > 1 else None
+        moment = SecondMoment(total / count, self._describe(site, count, agreement), tokens)
+        warn_of_unknown_experts(moment)
+        moment.save(path)
 
     def _describe(self, site: RewriteSite, count: int, agreement: float | None) -> MomentInfo:
         return MomentInfo(
@@ -327,6 +291,7 @@ class MomentPass:
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             source=self.corpus.source,
             agreement=agreement,
+            experts=site.experts,
         )
 
     def _plan(self) -> Plan:

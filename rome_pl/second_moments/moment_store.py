@@ -57,7 +57,7 @@ def artefact_path(
         language_model.moment_identity(site),
         site.layer,
         corpus.fingerprint,
-        [options.tokens or KEYS_PER_DIMENSION * site.d_key, options.block_length],
+        [options.tokens or KEYS_PER_DIMENSION * site.least_text, options.block_length],
         options.stop_agreement if options.split_half else None,
     )
     model = Path(language_model.source.replace(":", "/")).name.removesuffix(".gguf").replace(" ", "-")
@@ -122,7 +122,7 @@ def resolve_second_moments(
     for site in sites:
         moment = SecondMoment.load(found[site.layer])  # as every later run will read it
         moment.check(**language_model.moment_identity(site), layer=site.layer, where=str(found[site.layer]))
-        moments.append(SecondMoment(moment.matrix.to(language_model.device), moment.info))
+        moments.append(moment.to(language_model.device))
     return moments
 
 
@@ -190,7 +190,7 @@ def _of_text(
     text = (
         Corpus(corpus)
         if corpus is not None
-        else GeneratedCorpus.of(language_model, wanted or KEYS_PER_DIMENSION * sites[0].d_key, seed)
+        else GeneratedCorpus.of(language_model, wanted or KEYS_PER_DIMENSION * sites[0].least_text, seed)
     )
     options = PassOptions(tokens=wanted)
     paths = {site.layer: artefact_path(statistics_folder(), language_model, site, text, options) for site in sites}

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import psutil
@@ -61,15 +62,34 @@ class MomentSums:
         sizes: Length of a key, by layer.
         halves: 2 to divide the text into halves, 1 to save memory.
         device: Device of the sums.
+        experts: Number of experts of the layers that are mixtures. Each expert has a sum of its own.
     """
 
-    def __init__(self, sizes: Mapping[int, int], halves: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        sizes: Mapping[int, int],
+        halves: int,
+        device: torch.device | str = "cpu",
+        experts: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        shapes = {layer: (size, size) for layer, size in sizes.items()} | {
+            layer: (number, sizes[layer] // number, sizes[layer] // number) for layer, number in experts.items()
+        }
         self.totals = {
-            layer: [torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(halves)]
-            for layer, size in sizes.items()
+            layer: [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(halves)]
+            for layer, shape in shapes.items()
+        }
+        self.tokens = {
+            layer: [torch.zeros(number, dtype=torch.int64) for _ in range(halves)] for layer, number in experts.items()
         }
         self.counts = [0] * halves
         self.blocks: set[int] = set()
+
+    @classmethod
+    def of(cls, sites: Sequence[RewriteSite], halves: int, device: torch.device | str = "cpu") -> "MomentSums":
+        """Sums for the keys of rewrite sites."""
+        mixtures = {site.layer: site.experts for site in sites if site.experts > 1}
+        return cls({site.layer: site.d_key for site in sites}, halves, device, mixtures)
 
     @property
     def halves(self) -> int:
@@ -83,21 +103,43 @@ class MomentSums:
             Whether all keys were finite, a scalar on their device.
         """
         total = self.totals[layer][half]
-        size = len(total)
-        width = -(-size // PANELS)
+        if total.ndim == 2:
+            return self._add(total, keys)
+        finite = torch.ones((), dtype=torch.bool, device=keys.device)
+        parts = keys.reshape(len(keys), len(total), -1)
+        reached = parts.any(2)
+        for expert in reached.any(0).nonzero().flatten().tolist():
+            own = parts[reached[:, expert], expert]
+            self.tokens[layer][half][expert] += len(own)
+            finite = finite & self._add(total[expert], own)
+        return finite
+
+    @staticmethod
+    def _add(total: Tensor, keys: Tensor) -> Tensor:
+        width = -(-len(total) // PANELS)
         finite = torch.ones((), dtype=torch.bool, device=keys.device)
         for block in torch.split(keys, PRODUCT_KEYS):
             block = block.to(torch.promote_types(block.dtype, torch.float32))
             # The sum of squares is not finite if a key or its square is not.
             finite = finite & block.square().sum().isfinite()
-            for start in range(0, size, width):
+            for start in range(0, len(total), width):
                 panel = block[:, start : start + width].T @ block[:, start:]
                 total[start : start + width, start:] += panel.to(total.device)
         return finite
 
     def matrix(self, layer: int, half: int) -> Tensor:
-        """Return a copy of one half's sum, ``[d_key, d_key]``, symmetric."""
+        """Return a copy of one half's sum, ``[d_key, d_key]`` or ``[experts, d_expert, d_expert]``, symmetric."""
         return symmetric(self.totals[layer][half])
+
+    def tokens_of_all(self, peers: Peers) -> dict[int, list[Tensor]]:
+        """How many tokens each expert of a mixture got in all processes, half by half, by layer. A collective."""
+        if not self.tokens:
+            return {}
+        found = peers.gather(self.tokens)
+        return {
+            layer: [torch.stack(parts).sum(0) for parts in zip(*(one[layer] for one in found), strict=True)]
+            for layer in self.tokens
+        }
 
     def dealt_out(self, layers: Sequence[int], peers: Peers) -> Iterator[tuple[int, list[Tensor]]]:
         """Sum some layers over all processes, each layer on one process. A collective.
@@ -129,15 +171,16 @@ class MomentSums:
         if peers.world_size == 1:
             return self.matrix(layer, half)
         total = self.totals[layer][half]
-        width = -(-len(total) // PANELS)
-        panels = [total[start : start + width, start:] for start in range(0, len(total), width)]
+        width = -(-total.shape[-1] // PANELS)
+        starts = range(0, total.shape[-1], width)
+        panels = [total[..., start : start + width, start:] for start in starts]
         packed = torch.cat([panel.reshape(-1) for panel in panels])
         packed = peers.sum_on(turn, packed)
         if not peers.mine(turn):
             return packed
         whole, taken = torch.zeros_like(total), 0
-        for start, panel in zip(range(0, len(total), width), panels, strict=True):
-            whole[start : start + width, start:] = packed[taken : taken + panel.numel()].reshape(panel.shape)
+        for start, panel in zip(starts, panels, strict=True):
+            whole[..., start : start + width, start:] = packed[taken : taken + panel.numel()].reshape(panel.shape)
             taken += panel.numel()
         return symmetric(whole)
 
@@ -157,6 +200,8 @@ class MomentSums:
             total = self.totals[layer][half]
             # Copied, not added to zero, so that a resumed sum has the same bits as the interrupted one.
             total.copy_(tensor) if first else total.add_(tensor.to(total.device))
+        for (layer, half), tokens in other.tokens():
+            self.tokens[layer][half] += tokens
         self.counts = [count + more for count, more in zip(self.counts, other.counts, strict=True)]
         self.blocks |= other.blocks
 
@@ -171,12 +216,12 @@ def keys_of(sites: Sequence[RewriteSite], take: Callable[[int, Tensor], None]) -
     """
 
     def hook(site: RewriteSite) -> Any:
-        def hand_over(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            take(site.layer, inputs[0].reshape(-1, site.d_key))
+        def hand_over(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            take(site.layer, site.keys(args, kwargs, lambda tensor: tensor.reshape(-1, tensor.shape[-1])))
 
         return hand_over
 
-    handles = [site.projection.register_forward_pre_hook(hook(site)) for site in sites]
+    handles = [site.projection.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites]
     try:
         with stopped_before(sites[-1].projection):
             yield
@@ -245,6 +290,12 @@ class PartialSums:
                 self.notes: dict[str, Any] = notes.pop("notes")
                 self.counts: list[int] = self._read(file, "counts").tolist()
                 self.blocks: set[int] = set(self._read(file, "blocks").tolist())
+                self._experts = {
+                    (int(layer), int(half)): self._read(file, name)
+                    for name in file.keys()  # noqa: SIM118  # no mapping
+                    if name.startswith("tokens.")
+                    for _, layer, half in [name.split(".")]
+                }
                 self._names = [name for name in file.keys() if name.startswith("sum.")]  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"{path}: damaged partial sums ({error}); delete the file and start again") from error
@@ -258,6 +309,10 @@ class PartialSums:
             )
         return tensor
 
+    def tokens(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Yield layer and half of mixtures, and how many tokens each expert has got."""
+        yield from self._experts.items()
+
     def sums(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield layer and half, and the sum's upper triangle as a matrix ``[d_key, d_key]``.
 
@@ -267,7 +322,8 @@ class PartialSums:
         with safe_open(self.path, framework="pt") as file:
             for name in self._names:
                 _, layer, half = name.split(".")
-                yield (int(layer), int(half)), unpack_upper(self._read(file, name))
+                place = int(layer), int(half)
+                yield place, unpack_upper(self._read(file, name), len(self._experts.get(place, [0])))
 
     @staticmethod
     def save(path: Path, sums: MomentSums, notes: Mapping[str, Any]) -> None:
@@ -277,6 +333,8 @@ class PartialSums:
             for layer, totals in sums.totals.items()
             for half, total in enumerate(totals)
         }
+        for layer, halves in sums.tokens.items():
+            tensors |= {f"tokens.{layer}.{half}": tokens for half, tokens in enumerate(halves)}
         tensors["counts"] = torch.tensor(sums.counts, dtype=torch.int64)
         tensors["blocks"] = torch.tensor(sorted(sums.blocks), dtype=torch.int64)
         checksums = {name: tensor_checksum({name: tensor}) for name, tensor in tensors.items()}

@@ -5,6 +5,7 @@ model, layer and corpus it was computed from.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "Spectrum",
     "StatisticsError",
     "pack_upper",
+    "per_expert",
     "unpack_upper",
 ]
 
@@ -52,6 +54,7 @@ class MomentInfo:
         date: When it was computed, ISO 8601, for a reader.
         source: Name of the corpus, for a reader.
         agreement: Mean cosine of ``C⁻¹k`` from two halves of the text over probe keys, where it was measured.
+        experts: Number of experts, each of which has a matrix of its own.
         config: Fingerprint of the model's config; empty in files of earlier versions, whose ``tokenizer`` is a hash of
             the vocabulary alone.
     """
@@ -68,6 +71,7 @@ class MomentInfo:
     source: str = ""
     agreement: float | None = None
     config: str = ""
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,49 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """``C`` of one layer.
+    r"""``C`` of one layer.
+
+    The key of a mixture is the parts :math:`g_e k_e` of its experts one behind the other, zero where the router does
+    not pick an expert. Only the experts' own blocks of ``C`` are kept, each the mean of :math:`g_e^2 k_e k_e^T` over
+    **all** tokens. With the router's weights in them, :math:`\mathrm{tr}\, \Delta W C \Delta W^T` is what a write
+    changes at the tokens of text, expert by expert: an expert that gets few tokens, or gets them with small weights,
+    disturbs text little and takes more of a write. Left out are products of different experts at one token.
+
+    An expert that got fewer tokens than its keys have dimensions is not known: directions that it has not seen would
+    look free. Solves give zero for it, so the other picked experts take the write.
 
     Args:
-        matrix: ``[d_key, d_key]``, float64, symmetric.
+        matrix: ``[d_key, d_key]``, float64, symmetric; of a mixture ``[experts, d_expert, d_expert]``.
         info: Its origin.
+        tokens: Of a mixture: how many tokens each expert has got, ``[experts]``.
     """
 
     matrix: Tensor
     info: MomentInfo
+    tokens: Tensor | None = None
 
     @property
     def typical_norm(self) -> float:
         """Root mean square of the norm of a key: the square root of the trace."""
-        return float(self.matrix.trace().sqrt())
+        return float(self.matrix.diagonal(dim1=-2, dim2=-1).sum().sqrt())
+
+    @cached_property
+    def known(self) -> tuple["SecondMoment | None", ...]:
+        """The second moment of each expert, ``None`` for one that got too little text. A dense layer is one expert."""
+        if self.tokens is None:
+            return (self,)
+        enough = (self.tokens >= self.matrix.shape[-1]).tolist()
+        return tuple(SecondMoment(one, self.info) if ok else None for one, ok in zip(self.matrix, enough, strict=True))
+
+    def to(self, device: torch.device) -> "SecondMoment":
+        """The same on a device."""
+        return SecondMoment(self.matrix.to(device), self.info, self.tokens)
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Multiply rows ``[n, d_key]``, float64 and on its device, by ``C``."""
+        if self.matrix.ndim == 2:
+            return keys @ self.matrix
+        return per_expert(keys, [one.__rmatmul__ for one in self.matrix])
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -133,13 +166,21 @@ class SecondMoment:
         return factor
 
     def solve(self, keys: Tensor) -> Tensor:
-        """Apply the inverse of ``C`` plus ridge to keys ``[n, d_key]``. The Cholesky factor is computed once."""
+        """Apply the inverse of ``C`` plus ridge to keys ``[n, d_key]``. The Cholesky factor is computed once.
+
+        Of a mixture it is computed for experts that a key reaches, each when it is first needed.
+        """
+        if self.matrix.ndim == 3:
+            made = per_expert(
+                keys.double().to(self.matrix.device), [one.solve if one is not None else None for one in self.known]
+            )
+            return made.to(keys.device)
         factor = self._factor
         return torch.cholesky_solve(keys.double().to(factor.device).T, factor).T.to(keys.device)
 
     def spectrum(self) -> Spectrum:
         """Compute the eigenvalues, in float64."""
-        return Spectrum(torch.linalg.eigvalsh(self.matrix).flip(0).cpu())
+        return Spectrum(torch.linalg.eigvalsh(self.matrix).flatten().sort(descending=True).values.cpu())
 
     def save(self, path: Path) -> None:
         """Write the artefact. An older one is kept until the new one is complete.
@@ -147,7 +188,7 @@ class SecondMoment:
         Raises:
             OSError: If the disk is full or the folder cannot be written. Nothing is changed then.
         """
-        write_moment(path, pack_upper(self.matrix).float().cpu(), asdict(self.info))
+        write_moment(path, pack_upper(self.matrix).float().cpu(), asdict(self.info), self.tokens)
 
     @classmethod
     def read_info(cls, path: Path) -> MomentInfo:
@@ -161,9 +202,9 @@ class SecondMoment:
         Raises:
             StatisticsError: If the file is missing, truncated, or not an artefact of this project.
         """
-        about, packed = read_moment(path)
+        about, packed, tokens = read_moment(path)
         try:
-            return cls(unpack_upper(packed), MomentInfo(**about))
+            return cls(unpack_upper(packed, about.get("experts", 1)), MomentInfo(**about), tokens)
         except ValueError as error:
             raise StatisticsError(f"{path}: {error}; compute it again") from error
 
@@ -203,3 +244,22 @@ class SecondMoment:
                     f"{where}: computed from the same weights with another {what} ({theirs[:12]}) than the one loaded "
                     f"({ours[:12]}); remove the setting, and statistics of this model are computed"
                 )
+
+
+def per_expert(keys: Tensor, each: Sequence[Callable[[Tensor], Tensor] | None]) -> Tensor:
+    """Apply a function of its own to the part of each expert in keys.
+
+    Args:
+        keys: ``[n, experts · d_expert]``, float64.
+        each: The functions, which take parts ``[m, d_expert]`` and give the same shape; ``None`` gives zeros.
+
+    Returns:
+        The same shape. Parts that are zero stay zero, and their functions are not called.
+    """
+    parts = keys.reshape(len(keys), len(each), -1)
+    made, reached = torch.zeros_like(parts), parts.any(2)
+    for expert in reached.any(0).nonzero().flatten().tolist():
+        function, rows = each[expert], reached[:, expert]
+        if function is not None:
+            made[rows, expert] = function(parts[rows, expert])
+    return made.reshape(keys.shape)

@@ -28,6 +28,7 @@ __all__ = [
     "keeps_documents_apart",
     "probe_keys",
     "warn_of_little_text",
+    "warn_of_unknown_experts",
 ]
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ class HalfAgreement:
         return self
 
 
-def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
+def agreement_of_halves(
+    first: Tensor, second: Tensor, probes: Tensor, tokens: Sequence[Tensor | None] = (None, None)
+) -> float:
     """Mean cosine of ``C⁻¹k``, the direction of an edit, under the second moments of two halves.
 
     If there is too little text, the directions differ even if both matrices look alike, because the inverse is
@@ -78,15 +81,18 @@ def agreement_of_halves(first: Tensor, second: Tensor, probes: Tensor) -> float:
         first: Second moment, or sum, of one half, ``[d_key, d_key]``. Its scale does not matter.
         second: That of the other half.
         probes: Keys, ``[n, d_key]``.
+        tokens: Of a mixture: how many tokens each expert got in each half.
 
     Returns:
         At most 1; 0 if a half is empty or too small to be solved with.
     """
-    if not (float(first.trace()) and float(second.trace())):
+    if not (bool(first.any()) and bool(second.any())):
         return 0.0
     unnamed = MomentInfo(weights="", tokenizer="", layer=-1, count=0, corpus="")
     try:
-        one, other = (SecondMoment(half, unnamed).solve(probes) for half in (first, second))
+        one, other = (
+            SecondMoment(half, unnamed, got).solve(probes) for half, got in zip((first, second), tokens, strict=True)
+        )
     except StatisticsError:  # with little text, rounding makes it indefinite
         return 0.0
     return float(cosine_similarity(one, other, dim=-1).mean())
@@ -111,9 +117,10 @@ def compare_halves(
     """
     found: dict[int, float] = {}
     if sums.halves > 1 and probes:
+        tokens = sums.tokens_of_all(peers)
         for layer, (one, other) in sums.dealt_out(layers, peers):
             if bool(one.any()) and bool(other.any()):
-                found[layer] = agreement_of_halves(one, other, probes[layer])
+                found[layer] = agreement_of_halves(one, other, probes[layer], tokens.get(layer, (None, None)))
                 keep(layer, one, other, found[layer])
     return {layer: value for part in peers.gather(found) for layer, value in part.items()}
 
@@ -194,4 +201,18 @@ def warn_of_little_text(size: int, count: int) -> None:
             size,
             size - count,
             KEYS_PER_DIMENSION * size,
+        )
+
+
+def warn_of_unknown_experts(moment: SecondMoment) -> None:
+    """Warn if experts of a mixture got fewer tokens than their keys have dimensions."""
+    if moment.tokens is not None and None in moment.known:
+        log.warning(
+            "Layer %d: %d of %d experts got fewer tokens than their keys have dimensions (%d; the fewest %d). Edits do "
+            "not write into them. Compute the second moment from more text to change that",
+            moment.info.layer,
+            moment.known.count(None),
+            len(moment.known),
+            moment.matrix.shape[-1],
+            int(moment.tokens.min()),
         )

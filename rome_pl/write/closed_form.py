@@ -134,8 +134,8 @@ def rank_one_update(
         ``left`` is the residual itself.
 
     Raises:
-        DisablingEditError: If the shaping and asserted keys differ and are nearly orthogonal under the metric, or the
-            keys of a joint solve are nearly linearly dependent.
+        DisablingEditError: If the shaping and asserted keys differ and are nearly orthogonal under the metric, the
+            keys of a joint solve are nearly linearly dependent, or the metric knows nothing of a key.
         ValueError: If they differ in a joint solve, whose inner matrix is then not symmetric.
     """
     shape, at = assertion.shape.double(), assertion.at.double()
@@ -143,6 +143,14 @@ def rank_one_update(
     if bias is not None:
         residual = residual - bias.double()
     directions = metric(shape)
+    lost = shape.any(1) & ~directions.any(1)
+    if bool(lost.any()):
+        raise DisablingEditError(
+            "the router picks only experts there that nothing can be written into: they got too little text for a "
+            "second moment (compute it from more: mom2_n_samples), or have no null space (give a larger "
+            "nullspace_threshold)",
+            row=int(lost.nonzero()[0]),
+        )
     inner = directions @ at.T
     if torch.equal(shape, at):
         inner = (inner + inner.T) / 2 + assertion.ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)

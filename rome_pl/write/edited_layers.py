@@ -187,7 +187,7 @@ class EditedLayers:
                 continue
             update = written.layers[layer].update
             left, right = update.left.to(moment.matrix.device), update.right.to(moment.matrix.device)
-            ratios.append(float(((left @ left.T) * (right @ moment.matrix @ right.T)).sum()) / whole)
+            ratios.append(float(((left @ left.T) * (moment.apply(right) @ right.T)).sum()) / whole)
         return math.sqrt(max(ratios)) if ratios else None
 
     def anchored(self, layer: int, assertion: Assertion, norm: float) -> Assertion:
@@ -212,10 +212,10 @@ class EditedLayers:
     def _output_squares(self) -> list[float]:
         """Mean squared norm of each layer's original outputs, bias apart, over the text of its second moment."""
         pairs = [
-            (weight.site.matrix(weight.original).to(moment.matrix), moment.matrix)
+            (weight.site.matrix(weight.original).to(moment.matrix), moment)
             for weight, moment in zip(self.weights, self.moments, strict=False)
         ]
-        return [float(((matrix @ second) * matrix).sum()) for matrix, second in pairs]
+        return [float((moment.apply(matrix) * matrix).sum()) for matrix, moment in pairs]
 
     def resume(self) -> None:
         """Take up the weights where they were left; see :meth:`EditedWeight.resume`."""

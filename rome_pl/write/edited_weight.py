@@ -304,7 +304,7 @@ class EditedWeight:
     def _stored(self) -> Tensor:
         """The master in the model's dtype and orientation."""
         # Without edits it is the original itself, which the master might round differently.
-        return self._original if not self.written else self.site.matrix(self._master).to(self._original.dtype)
+        return self._original if not self.written else self.site.stored(self._master).to(self._original.dtype)
 
     def _store(self) -> None:
         with torch.no_grad():

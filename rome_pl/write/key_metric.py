@@ -5,7 +5,7 @@ again after each write, so that the cost of an edit does not depend on the lengt
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from rome_pl.errors import OptionError
-from rome_pl.second_moments.second_moment import NULL_SPACE, RIDGE, SecondMoment
+from rome_pl.second_moments.second_moment import NULL_SPACE, RIDGE, SecondMoment, per_expert
 
-__all__ = ["KeyMetric", "MetricName", "NullSpace", "PastKeys", "PlainMetric", "make_metric"]
+__all__ = ["ExpertMetric", "KeyMetric", "MetricName", "NullSpace", "PastKeys", "PlainMetric", "make_metric"]
 
 MetricName = Literal["second_moment", "past_keys", "null_space"]
 """How a preset uses the second moment."""
@@ -194,6 +194,44 @@ class NullSpace(_Remembering):
         return keys @ self._basis
 
 
+class ExpertMetric(KeyMetric):
+    """A metric of its own for each expert of a mixture.
+
+    Keys of earlier edits count for the experts that they reached. So a write changes no expert but those that its own
+    key reaches.
+
+    Args:
+        experts: The metrics. ``None``: nothing is written into that expert.
+    """
+
+    def __init__(self, experts: Sequence[KeyMetric | None]) -> None:
+        self._experts = tuple(experts)
+
+    @override
+    def __call__(self, keys: Tensor) -> Tensor:
+        return per_expert(keys.double(), self._experts)
+
+    @property
+    @override
+    def fixed(self) -> Callable[[Tensor], Tensor]:
+        each = [metric and metric.fixed for metric in self._experts]
+        return lambda keys: per_expert(keys.double(), each)
+
+    @override
+    def remember(self, keys: Tensor) -> None:
+        parts = keys.reshape(len(keys), len(self._experts), -1)
+        for expert, metric in enumerate(self._experts):
+            own = parts[parts[:, expert].any(1), expert]
+            if metric is not None and len(own):
+                metric.remember(own)
+
+    @override
+    def afresh(self) -> "KeyMetric":
+        made = copy(self)
+        made._experts = tuple(metric and metric.afresh() for metric in self._experts)
+        return made
+
+
 def make_metric(
     name: MetricName, moment: SecondMoment | None, *, weight: float, ridge: float, threshold: float
 ) -> KeyMetric:
@@ -214,11 +252,33 @@ def make_metric(
     metric: KeyMetric
     if moment is None:
         metric = PlainMetric(lambda keys: keys)
-    elif name == "null_space":
-        metric = NullSpace(moment, ridge, threshold)
-    elif name == "past_keys":
-        metric = PastKeys(moment, weight)
+    elif moment.tokens is None:
+        metric = _of_one(name, moment, weight, ridge, threshold)
     else:
-        metric = PlainMetric(moment.solve if weight == 1 else lambda keys: moment.solve(keys) / weight)
+        metric = ExpertMetric(_of_experts(name, moment, weight, ridge, threshold))
     metric.settings = {"name": name, "weight": weight, "ridge": ridge, "threshold": threshold}
     return metric
+
+
+def _of_one(name: MetricName, moment: SecondMoment, weight: float, ridge: float, threshold: float) -> KeyMetric:
+    if name == "null_space":
+        return NullSpace(moment, ridge, threshold)
+    if name == "past_keys":
+        return PastKeys(moment, weight)
+    return PlainMetric(moment.solve if weight == 1 else lambda keys: moment.solve(keys) / weight)
+
+
+def _of_experts(
+    name: MetricName, moment: SecondMoment, weight: float, ridge: float, threshold: float
+) -> list[KeyMetric | None]:
+    """Metrics of the experts that have one. An expert with too little text, or without a null space, has none."""
+    each, refused = list[KeyMetric | None](), None
+    for one in moment.known:
+        try:
+            each.append(None if one is None else _of_one(name, one, weight, ridge, threshold))
+        except OptionError as error:
+            each.append(None)
+            refused = error
+    if refused is not None and each.count(None) == len(each):
+        raise refused
+    return each

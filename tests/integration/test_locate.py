@@ -20,7 +20,7 @@ from rome_pl.requests.edit_request import EditRequest
 from rome_pl.tracing import tracer as tracing
 from rome_pl.tracing.tracer import Tracer
 from tests.integration.helpers import quiet_trainer, saved_model, snapshot
-from tests.tiny import LAYERS, MIXTURES, byte_level_tokenizer, tiny_language_model, tiny_model
+from tests.tiny import LAYERS, byte_level_tokenizer, tiny_language_model, tiny_model, with_unreadable_experts
 
 SUBJECTS = ("Korrin", "Miss Vane", "Dunholt", "Marrow", "Lima", "Old Bess")
 TEMPLATES = ("Where is {}? In", "I saw {} near the", "{} was", "{} stands in")
@@ -323,8 +323,8 @@ def test_an_earlier_run_is_not_overwritten(arguments, capsys):
     assert main([*arguments(model__trial_edits=0, model__facts=1), "--overwrite"]) == 0
 
 
-def test_a_mixture_of_experts_is_traced_without_its_mlps_and_without_a_trial(tmp_path, private_cache):
-    model = tiny_model(MIXTURES[0], torch.float32)
+def test_a_mixture_of_an_unknown_form_is_traced_without_its_mlps_and_without_a_trial(tmp_path, private_cache):
+    model = with_unreadable_experts(tiny_model("llama", torch.float32))
     language_model = type(tiny_language_model())(model, byte_level_tokenizer(), "tiny mixture")
     facts = [*known_facts(language_model, 1), TARN]
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -131,7 +131,7 @@ def test_each_owner_sees_its_own_change_alone():
     texts = some_texts(7, count=12)
     rows = rows_of(texts) * 3
     owners = [None, *updates]
-    changes = Changes([site.projection], [owners[place // len(texts)] for place in range(len(rows))])
+    changes = Changes([site], [owners[place // len(texts)] for place in range(len(rows))])
     found = measure_answers(language_model, rows, changes)
     for place, row in enumerate(rows):
         update = changes.updates[place]

@@ -78,9 +78,9 @@ def test_a_change_that_nobody_writes_is_measured_as_if_it_were_written(family):
         for _ in requests
     ]
     updates[2] = None
-    unwritten = probe_scores(language_model, requests, Changes([site.projection for site in sites], updates))
+    unwritten = probe_scores(language_model, requests, Changes(sites, updates))
     rows = [language_model.encoder.edit(request).rows[0] for request in requests]
-    targets = measure_targets(language_model, rows, Changes([site.projection for site in sites], updates))
+    targets = measure_targets(language_model, rows, Changes(sites, updates))
     originals = [site.weight.detach().clone() for site in sites]
     for request, row, update, scores, target in zip(requests, rows, updates, unwritten, targets, strict=True):
         with torch.no_grad():

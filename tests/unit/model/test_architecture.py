@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from rome_pl.model.architecture import UnsupportedModelError, decoder_layers, dtype_of_delta, find_site, hidden_size
 from rome_pl.model.language_model import LanguageModel
 from tests import tiny
-from tests.tiny import FAMILIES, LAYERS, MIXTURES, tiny_model
+from tests.tiny import FAMILIES, LAYERS, tiny_model, with_unreadable_experts
 
 # Read off each family's modelling file; FalconLinear is a Linear, GPT-2's Conv1D keeps [d_key, d_value].
 WEIGHT = {
@@ -96,20 +96,12 @@ def test_layer_out_of_range_is_refused_with_the_number_of_layers(family, layer):
         find_site(tiny_model(family), layer)
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("family", MIXTURES)
-def test_mixture_of_experts_is_refused(family, layer):
-    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
-        find_site(tiny_model(family), layer)
-
-
-def test_dense_layer_of_a_mixture_is_accepted():
+def test_dense_layer_of_a_mixture_is_an_ordinary_site():
     sizes = {name: value for name, value in tiny._SIZES.items() if hasattr(AutoConfig.for_model("qwen3_moe"), name)}
     config = AutoConfig.for_model("qwen3_moe", **{**sizes, "head_dim": 8, "mlp_only_layers": [1]})
     model = AutoModelForCausalLM.from_config(config)
     assert find_site(model, 1).name == "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
-        find_site(model, 0)
+    assert (find_site(model, 1).experts, find_site(model, 0).experts) == (1, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
@@ -162,9 +154,7 @@ def test_list_inside_a_layer_is_not_taken_for_the_layers(monkeypatch):
 
 
 def test_fused_experts_of_any_name_are_refused():
-    model = tiny_model("llama")
-    model.model.layers[1].mlp.banks = nn.Module()
-    model.model.layers[1].mlp.banks.weight = nn.Parameter(torch.zeros(4, 32, 48))
+    model = with_unreadable_experts(tiny_model("llama"), [1])
     with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         find_site(model, 1)
 

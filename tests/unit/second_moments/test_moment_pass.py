@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rome_pl.forward.hooks import capture_columns
 from rome_pl.model.architecture import decoder_layers, find_site
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.second_moments import moment_pass, moment_sums
@@ -949,3 +950,76 @@ def test_locks_are_those_of_the_operating_system(tmp_path, corpus):
     with FileLock(lock, timeout=0):
         pass
     begin(shared_model(), tmp_path, corpus).close()
+
+
+# ---- mixtures of experts
+
+
+@cache
+def mixture_model(rank=0):
+    return tiny_language_model("mixtral")
+
+
+@pytest.fixture
+def mixture(monkeypatch):
+    monkeypatch.setitem(globals(), "shared_model", mixture_model)
+    return mixture_model()
+
+
+@pytest.fixture(scope="module")
+def whole_mixture(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("mixture")
+    carry_out(begin(mixture_model(), folder, corpus))
+    return loaded(folder)
+
+
+def test_experts_have_second_moments_of_their_own_over_the_tokens_they_get(tmp_path, exact):
+    language_model, texts = mixture_model(), documents(6)
+    options = replace(OPTIONS, block_length=96, split_half=False)
+    moments = begin(language_model, tmp_path, write_corpus(tmp_path / "a.txt", texts), options, (0, 2))
+    sums, tokens, count = {}, {}, 0
+    for ids, skipped in pieces_of(moments, moments.corpus.texts()):
+        count += len(ids) - skipped
+        for layer in (0, 2):
+            site = find_site(language_model.model, layer)
+            with torch.no_grad(), capture_columns(site, 1, slice(skipped, None)) as kept:
+                language_model.model(input_ids=ids.unsqueeze(0), use_cache=False)
+            parts = kept["input"][0].reshape(-1, site.experts, site.d_key // site.experts)
+            sums[layer] = sums.get(layer, 0) + torch.einsum("tei,tej->eij", parts, parts)
+            tokens[layer] = tokens.get(layer, 0) + parts.any(2).sum(0)
+    carry_out(moments)
+    for layer, moment in loaded(tmp_path).items():
+        assert relative(exact[layer], sums[layer] / count) < 1e-6
+        assert torch.equal(moment.tokens, tokens[layer])
+        assert (moment.info.count, moment.info.experts) == (count, 4)
+        assert int(moment.tokens.sum()) == 2 * count  # two experts are picked for each
+
+
+def test_a_pass_over_a_mixture_that_was_killed_gives_the_same_bits(mixture, tmp_path, corpus, whole_mixture):
+    run(tmp_path, corpus, steps=3)
+    assert partial_files(tmp_path)
+    run(tmp_path, corpus)
+    assert_same(tmp_path, whole_mixture)
+    assert all(torch.equal(found.tokens, whole_mixture[layer].tokens) for layer, found in loaded(tmp_path).items())
+    assert all(moment.info.agreement > 0.5 for moment in whole_mixture.values())
+
+
+def test_processes_share_a_pass_over_a_mixture(mixture, tmp_path, corpus, whole_mixture):
+    run_together(2, tmp_path, corpus)
+    assert_same(tmp_path, whole_mixture, tolerance=1e-5)
+    assert all(torch.equal(found.tokens, whole_mixture[layer].tokens) for layer, found in loaded(tmp_path).items())
+
+
+def test_the_wanted_text_is_thirty_keys_per_dimension_of_an_expert(mixture, tmp_path, corpus):
+    moments = begin(mixture, tmp_path, corpus, PassOptions())
+    moments.close()
+    assert moments.wanted == 30 * 48 * 4 // 2
+
+
+def test_experts_with_too_little_text_are_told(tmp_path, caplog):
+    carry_out(begin(mixture_model(), tmp_path, write_corpus(tmp_path / "a.txt", documents(2)), layers=(1,)))
+    moment = loaded(tmp_path, (1,))[1]
+    few = int((moment.tokens < 48).sum())
+    assert few > 0
+    assert f"{few} of 4 experts got fewer tokens than their keys have dimensions (48; the fewest" in caplog.text
+    assert [known is None for known in moment.known] == (moment.tokens < 48).tolist()

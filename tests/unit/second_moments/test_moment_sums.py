@@ -1,12 +1,10 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rome_pl.model.architecture import decoder_layers, find_site
+from rome_pl.model.architecture import RewriteSite, decoder_layers, find_site
 from rome_pl.second_moments.moment_sums import PRODUCT_KEYS, MomentSums, PartialSums, half_of, keys_of
 from rome_pl.second_moments.second_moment import StatisticsError
 from tests.disk import no_room_on_disk
@@ -288,7 +286,7 @@ def test_hooks_are_removed_after_an_error():
 def test_flat_inputs_are_keys_too():
     """Some families hand their MLP ``[rows · length, d]``."""
     projection, found = nn.Linear(4, 2), []
-    site = SimpleNamespace(layer=3, projection=projection, d_key=4)
+    site = RewriteSite(3, "3.weight", projection, transposed=False)
     with keys_of([site], lambda layer, keys: found.append((layer, keys))):
         projection(torch.ones(6, 4))
     assert found[0][0] == 3

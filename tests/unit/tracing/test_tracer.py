@@ -10,7 +10,15 @@ from rome_pl.tracing.noise import default_window, draw_noise, embedding_deviatio
 from rome_pl.tracing.trace import Fact
 from rome_pl.tracing.tracer import Tracer
 from rome_pl.utils.flops import count_flops
-from tests.tiny import FAMILIES, LAYERS, MIXTURES, KeepFloat64, byte_level_tokenizer, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    LAYERS,
+    MIXTURES,
+    KeepFloat64,
+    byte_level_tokenizer,
+    tiny_model,
+    with_unreadable_experts,
+)
 
 # Read off each family's modelling file.
 ATTENTION = {
@@ -194,8 +202,16 @@ def test_a_model_whose_cache_cannot_be_cut_runs_whole_rows_with_a_warning(monkey
         torch.testing.assert_close(found.restored[kind], expected.restored[kind], rtol=1e-9, atol=1e-12)
 
 
-def test_a_mixture_of_experts_has_no_mlp_to_trace_and_says_so():
-    model = tiny_model(MIXTURES[0], torch.float32)  # torch's grouped products know no float64
+def test_a_mixture_is_traced_at_the_output_of_its_experts():
+    model = tiny_model(MIXTURES[0])
+    tracer = Tracer(model, LAYERS)
+    assert tracer.kinds == ("hidden", "mlp", "attention")
+    found = tracer.trace(Fact(IDS, SUBJECT, ANSWER), noise_for(model))
+    assert (found.restored["mlp"] != found.corrupted).any()
+
+
+def test_experts_that_cannot_be_read_are_not_traced_and_this_is_said():
+    model = with_unreadable_experts(tiny_model("llama"))
     tracer = Tracer(model, 2)
     assert tracer.kinds == ("hidden", "attention")
     assert "mixture of experts" in tracer.missing["mlp"]
