@@ -27,7 +27,7 @@ STREAMS = {
     "mixtral": {"preset": "balanced"},
     "gpt_oss": {"preset": "lifelong", "layers": [1, 2]},
 }
-ALL = [family if family in STREAMS else slow(family) for family in MIXTURES]
+ALL = [family if family == "mixtral" else slow(family) for family in MIXTURES]
 
 
 @pytest.fixture
@@ -84,6 +84,7 @@ def test_a_stream_is_edited_verified_replayed_and_undone(family, corpus, tmp_pat
     assert same(undone.model, before)
 
 
+@pytest.mark.slow
 def test_contexts_reach_different_experts_and_the_mean_key_has_the_parts_of_all(tmp_path):
     session, language_model = run(tmp_path / "run", "qwen3_moe", preset="r_rome", mom2_adjustment=False)
     original, different = tiny_language_model("qwen3_moe").model, 0
@@ -99,7 +100,9 @@ def test_contexts_reach_different_experts_and_the_mean_key_has_the_parts_of_all(
     assert different
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", slow("deepseek_v3")])  # the others' windows end before the target
+@pytest.mark.parametrize(
+    "family", [slow("qwen3_moe"), slow("deepseek_v3")]
+)  # the others' windows end before the target
 def test_edits_searched_together_are_those_searched_alone(family, corpus, tmp_path):
     options = {"preset": "r_rome", "sequential_edit": False}
     together, _ = run(tmp_path / "together", family, corpus, batch_size=3, **options)
@@ -110,6 +113,7 @@ def test_edits_searched_together_are_those_searched_alone(family, corpus, tmp_pa
         torch.testing.assert_close(one.value, other.value, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_an_edit_measured_unwritten_is_measured_as_written(corpus, tmp_path):
     """Single edits are measured by a change of each row's own."""
     options = {"preset": "r_rome", "requests": REQUESTS[:1]}
@@ -121,6 +125,7 @@ def test_an_edit_measured_unwritten_is_measured_as_written(corpus, tmp_path):
     assert measured.neighbours[0] == pytest.approx(written.neighbours[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_where_it_ended(corpus, tmp_path):
     _, whole = run(tmp_path / "whole", "mixtral", corpus, preset="lifelong")
     run(tmp_path / "part", "mixtral", corpus, preset="lifelong", requests=REQUESTS[:2])
