@@ -74,8 +74,7 @@ class Edit:
         reason: Why it was rejected, skipped or rolled back.
         notes: Remarks that changed nothing.
         layers: The layers that it is to be written into, the lowest first.
-        steps: Losses, one per evaluation, up to the one whose offset was taken.
-        further_steps: Number of evaluations after that one, which found no shorter offset.
+        steps: Losses, one per evaluation.
         written: Its write, once done; in single mode the write that was measured.
         specificity: How specific its keys are, summed over its layers. ``None``: not known, or the metric is the
             identity.
@@ -101,7 +100,6 @@ class Edit:
     notes: list[str] = field(default_factory=list)
     layers: tuple[int, ...] = ()
     steps: list[Evaluation] = field(default_factory=list)
-    further_steps: int = 0
     written: EditWrite | None = None
     specificity: float | None = None
     value_norm: float | None = None
@@ -151,7 +149,7 @@ class Edit:
             "greedy": {"before": self.greedy_before, "after": self.greedy_after},
             "layers": list(self.layers),
             "specificity": self.specificity,
-            "num_steps": len(self.steps) + self.further_steps,
+            "num_steps": len(self.steps),
             "loss": self.steps[-1].loss if self.steps else None,
             "value_norm": self.value_norm,
             "update_norm": self.update_norm,
@@ -164,7 +162,6 @@ class Edit:
         return self.record() | {
             "failed": self.failed,
             "steps": [astuple(step) for step in self.steps],
-            "further_steps": self.further_steps,
             "measured": asdict(measured) if measured is not None else None,
         }
 

@@ -80,7 +80,6 @@ def _fill(edit: Edit, line: Mapping[str, Any], folder: Path) -> None:
     edit.before, edit.after = line["probability"]["before"], line["probability"]["after"]
     greedy = line.get("greedy") or {}  # ledgers of earlier versions lack it
     edit.greedy_before, edit.greedy_after = greedy.get("before"), greedy.get("after")
-    edit.further_steps = line.get("further_steps", 0)  # missing in ledgers of earlier versions
     edit.steps = [Evaluation(*(math.nan if value is None else value for value in step)) for step in line["steps"]]
     if line["measured"] is not None:
         edit.scores["immediate"] = scores_from_json(line["measured"])

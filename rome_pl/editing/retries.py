@@ -108,7 +108,7 @@ def take_result(edit: Edit, result: SearchResult, base_output: Tensor) -> None:
         result: The result.
         base_output: The outputs of the unedited layer at the lookup tokens of the batch, ``[n, d_value]``.
     """
-    edit.steps, edit.further_steps = result.steps, result.further
+    edit.steps = result.steps
     edit.note_before(result.greedy_before)
     search = edit.search
     if result.finite:

@@ -103,7 +103,6 @@ class FirstLine(_Line):
     layers: Layers
     specificity: Number | None
     num_steps: Count
-    further_steps: NotRequired[Count]  # later than the ledgers of earlier versions
     loss: Number | None
     value_norm: Size | None
     update_norm: Size | None

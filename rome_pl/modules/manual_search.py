@@ -60,15 +60,13 @@ class ManualSearch:
     def __call__(self, objective: ValueObjective, edits: Sequence[Edit], options: SearchOptions) -> None:
         """Search the values of edits, each at its position in the objective."""
         positions, names = [edit.search.position for edit in edits], [edit.name for edit in edits]
-        search = ValueSearch(objective, positions, names, options, self._group.get("finish_steps", 0))
+        search = ValueSearch(objective, positions, names, options)
         optimizer = cast(LightningOptimizer, self._module.optimizers())
         optimizer.optimizer.state.clear()  # moments of earlier edits would bend these
         while (loss := search.evaluate()) is not None:
             optimizer.optimizer.param_groups = [
-                {**self._group, "params": [parameter], "loss": loss_of_edit, "scale": scale, "reached": reached}
-                for parameter, loss_of_edit, scale, reached in zip(
-                    search.parameters, search.losses, search.scales, search.reached, strict=True
-                )
+                {**self._group, "params": [parameter], "loss": loss_of_edit, "scale": scale}
+                for parameter, loss_of_edit, scale in zip(search.parameters, search.losses, search.scales, strict=True)
             ]
             optimizer.zero_grad()
             self._module.manual_backward(loss)

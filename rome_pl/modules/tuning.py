@@ -202,7 +202,7 @@ class Tuning:
             self.base,
             divergence=reading.mean,
             longest=max(reading.lengths, default=None),
-            evaluations=sum(len(edit.steps) + edit.further_steps for edit in edits) / max(1, len(edits)),
+            evaluations=sum(len(edit.steps) for edit in edits) / max(1, len(edits)),
             applied=sum(edit.status is EditStatus.APPLIED for edit in edits),
             seconds=time.monotonic() - started,
         )

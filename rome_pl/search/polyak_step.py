@@ -33,20 +33,13 @@ class PolyakStep(Optimizer):
     set that is nearest to the origin (Hasofer & Lind 1974; Rackwitz & Fiessler 1978). Where the log-odds are not
     linear, this costs some progress: after a step that covered less than 0.05 of the distance, nothing is removed.
 
-    Once the module's ``stop_probability`` is reached, nothing can be lost any more. The search takes ``finish_steps``
-    further steps. Each removes ``finish_shorten`` of the orthogonal component and goes to :math:`z^*` from either side.
-    The shortest offset with which the search might have ended is the result.
-
     Args:
         params: Offsets, one parameter group each; :class:`rome_pl.RomeModule` adds to each group the current ``loss``
-            ``scale``, the norm of the original value, and whether it has ``reached`` an end, as tensors without
-            dimensions.
+            and ``scale``, the norm of the original value, as tensors without dimensions.
         lr: Fraction :math:`\eta` of the step that is taken.
         target_probability: The target of the step, above the module's ``stop_probability``.
         radius: Largest step, in norms of the original value.
         shorten: Fraction of the offset's component orthogonal to the gradient that a step removes.
-        finish_steps: Steps after the probability is reached, in which a shorter offset is looked for.
-        finish_shorten: What such a step removes in place of ``shorten``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,26 +52,14 @@ class PolyakStep(Optimizer):
         target_probability: float = 0.99,
         radius: float = 1.0,
         shorten: float = 0.0,
-        finish_steps: int = 3,
-        finish_shorten: float = 0.5,
     ) -> None:
         if not 0 < target_probability < 1:
             raise ValueError(f"target_probability: expected a number in (0, 1), got {target_probability}")
         if not radius > 0:
             raise ValueError(f"radius: expected a positive number, got {radius}")
-        for name, value in (("shorten", shorten), ("finish_shorten", finish_shorten)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
-        if finish_steps < 0:
-            raise ValueError(f"finish_steps: expected a number from 0 on, got {finish_steps}")
-        defaults = {
-            "lr": lr,
-            "target_probability": target_probability,
-            "radius": radius,
-            "shorten": shorten,
-            "finish_steps": finish_steps,
-            "finish_shorten": finish_shorten,
-        }
+        if not 0 <= shorten <= 1:
+            raise ValueError(f"shorten: expected a number in [0, 1], got {shorten}")
+        defaults = {"lr": lr, "target_probability": target_probability, "radius": radius, "shorten": shorten}
         super().__init__(params, defaults)
 
     @override
@@ -109,18 +90,12 @@ class PolyakStep(Optimizer):
         norm = torch.linalg.vector_norm(gradient)
         # Without a gradient there is no direction, and length / norm may overflow.
         direction = torch.where(norm > 0, gradient / norm.clamp(min=tiny), torch.zeros_like(gradient))
-        reached = group.get("reached", torch.zeros((), dtype=torch.bool)).to(gradient.device)
-        gap = torch.where(reached, wanted - odds, (wanted - odds).clamp(min=0))
-        length = group["lr"] * gap * rest / norm.clamp(min=tiny)
-        largest = group["radius"] * group["scale"].to(gradient)
-        length = torch.maximum(torch.minimum(length, largest), -largest)
+        length = group["lr"] * (wanted - odds).clamp(min=0) * rest / norm.clamp(min=tiny)
+        length = torch.minimum(length, group["radius"] * group["scale"].to(gradient))
         across = parameter - (parameter @ direction) * direction
-        finishing = torch.where(norm > 0, group["finish_shorten"] * reached, 0.0)
         parameter.sub_(torch.where(norm > 0, length, torch.zeros_like(length)) * direction)
-        removed = finishing
         if group["shorten"] and (before := self.state[parameter].get("odds")) is not None:
             nearer = odds - before >= ENOUGH * (wanted - before)
-            removed = torch.where(reached, finishing, group["shorten"] * nearer)
-        parameter.sub_(removed * across)
+            parameter.sub_(group["shorten"] * nearer * across)
         if group["shorten"]:
             self.state[parameter]["odds"] = odds

@@ -58,16 +58,14 @@ class SearchResult:
     """The result of the search of one edit.
 
     Args:
-        delta: The offset, ``[d_value]``.
-        steps: Its evaluations up to the one of this offset, in order.
+        delta: The offset at its last evaluation, ``[d_value]``.
+        steps: Its evaluations, in order.
         greedy_before: Whether greedy decoding after the bare prompt gives the target without an offset.
-        further: Number of evaluations after that one, which found no shorter offset.
     """
 
     delta: Tensor
     steps: list[Evaluation]
     greedy_before: bool
-    further: int = 0
 
     @property
     def finite(self) -> bool:
@@ -78,27 +76,20 @@ class SearchResult:
 class ValueSearch:
     """Optimises the offsets of some edits of an objective.
 
-    An edit reaches an end at the first evaluation at which a stopping rule holds, and its offset is the one evaluated
-    there. It may go on for some evaluations, for a shorter offset with which a stopping rule holds too. Then it leaves
-    the batch at the next check.
+    An edit ends at the first evaluation at which a stopping rule holds, and its offset is the one evaluated there. An
+    ended edit leaves the batch at the next check.
 
     Args:
         objective: The losses.
         members: Indices of the edits in the objective.
         names: Their identifiers, which seed the draws of contexts.
         options: The options of the search.
-        finish_steps: Evaluations after an end is reached.
     """
 
     def __init__(
-        self,
-        objective: ValueObjective,
-        members: Sequence[int],
-        names: Sequence[str],
-        options: SearchOptions,
-        finish_steps: int = 0,
+        self, objective: ValueObjective, members: Sequence[int], names: Sequence[str], options: SearchOptions
     ) -> None:
-        self.objective, self.options, self._finish_steps = objective, options, finish_steps
+        self.objective, self.options = objective, options
         self._members, self._names = list(members), list(names)
         weight = objective.prefix.site.weight
         dtype = dtype_of_delta(weight)
@@ -111,9 +102,6 @@ class ValueSearch:
         self._kept = torch.zeros(count, objective.base_output.shape[1], dtype=dtype, device=weight.device)
         self._greedy_before = torch.zeros(count, dtype=torch.bool, device=weight.device)
         self._taken = torch.zeros(count, dtype=torch.long, device=weight.device)
-        self._found_at = torch.zeros(count, dtype=torch.long, device=weight.device)
-        self._reached_at = torch.full((count,), -1, dtype=torch.long, device=weight.device)
-        self._length = torch.full((count,), math.inf, dtype=dtype, device=weight.device)
         self._records: list[tuple[list[int], Tensor]] = []
         self._running: list[int] = []
         self._enter(list(range(count)))
@@ -125,11 +113,6 @@ class ValueSearch:
     def parameters(self) -> list[Parameter]:
         """The offsets of the running edits, one parameter ``[d_value]`` each."""
         return [self._parameters[place] for place in self._running]
-
-    @property
-    def reached(self) -> Tensor:
-        """Whether each running edit has reached an end, bool ``[running]``."""
-        return self._reached_at[self._places] >= 0
 
     def evaluate(self) -> Tensor | None:
         """Evaluate the running edits once.
@@ -150,7 +133,7 @@ class ValueSearch:
             self._kept_before, self._greedy_before = losses.kept.detach(), losses.bare_greedy
         self._records.append((running, record))
         last = step + 1 >= self.options.v_num_grad_steps
-        self._note_ends(step, deltas.detach(), record, losses, last)
+        self._note_ends(deltas.detach(), record, losses, last)
         if last or (step + 1) % self._interval == 0:
             ended = self._ended.tolist()
             left = [place for place in running if not ended[place]]
@@ -171,13 +154,13 @@ class ValueSearch:
     def found(self) -> list[SearchResult]:
         """The results, in the order of the members."""
         histories: list[list[Evaluation]] = [[] for _ in self._members]
-        taken, found_at = self._taken.tolist(), self._found_at.tolist()
+        taken = self._taken.tolist()
         for running, record in self._records:
             for place, column in zip(running, record.T.tolist(), strict=True):
-                if len(histories[place]) < found_at[place]:
+                if len(histories[place]) < taken[place]:
                     histories[place].append(Evaluation(*column))
         return [
-            SearchResult(self._kept[place], steps, greedy, taken[place] - found_at[place])
+            SearchResult(self._kept[place], steps, greedy)
             for place, (steps, greedy) in enumerate(zip(histories, self._greedy_before.tolist(), strict=True))
         ]
 
@@ -190,27 +173,22 @@ class ValueSearch:
         #: Norm of the original value of each running edit.
         self.scales = self.objective.base_norm[members]
 
-    def _note_ends(self, step: int, deltas: Tensor, record: Tensor, losses: Losses, last: bool) -> None:
-        """Store the offsets of edits that reach an end at this evaluation, or a shorter one after it, on the device."""
-        options, places = self.options, self._places
+    def _note_ends(self, deltas: Tensor, record: Tensor, losses: Losses, last: bool) -> None:
+        """Store the offsets of edits that end at this evaluation, on the device."""
+        options = self.options
         loss, probability, kept = record[0], record[4], record[5]
         # Earlier facts about the subject have to be as probable as the new one, or as before.
-        stay = (kept.neg().exp() > options.stop_probability) | (kept <= self._kept_before[places])
-        finite = loss.isfinite()
-        ends = (loss < options.stop_loss) | ((probability > options.stop_probability) & stay)
+        stay = (kept.neg().exp() > options.stop_probability) | (kept <= self._kept_before[self._places])
+        ends = (loss < options.stop_loss) | ((probability > options.stop_probability) & stay) | ~loss.isfinite()
         if options.stop_greedy:
             ends |= losses.greedy
-        before, reached, length = self._ended[places], self.reached, torch.linalg.vector_norm(deltas, dim=1)
-        shorter = reached & ends & finite & (length < self._length[places])
-        first = ~reached & (ends | ~finite | last)
-        found = (first | shorter) & ~before
+        if last:
+            ends = torch.ones_like(ends)
+        places = self._places
+        before = self._ended[places]
         self._taken[places] += (~before).long()
-        self._kept[places] = torch.where(found.unsqueeze(1), deltas, self._kept[places])
-        self._length[places] = torch.where(found, length, self._length[places])
-        self._found_at[places] = torch.where(found, step + 1, self._found_at[places])
-        self._reached_at[places] = torch.where(first, step, self._reached_at[places])
-        finished = self.reached & ((step - self._reached_at[places] >= self._finish_steps) | (length == 0))
-        self._ended[places] = before | finished | ~finite | last
+        self._kept[places] = torch.where((ends & ~before).unsqueeze(1), deltas, self._kept[places])
+        self._ended[places] = before | ends
 
     def _contexts(self, step: int) -> list[list[int]] | None:
         """The bare prompt and a seeded draw of other contexts, for each running edit; ``None`` for all."""

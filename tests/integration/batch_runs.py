@@ -24,7 +24,7 @@ from rome_pl.model.architecture import find_site
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.second_moments.second_moment import RIDGE, MomentInfo, SecondMoment
-from tests.integration.helpers import FAST, quiet_trainer
+from tests.integration.helpers import FAST, PLAIN_SEARCH, quiet_trainer
 from tests.tiny import tiny_language_model
 
 CONTEXTS = ["It rains", "An old house"]
@@ -55,7 +55,7 @@ REQUESTS = [
 LONG = EditRequest(prompt="Mr Ash plays the", subject="Mr Ash", target_new="violin " * 30, case_id="long")
 
 
-OPTIONS = {**FAST, "contexts": CONTEXTS}
+OPTIONS = {**PLAIN_SEARCH, **FAST, "contexts": CONTEXTS}
 
 
 LONGEST = 90

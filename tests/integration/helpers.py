@@ -13,6 +13,9 @@ from rome_pl.modules.rome_module import RomeModule
 from rome_pl.requests.edit_request import EditRequest
 from tests.tiny import tiny_language_model
 
+# Many tests say how long a search is and what it finds: plain Adam over all contexts, without an early end.
+PLAIN_SEARCH = {"optimizer": torch.optim.Adam, "contexts_per_step": None, "stop_probability": 1.0, "preset": "r_rome"}
+
 # A tiny random model knows nothing: few steps, few contexts, no threshold.
 FAST = {
     "layers": [1],
@@ -124,7 +127,7 @@ def lenient_callbacks():
 
 
 def run_edits(language_model, folder, requests=REQUESTS, callbacks=None, batch_size=1, **options):
-    module = RomeModule.from_language_model(language_model, **{**FAST, **options})
+    module = RomeModule.from_language_model(language_model, **{**PLAIN_SEARCH, **FAST, **options})
     callbacks = lenient_callbacks() if callbacks is None else callbacks
     quiet_trainer(callbacks, folder).fit(module, request_loader(list(requests), batch_size))
     return module.session

@@ -199,28 +199,3 @@ def test_nothing_is_taken_off_before_a_step_has_brought_the_target_nearer():
 def test_a_fraction_that_is_none_is_refused(shorten):
     with pytest.raises(ValueError, match=r"shorten: expected a number in \[0, 1\]"):
         PolyakStep([parameter_with_gradient(1.0)], shorten=shorten)
-
-
-@pytest.mark.parametrize("options", [{"finish_shorten": 2.0}, {"finish_steps": -1}])
-def test_how_a_search_finishes_has_to_be_in_range(options):
-    with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
-        PolyakStep([parameter_with_gradient(1.0)], **options)
-
-
-@pytest.mark.parametrize("probability", [0.9, 0.999])
-def test_once_an_end_is_reached_a_step_goes_to_the_target_from_either_side_and_shortens(probability):
-    x = torch.nn.Parameter(torch.tensor([0.0, 4.0], dtype=torch.float64))
-    x.grad = torch.tensor([-1.0, 0.0], dtype=torch.float64)
-    optimizer = PolyakStep([x], finish_shorten=0.25, radius=1e9)
-    optimizer.param_groups[0]["reached"] = torch.tensor(True)
-    moved = stepped(optimizer, -math.log(probability), 1.0)
-    gap = math.log(0.99 / 0.01) - math.log(probability / (1 - probability))
-    assert moved.tolist() == pytest.approx([gap * (1 - probability), 3.0])
-
-
-def test_before_that_nothing_of_it_happens():
-    x = torch.nn.Parameter(torch.tensor([0.0, 4.0], dtype=torch.float64))
-    x.grad = torch.tensor([-1.0, 0.0], dtype=torch.float64)
-    optimizer = PolyakStep([x], finish_shorten=0.25, radius=1e9)
-    optimizer.param_groups[0]["reached"] = torch.tensor(False)
-    assert stepped(optimizer, -math.log(0.999), 1.0).tolist() == [0.0, 4.0]

@@ -24,7 +24,6 @@ OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.5),
     "polyak": lambda groups: PolyakStep(groups),
 }
-NEAR = {"make": lambda groups: PolyakStep(groups, target_probability=0.006, finish_shorten=0.7)}
 LOSS = 5.5
 """Reached by some edits at once, by some late, by some never."""
 
@@ -49,18 +48,16 @@ class Watched:
         return losses
 
 
-def search(objective, members, names, make=OPTIMIZERS["adam"], interval=1, finish_steps=0, **options):
+def search(objective, members, names, make=OPTIMIZERS["adam"], interval=1, **options):
     """The loop around a search as its docstring has it, with one parameter group an edit."""
-    search = ValueSearch(objective, members, names, SearchOptions(**{**DEFAULTS, **options}), finish_steps)
+    search = ValueSearch(objective, members, names, SearchOptions(**{**DEFAULTS, **options}))
     search._interval = interval
     optimizer = make([{"params": [parameter]} for parameter in search.parameters])
     group_of = {group["params"][0]: group for group in optimizer.param_groups}
     while (loss := search.evaluate()) is not None:
         optimizer.param_groups = [
-            group_of[parameter] | {"loss": loss_of_edit, "scale": scale, "reached": reached}
-            for parameter, loss_of_edit, scale, reached in zip(
-                search.parameters, search.losses, search.scales, search.reached, strict=True
-            )
+            group_of[parameter] | {"loss": loss_of_edit, "scale": scale}
+            for parameter, loss_of_edit, scale in zip(search.parameters, search.losses, search.scales, strict=True)
         ]
         optimizer.zero_grad()
         loss.backward()
@@ -100,43 +97,6 @@ def test_each_edit_of_a_batch_is_what_it_is_alone(optimizer):
     assert all(float(found.delta.norm()) > 0.1 for found in together.values())
     for request in REQUESTS:
         assert_same(together[request.case_id], search_alone(request, **options))
-
-
-@pytest.mark.parametrize("interval", [1, 4])
-def test_after_its_end_a_search_takes_the_shortest_offset_that_ends_it_too(interval):
-    losses = {}
-
-    def note(found, members, seen):
-        for place, member in enumerate(members):
-            losses.setdefault(member, []).append(float(found.total[place].detach()))
-        return found
-
-    options = {**NEAR, "stop_loss": LOSS, "finish_steps": 3, "interval": interval}
-    together, objective = search_together(spoil=note, **options)
-    shorter = 0
-    for member, request in enumerate(REQUESTS):
-        found, evaluated = together[request.case_id], losses[member]
-        reached = next((step for step, loss in enumerate(evaluated) if loss < LOSS), len(evaluated) - 1)
-        steps = range(reached, min(reached + 4, DEFAULTS["v_num_grad_steps"]))
-        norms = {step: float(objective.seen[member][step][0].norm()) for step in steps}
-        able = [reached, *(step for step in steps if step > reached and evaluated[step] < LOSS)]
-        best = min(able, key=norms.__getitem__)
-        shorter += best > reached
-        assert float(found.delta.norm()) == pytest.approx(norms[best])
-        assert len(found.steps) == best + 1
-        assert len(found.steps) + found.further == len(steps) + reached
-        assert_same(found, search_alone(request, **options))
-    assert shorter >= 2
-
-
-def test_a_search_that_goes_on_never_loses_what_it_had():
-    plain, _ = search_together(**NEAR, stop_loss=LOSS)
-    longer, _ = search_together(**NEAR, stop_loss=LOSS, finish_steps=4)
-    for name, found in plain.items():
-        if found.steps[-1].loss < LOSS:
-            assert longer[name].steps[-1].loss < LOSS
-            assert longer[name].delta.norm() <= found.delta.norm() * (1 + 1e-9)
-            assert len(longer[name].steps) >= len(found.steps)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
