@@ -292,7 +292,7 @@ def test_a_misspelt_option_is_refused(arguments, capsys):
 def test_help_and_print_config(capsys):
     for arguments, expected in (
         (["edit", "--help"], "--model.v_lr"),
-        (["edit", "--config", "quickstart", "--print_config"], "v_lr: 1.0"),
+        (["edit", "--config", "quickstart", "--print_config"], "limit: 10"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)

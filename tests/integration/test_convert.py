@@ -53,7 +53,9 @@ def test_every_kind_of_file_becomes_a_run(name, model_folder, tmp_path, capsys):
     expected = {
         "preset": PRESETS[name.split("/")[1]], "pretrained": str(model_folder), "layers": [2], "v_lr": 0.3,
         "fact_token": "subject_first", "clamp_norm_factor": 3.0, "kl_factor": 0.125, "v_weight_decay": 0.25,
+        "stop_probability": 1.0, "contexts_per_step": None,  # their search, not the default one
     }  # fmt: skip
+    assert resolved["optimizer"]["class_path"] == "torch.optim.Adam"
     assert {key: resolved[key] for key in expected} == expected
     moments = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["second_moments"]
     assert bool(moments) is (resolved["mom2_adjustment"] is not False)
