@@ -17,7 +17,7 @@ from rome_pl.ledger.status import EditStatus
 from rome_pl.metrics.probes import TargetMeasure, measure_targets
 from rome_pl.model.language_model import LanguageModel
 from rome_pl.search.objective import ValueObjective
-from tests.integration.helpers import FACTS, FAST, SURE, changed, run_edits, snapshot, sure_model
+from tests.integration.helpers import FACTS, FAST, PLAIN_SEARCH, SURE, changed, run_edits, snapshot, sure_model
 from tests.tiny import tiny_language_model
 
 pytestmark = pytest.mark.usefixtures("no_perplexity")
@@ -186,9 +186,8 @@ def test_an_edit_that_does_not_take_when_it_is_written_again_is_dropped(tmp_path
 
 def test_the_editor_says_what_the_model_says(tmp_path):
     language_model = informed_model(tmp_path)
-    editor = KnowledgeEditor(
-        language_model, **{name: value for name, value in SURE.items() if name != "sequential_edit"}
-    )
+    options = {name: value for name, value in (PLAIN_SEARCH | SURE).items() if name != "sequential_edit"}
+    editor = KnowledgeEditor(language_model, **options)
     held, fact = FACTS[:2]
     outcome = editor.edit(fact.prompt, fact.subject, fact.target_new)
     assert (outcome.before.says_target, outcome.after.says_target) == (False, True)

@@ -7,7 +7,7 @@ from rome_pl.editing.resume import DECISIVE, TRAINER, check_settings
 from rome_pl.ledger.edit_log import LedgerError
 
 REPORTS = {
-    "probe_evaluation", "commit", "retention_check", "tensorboard_report", "run_report",
+    "probe_evaluation", "damage_check", "commit", "retention_check", "tensorboard_report", "run_report",
 }  # fmt: skip
 """Sections of ``rome-pl edit`` that measure, keep and report; no edit depends on them."""
 

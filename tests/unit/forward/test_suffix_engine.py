@@ -241,7 +241,7 @@ def test_a_cache_that_is_not_used_is_found_out(caplog):
 def test_edits_on_whole_rows_are_those_on_a_cache(tmp_path, caplog):
     with KeepFloat64():
         cached = run_edits(tiny_language_model("llama"), tmp_path)
-        assert warnings_of(caplog) == []
+        assert not [text for text in warnings_of(caplog) if "whole rows" in text]
         whole = run_edits(LanguageModel(ForgetfulCache(), byte_level_tokenizer()), tmp_path)
     assert [text for text in warnings_of(caplog) if "whole rows" in text]
     assert whole.contexts == cached.contexts
