@@ -16,6 +16,7 @@ OPENING, END = "<!-- written by docs/tabulate_decoders.py -->\n", "<!-- end -->\
 
 EDITED = {
     "its dense layers": "in its dense layers",
+    "its experts": "a mixture of experts",
     "its layers with an MLP": "in its layers with an MLP",
     "its text model alone": "give its text model alone",
     "whole rows": "slower: every step runs whole rows",
@@ -23,7 +24,7 @@ EDITED = {
 """What is special about a type that is edited."""
 
 REFUSED = {
-    "experts": ("its layers are mixtures of experts", False),
+    "experts": ("its experts are of another form", False),
     "encoder-decoder": ("it is an encoder-decoder", False),
     "both directions": ("it reads in both directions", False),
     "no length": ("it reads in both directions, and its config gives no length", False),
@@ -31,6 +32,7 @@ REFUSED = {
     "no row for each token": ("it writes blocks of tokens, not one after the other", False),
     "shared MLP": ("its layers share one MLP", True),
     "needs an image": ("it reads no text without an image", True),
+    "rows in a batch": ("it gives other results for rows in a batch", False),
     "no head": ("it names no head", True),
     "no list of layers": ("its config does not give the length of its list of layers", True),
     "layers of another form": ("its layers do not return hidden states alone", True),
@@ -53,7 +55,7 @@ def tables() -> str:
     edited = kinds["edited"]
     refused = Counter(notes[0] for kind, *notes in types.values() if kind == "refused")
     missing = Counter(notes[0] for kind, *notes in types.values() if kind == "not built")
-    partly = sum("its dense layers" in notes for notes in types.values())
+    partly = sum("its dense layers" in notes or "its experts" in notes for notes in types.values())
     right = edited - partly
     dense = right + sum(count for reason, count in refused.items() if REFUSED[reason][1])
     counts = [
@@ -71,7 +73,7 @@ def tables() -> str:
         "",
         f"Of {dense} dense decoders, {right} are edited right: {right / dense:.1%}.",
         "A dense decoder is causal and has MLPs, not experts.",
-        f"The other {partly} that are edited are mixtures of experts with a dense layer.",
+        f"The other {partly} that are edited are mixtures of experts.",
         "",
         "| type | verdict | remark |",
         "|---|---|---|",

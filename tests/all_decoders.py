@@ -274,19 +274,20 @@ class Verdict:
 
 
 REASONS = {
-    "experts": "is a mixture of experts",
+    "experts": "mixture of experts|experts",
     "encoder-decoder": "is an encoder-decoder",
     "both directions": "reads in both directions",
     "no MLP": "has no dense MLP projection",
     "shared MLP": "shares its MLP with other layers",
     "needs an image": "pixel_values",
+    "rows in a batch": "gives other results for rows in a batch",
     "no head": "names no output embeddings",
     "no list of layers": "has no list of|is no decoder with a list of layers",
     "no row for each token": "not a row for each",
     "no length": "says max_position_embeddings",
     "layers of another form": "has no attribute 'attn_output'",
     "timm": "requires the timm library",
-    "its default config is not valid": "Class validation error|set of layer types|per_layer_config",
+    "its default config is not valid": "Class validation error|set of layer types|per_layer_config|vision_start_token",
     "its auto class does not take its config": "Unrecognized configuration class|Config' object has no attribute",
 }
 """Reasons by the words that name them in a message."""
@@ -361,15 +362,21 @@ def _edit(model: Any) -> Verdict:
                 messages[layer] = str(error)
         if not sites:
             return _without("refused", messages[min(1, count - 1)])
-        layer = 1 if 1 in sites else min(sites)  # layers below it and above, where there are
-        slower = check_edit(language_model, sites[layer])
+        mixed = [layer for layer, site in sites.items() if site.experts > 1]
+        tried = [layer for layer in sites if layer not in mixed]
+        slower = False
+        for able in (tried, mixed):
+            if able:  # layers below it and above, where there are
+                slower |= check_edit(language_model, sites[1 if 1 in able else able[0]])
     except UnsupportedModelError as error:
         return _without("refused", str(error))
     except AssertionError as error:
         return Verdict("wrong", (str(error),))
+    except AttributeError as error:  # its own forward asks for what its config lacks
+        return _without("not built", str(error))
     others = {"no others": not messages, "experts": any(REASONS["experts"] in text for text in messages.values())}
     kinds = () if others["no others"] else ("its dense layers",) if others["experts"] else ("its layers with an MLP",)
-    return Verdict("edited", (*kinds, *(("whole rows",) if slower else ())))
+    return Verdict("edited", (*kinds, *(("its experts",) if mixed else ()), *(("whole rows",) if slower else ())))
 
 
 def check_edit(language_model: LanguageModel, site: RewriteSite) -> bool:
@@ -431,7 +438,7 @@ def _check_suffixes(language_model: LanguageModel, site: RewriteSite) -> bool:
 @torch.no_grad()
 def _at_lookup(model: Any, site: RewriteSite, row: EncodedRow) -> tuple[torch.Tensor, torch.Tensor]:
     """The projection's input and output at a row's lookup token in a plain forward."""
-    with capture_columns(site.projection, 1, slice(row.lookup, row.lookup + 1)) as seen:
+    with capture_columns(site, 1, slice(row.lookup, row.lookup + 1)) as seen:
         model(input_ids=torch.tensor([row.ids]), use_cache=False)
     return seen["input"][0, 0].double(), seen["output"][0, 0].double()
 

@@ -6,6 +6,7 @@ import torch
 
 from rome_pl.metrics import text
 from tests.tiny import byte_level_tokenizer, tiny_language_model
+from tests.variants import leave_to_the_slow_set
 
 # Lightning 2.6 calls jsonargparse in a way that it deprecates.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
@@ -17,6 +18,11 @@ torch.set_num_threads(1)
 WHOLE_TEXT = text._shipped_text
 SHORT = 800
 """Characters of the held-out text that tiny models read: they take longer for all of it than for a stream of edits."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    leave_to_the_slow_set(items)
 
 
 @pytest.hookimpl(tryfirst=True)

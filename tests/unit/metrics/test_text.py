@@ -139,7 +139,7 @@ def test_the_edited_weight_is_back_after_an_exception(language_model):
     assert torch.equal(weight.site.weight, after)
 
 
-def test_the_text_of_the_package_is_long_and_can_be_replaced(language_model, tmp_path):
+def test_the_text_of_the_package_is_long_and_can_be_replaced(whole_text, language_model, tmp_path):
     assert len(language_model.tokenizer(held_out_text(), verbose=False)["input_ids"]) >= 4000
     assert len(held_out_text().split()) > 3000
     (tmp_path / "mine.txt").write_text("Grüße ☃", encoding="utf-8")

@@ -10,6 +10,7 @@ from rome_pl.data_modules.request_data import request_loader
 from rome_pl.modules.rome_module import RomeModule
 from rome_pl.requests.edit_request import EditRequest
 from rome_pl.second_moments.second_moment import RIDGE, MomentInfo, SecondMoment
+from tests.integration.helpers import PLAIN_SEARCH
 from tests.oracle import oracle_update, oracle_value
 from tests.tiny import tiny_language_model
 
@@ -35,7 +36,7 @@ def set_up(family, folder, **options):
     language_model = tiny_language_model(family)
     module = RomeModule.from_language_model(
         language_model, layers=[1], contexts=CONTEXTS, stop_loss=0.0, statistics=str(folder / "c.safetensors"),
-        **OPTIONS, **options,
+        **{**PLAIN_SEARCH, **OPTIONS, **options},
     )  # fmt: skip
     site = module._sites[-1]
     samples = torch.randn(200, site.d_key, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
