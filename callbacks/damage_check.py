@@ -31,7 +31,8 @@ class DamageCheck(Callback):
 
     Args:
         largest_neighbour_loss: Largest share of neighbourhood prompts whose right answer may be lost (a difference of
-            two NS). A loss that may be chance does not count. ``None``: neighbours are not looked at.
+            two NS). The warning comes if a loss is larger by more than its standard error over records. ``None``:
+            neighbours are not looked at.
         largest_divergence: Largest divergence of the next token of ordinary text from the unedited model's for an
             edit, in nats; in sequential mode that of all edits divided by their number. ``None``: it is not measured.
         first_edits: After how many edits to look for the first time. Ordinary text is read for these alone.
@@ -84,8 +85,9 @@ class DamageCheck(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = session_of(pl_module)
-        found = neighbour_damage(session, final=True)
-        if found.edits:
+        found, looks = neighbour_damage(session, final=True), session.measured.damage
+        known = bool(looks) and looks[-1]["edits"] == found.edits and looks[-1]["after"] == found.after
+        if found.edits and not known:
             self._look(trainer, session, found, f"at the end, with {found.edits} edits")
 
     def _look(self, trainer: Trainer, session: EditSession, found: Damage, when: str) -> None:

@@ -9,9 +9,6 @@ __all__ = ["Damage", "DamageBounds"]
 FEWEST = 5
 """Of fewer records a mean loss means little."""
 
-SURE = 1.645
-"""Standard errors that a loss has to be above zero: it is chance in one of 20 runs."""
-
 
 @dataclass(frozen=True)
 class DamageBounds:
@@ -53,12 +50,12 @@ class Damage:
     divergence: float | None = None
 
     def findings(self, bounds: DamageBounds) -> list[str]:
-        """Describe each bound that is exceeded. A loss that may be chance is none."""
+        """Describe each bound that is exceeded, a loss of NS by more than its standard error: less may be chance."""
         found = []
         loss, least = bounds.largest_neighbour_loss, self.records >= FEWEST
         if loss is not None and least and self.before is not None and self.after is not None:
             lost, error = self.before - self.after, self.standard_error or 0.0
-            if lost > loss and lost > SURE * error:
+            if lost - loss > error:
                 found.append(
                     f"facts next to the edited ones suffer: NS is {self.after:.2f}, {self.before:.2f} without edits "
                     f"(mean of {self.records} records; largest_neighbour_loss: {loss:g})"
