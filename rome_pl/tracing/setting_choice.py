@@ -57,14 +57,18 @@ class Choice:
     Args:
         chosen: The setting.
         tied: Names of all settings that these facts do not tell from the best one, the chosen one among them.
+        tried: Number of settings that were compared.
     """
 
     chosen: SettingScores
     tied: tuple[str, ...]
+    tried: int = 2
 
     @property
     def verdict(self) -> str:
         """The choice in words."""
+        if self.tried == 1:
+            return f"{self.chosen.question}: {self.chosen.name}, the only one tried"
         if len(self.tied) == 1:
             return f"{self.chosen.question}: {self.chosen.name} is best"
         others = ", ".join(name for name in self.tied if name != self.chosen.name)
@@ -113,7 +117,7 @@ def choose(settings: Sequence[SettingScores]) -> Choice:
     chosen = min(tied, key=lambda found: math.inf if found.divergence is None else found.divergence)
     if chosen.divergence is None:
         chosen = best
-    return Choice(chosen, tuple(found.name for found in tied))
+    return Choice(chosen, tuple(found.name for found in tied), len(settings))
 
 
 def _close(found: SettingScores, best: SettingScores) -> bool:

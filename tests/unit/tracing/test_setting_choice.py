@@ -54,6 +54,10 @@ def test_a_setting_of_which_nothing_is_known_is_never_chosen():
     assert math.isnan(setting("3", []).worth)
 
 
+def test_what_was_compared_with_nothing_is_not_called_the_best():
+    assert choose([setting("3", [0.5] * 10, 0.001)]).verdict == "layer: 3, the only one tried"
+
+
 def test_the_table_shows_what_was_measured_and_marks_what_was_chosen():
     base = {"0": scores((-2.0, -1.0), [(-2.0, -1.0)], [(-2.0, -1.0)])}
     after = {"0": scores((-1.0, -2.0), [(-1.0, -2.0)], [(-2.0, -1.0)])}
