@@ -22,7 +22,8 @@ QUICK_VARIANTS = {
     "test_generation.py::test_no_shipped_setting_changes_what_is_written": 19,
     "test_html_report.py::test_five_thousand_edits_are_one_page_in_time_in_proportion_to_them": 0,
     "test_identity.py::test_two_processes_that_undo_one_run_both_do": 0,
-    "test_language_model.py::test_fingerprint_below_changes_with_the_weights_that_keys_depend_on_and_not_with_later_ones": 19,  # noqa: E501
+    "test_language_model.py::"
+    "test_fingerprint_below_changes_with_the_weights_that_keys_depend_on_and_not_with_later_ones": 19,
     "test_moment_pass.py::test_one_pass_over_several_layers_equals_plain_forwards_of_each_document": 16,
     "test_oracle.py::test_agrees_with_the_oracle": 8,
     "test_record_forms.py::test_published_files_parse_without_loss": 1,

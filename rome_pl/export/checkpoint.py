@@ -78,10 +78,10 @@ def save_checkpoint(language_model: LanguageModel, folder: Path, max_shard_size:
     check_saves_whole(language_model.model)
     try:
         language_model.tokenizer.save_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises Exception itself for a full disk
         if type(error) is not Exception:
             raise
-        raise OSError(errno.EIO, str(error)) from error  # how the tokenizers library reports a full disk
+        raise OSError(errno.EIO, str(error)) from error
     sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size.upper()}
     language_model.model.save_pretrained(folder, **sizes)
     if found := difference(language_model, folder):

@@ -1,7 +1,7 @@
 """Global measures of damage: a model's predictions on ordinary text, compared with the unedited model's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -93,24 +93,28 @@ def measure_text(
     Raises:
         ValueError: If the text has fewer than two tokens.
     """
-    if edited is not None:
-        unedited = lambda: nullcontext(language_model)  # noqa: E731
+
+    @contextmanager
+    def as_it_is() -> Iterator[LanguageModel]:
+        yield language_model
+
+    present, original = (as_it_is, unedited) if edited is None else (edited, as_it_is)
     surprise, divergence, count = 0.0, 0.0, 0
     # The opening and the token after it are not predicted: a window may begin in mid-sentence.
     first = len(language_model.encoder.opening) + 1
     for row in islice(_windows(language_model, text, window), windows):
-        with edited() if edited is not None else nullcontext(language_model) as measured:
+        with present() as measured:
             now = _log_probs(measured, row, first)
         surprise -= float(now.gather(1, row[0, first:].unsqueeze(1)).double().sum())
         count += len(now)
-        if unedited is not None:
-            with unedited() as other:
+        if original is not None:
+            with original() as other:
                 then = _log_probs(other, row, first)
             divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
     if not count:
         raise ValueError("the text for perplexity needs at least two tokens")
     mean = torch.tensor(surprise / count, dtype=torch.float64)
-    return TextMeasure(float(mean.exp()), divergence / count if unedited is not None else None, count)
+    return TextMeasure(float(mean.exp()), divergence / count if original is not None else None, count)
 
 
 def _windows(language_model: LanguageModel, text: str, window: int) -> Iterator[Tensor]:

@@ -272,6 +272,8 @@ def _last_parameter(module: nn.Module) -> tuple[str, bool, int]:
         try:
             with uses:
                 _own_code(module)(module, *_made_up(weight, width))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # code of any family
             reason = first_line(error)
             continue
@@ -296,6 +298,8 @@ def _check_sum(site: MixtureSite, width: int) -> None:
     given = _own_code(site.projection)(site.projection, *routed)
     try:
         keys, values = site.lookup(routed, {}, given, lambda tensor: tensor)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # code of any family
         raise _OtherFormError(f"their keys cannot be read ({first_line(error)})") from error
     off = (keys.double() @ site.matrix(site.weight).double().T - values.double()).norm() / given.double().norm()

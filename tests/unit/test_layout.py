@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.variants import QUICK_VARIANTS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rome_pl"
 AT_THE_ROOT = ("callbacks", "data_modules")
@@ -145,6 +147,13 @@ def test_the_folders_at_the_root_refuse_a_second_name(name):
     )
     assert result.returncode != 0
     assert f"rome_pl.{name}" in result.stderr
+
+
+@pytest.mark.parametrize("name", QUICK_VARIANTS)
+def test_a_test_that_keeps_few_variants_in_the_quick_set_exists(name):
+    file, _, function = name.partition("::")
+    found = [path for path in (ROOT / "tests").rglob(file) if f"def {function}(" in path.read_text(encoding="utf-8")]
+    assert len(found) == 1
 
 
 def test_public_names_resolve():
